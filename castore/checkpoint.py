@@ -1,0 +1,193 @@
+"""Parts <-> chunks and an index: save and load in parallel, with bounded memory.
+
+Tensors come as *sources* and go to *targets*, so that this module needs neither torch nor NumPy. At most one chunk a
+thread is in memory beside the state itself, whatever its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from castore import chunking, index
+from castore.errors import CorruptIndex, CorruptObject, ObjectMissing
+from castore.ids import Buffer, ObjectId
+from castore.index import ChunkRef, Index, TensorSpec
+from castore.manifest import Manifest, Part
+from castore.resolve import PartState
+from castore.store import LocalStore, Writer
+
+
+class Source(Protocol):
+    """One tensor to be saved."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, start: int, stop: int) -> Buffer:
+        """Bytes [start, stop) of the dense, row-major, little-endian tensor; without a copy where possible."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A part's state taken apart: ``tree`` has a TensorRef(i) where ``sources[i]`` belongs."""
+
+    tree: Any
+    sources: Sequence[Source]
+
+
+Allocate = Callable[[TensorSpec], tuple[Any, memoryview]]
+"""Makes an uninitialised tensor; returns it and its writable bytes."""
+
+
+# -- save ------------------------------------------------------------------------------------------------------------
+
+
+def save_parts(store: LocalStore, parts: Mapping[str, Flat], chunk_size: int, threads: int) -> SavedParts:
+    """Store every part; when this returns, all their objects are durable. The caller holds the shared lock."""
+    with store.writer() as writer:
+        with _pool(threads) as pool:
+            encoded = {name: _save_part(writer, pool, flat, chunk_size) for name, flat in parts.items()}
+        written = writer.commit()
+    found = {
+        name: Part(index=own, bytes=plain, stored_bytes=sum(store.stored_size(one) or 0 for one in {own, *chunks}))
+        for name, (own, plain, chunks) in encoded.items()
+    }
+    return SavedParts(found, written.objects, written.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedParts:
+    """The parts as a manifest lists them, and what they added to the store."""
+
+    parts: dict[str, Part]
+    new_objects: int
+    new_bytes: int
+
+
+def _save_part(
+    writer: Writer, pool: ThreadPoolExecutor, flat: Flat, chunk_size: int
+) -> tuple[ObjectId, int, list[ObjectId]]:
+    """(index id, plain bytes of the tensors, chunk ids)."""
+    sizes = [(index.nbytes(source.dtype, source.shape), index.DTYPES[source.dtype][1]) for source in flat.sources]
+    layout = chunking.plan(sizes, chunk_size)
+    tensors = tuple(
+        TensorSpec(source.dtype, source.shape, offset)
+        for source, offset in zip(flat.sources, layout.offsets, strict=True)
+    )
+
+    def store(chunk: chunking.Chunk) -> ObjectId:
+        return writer.put(_gather(chunk, flat.sources), chunk.itemsize)
+
+    chunks = _all([pool.submit(store, chunk) for chunk in layout.chunks])
+    refs = tuple(ChunkRef(own, chunk.length) for own, chunk in zip(chunks, layout.chunks, strict=True))
+    data = index.encode(Index(refs, tensors, flat.tree))
+    return writer.put(data), sum(size for size, _ in sizes), chunks
+
+
+def _gather(chunk: chunking.Chunk, sources: Sequence[Source]) -> Buffer:
+    first = chunk.pieces[0]
+    if len(chunk.pieces) == 1:
+        return sources[first.tensor].read(first.start, first.stop)
+    data = bytearray(chunk.length)
+    for piece in chunk.pieces:
+        data[piece.at : piece.at + piece.stop - piece.start] = sources[piece.tensor].read(piece.start, piece.stop)
+    return data
+
+
+# -- load ------------------------------------------------------------------------------------------------------------
+
+
+def load_parts(
+    store: LocalStore, own_id: ObjectId, manifest: Manifest, names: Sequence[str], allocate: Allocate, threads: int
+) -> dict[str, tuple[Any, list[Any]]]:
+    """For each named part (tree, tensors), every byte verified. The caller holds the shared lock.
+
+    ObjectMissing, CorruptObject and CorruptIndex name the object, the part and the manifest.
+    """
+    loaded = {}
+    with _pool(threads) as pool:
+        for name in names:
+            with _naming(name, own_id):
+                found = index.decode(store.read(manifest.parts[name].index))
+                tensors = [allocate(spec) for spec in found.tensors]
+                _all(_read_chunks(store, pool, found, [view for _, view in tensors]))
+            loaded[name] = (found.tree, [tensor for tensor, _ in tensors])
+    return loaded
+
+
+def _read_chunks(
+    store: LocalStore, pool: ThreadPoolExecutor, found: Index, views: Sequence[memoryview]
+) -> list[Future[None]]:
+    def fill(chunk: ChunkRef, pieces: Sequence[chunking.Piece]) -> None:
+        if len(pieces) == 1 and pieces[0].stop - pieces[0].start == chunk.length:
+            piece = pieces[0]
+            store.read_into(chunk.id, views[piece.tensor][piece.start : piece.stop])
+            return
+        data = memoryview(bytearray(chunk.length))
+        store.read_into(chunk.id, data)
+        for piece in pieces:
+            length = piece.stop - piece.start
+            views[piece.tensor][piece.start : piece.stop] = data[piece.at : piece.at + length]
+
+    extents = [(spec.offset, spec.nbytes) for spec in found.tensors]
+    covered = chunking.cover(extents, [chunk.length for chunk in found.chunks])
+    return [pool.submit(fill, chunk, pieces) for chunk, pieces in zip(found.chunks, covered, strict=True)]
+
+
+# -- availability ----------------------------------------------------------------------------------------------------
+
+
+def part_states(store: LocalStore, manifest: Manifest) -> dict[str, PartState]:
+    """Where the data of each part is. Looks at the index and at which chunks exist, not at their bytes."""
+    return {name: _part_state(store, part) for name, part in manifest.parts.items()}
+
+
+def _part_state(store: LocalStore, part: Part) -> PartState:
+    try:
+        chunks = index.decode_chunks(store.read(part.index))
+    except ObjectMissing:
+        return PartState("missing", "its data is not in the store")
+    except (CorruptObject, CorruptIndex) as error:
+        return PartState("missing", str(error))
+    lost = sum(not store.has(chunk.id) for chunk in chunks)
+    if lost:
+        return PartState("missing", f"{lost} of its {len(chunks)} objects are missing")
+    return PartState("local")
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose pending work is dropped when the block fails, so that an error or Ctrl-C ends it soon."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="castore")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _all(futures: Sequence[Future[Any]]) -> list[Any]:
+    return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def _naming(part: str, manifest: ObjectId) -> Iterator[None]:
+    """Add to an object's error where the object belongs."""
+    try:
+        yield
+    except ObjectMissing as error:
+        raise ObjectMissing(error.object_id, part, manifest) from error
+    except CorruptObject as error:
+        raise CorruptObject(error.object_id, error.reason, part, manifest) from error
+    except CorruptIndex as error:
+        raise CorruptIndex(f"{error} (part {part!r} of checkpoint {manifest[:12]})") from error

@@ -1,0 +1,186 @@
+"""Manifest <-> canonical JSON, validated. Pure.
+
+A manifest's id is the BLAKE3 of the file's bytes, so the bytes are canonical: sorted keys, indent 2, a final newline,
+finite numbers only, no key twice. A file that says the same in other bytes is not a manifest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+
+from castore.errors import CorruptManifest, InvalidManifest, UnsupportedVersion
+from castore.ids import ObjectId, is_object_id, object_id
+
+VERSION = 1
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+MAX_STEP = 999_999_999
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CREATED = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{6}Z", re.ASCII)
+PART = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+Scalar = str | int | float | bool | None
+
+
+class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a metric counts: which ``direction`` is better, and the range that maps it into [0, 1]."""
+
+    direction: Literal["max", "min"] = "max"
+    low: float = 0.0
+    high: float = 1.0
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What makes two checkpoints comparable. Scores are compared inside one line only.
+
+    ``model`` holds the parameters that a checkpoint can't be loaded without; ``tokenizer`` and ``data`` are digests;
+    ``evaluation`` says what the validation loss was measured on; ``metrics`` declares the metrics that are scored.
+    """
+
+    model: dict[str, Scalar] = msgspec.field(default_factory=dict)
+    tokenizer: str = ""
+    data: str = ""
+    evaluation: dict[str, Scalar] = msgspec.field(default_factory=dict)
+    metrics: dict[str, Metric] = msgspec.field(default_factory=dict)
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One part of a checkpoint: the id of its index, and its size in plain and in stored bytes."""
+
+    index: ObjectId
+    bytes: int
+    stored_bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One checkpoint as committed to git. ``config`` and ``info`` are free-form JSON, recorded and never judged."""
+
+    version: int = VERSION
+    kind: Literal["checkpoint"] = "checkpoint"
+    run: str
+    step: int
+    created: str
+    parent: ObjectId | None = None
+    parts: dict[str, Part]
+    line: Line = msgspec.field(default_factory=Line)
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
+    tags: list[str] = msgspec.field(default_factory=list)
+    note: str = ""
+    config: dict[str, Any] = msgspec.field(default_factory=dict)
+    info: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def file_name(self, own_id: ObjectId) -> str:
+        """Where the manifest lives below ``manifests/``."""
+        return f"{self.run}/{self.step:09d}-{own_id[:12]}.json"
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest's file. InvalidManifest when it breaks a rule."""
+    try:
+        _check(manifest)
+        _check_json({"config": manifest.config, "info": manifest.info}, 0)
+        data = _canonical(manifest)
+    except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidManifest(f"can't record this checkpoint: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise InvalidManifest(f"can't record this checkpoint: its manifest takes {len(data)} bytes, over {MAX_BYTES}")
+    return data
+
+
+_decoder = msgspec.json.Decoder(Manifest)
+
+
+def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
+    """(id, manifest) of a file's bytes. CorruptManifest or UnsupportedVersion for anything else."""
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError("larger than a manifest can be")
+        manifest = _decoder.decode(data)
+        if manifest.version == VERSION:
+            _check(manifest)
+            if _canonical(manifest) != data:
+                raise ValueError("not in canonical form: it was edited or merged by hand")
+            return object_id(data), manifest
+    except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
+        _raise_if_newer(data, path)
+        raise CorruptManifest(path, f"not a valid manifest: {error}") from error
+    raise UnsupportedVersion(path, manifest.version)
+
+
+def timestamp(moment: datetime) -> str:
+    """``moment`` in the one form a manifest uses: UTC with microseconds, so that text order is time order."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _raise_if_newer(data: bytes, path: str) -> None:
+    # a newer version may have fields that don't validate here: say that it is newer, not that it is damaged
+    try:
+        version = msgspec.json.decode(data[: MAX_BYTES + 1], type=dict[str, Any]).get("version")
+    except (ValueError, msgspec.MsgspecError, RecursionError):
+        return
+    if isinstance(version, int) and version > VERSION:
+        raise UnsupportedVersion(path, version)
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for what the types alone don't exclude."""
+    if not RUN.fullmatch(manifest.run):
+        raise ValueError(f"run {manifest.run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
+    if not 0 <= manifest.step <= MAX_STEP:
+        raise ValueError(f"step {manifest.step} is not between 0 and {MAX_STEP}")
+    if not _CREATED.fullmatch(manifest.created):
+        raise ValueError(f"created {manifest.created[:40]!r} is not a UTC time with microseconds")
+    if manifest.parent is not None and not is_object_id(manifest.parent):
+        raise ValueError("parent is not an id")
+    if not manifest.parts:
+        raise ValueError("it has no part")
+    for name, part in manifest.parts.items():
+        if not PART.fullmatch(name):
+            raise ValueError(f"part {name[:40]!r} is not a lower-case name")
+        if not is_object_id(part.index) or part.bytes < 0 or part.stored_bytes < 0:
+            raise ValueError(f"part {name} has no valid index or size")
+    _check_quality(manifest)
+
+
+def _check_quality(manifest: Manifest) -> None:
+    for name, value in manifest.metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {name} is {value}, not a finite number")
+    if manifest.metrics.get("val_loss", 0.0) < 0:
+        raise ValueError("val_loss is negative")
+    for name, metric in manifest.line.metrics.items():
+        if name == "val_loss":
+            raise ValueError("val_loss is always scored and can't be declared as a metric")
+        if not (math.isfinite(metric.low) and math.isfinite(metric.high) and metric.low < metric.high):
+            raise ValueError(f"metric {name} has no range: low must be below high")
+
+
+def _check_json(value: Any, depth: int) -> None:
+    """ValueError unless ``value`` survives JSON unchanged."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"key {key!r} is not a string")
+            _check_json(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_json(item, depth + 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not a finite number")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("an integer does not fit in 64 bits")
+    elif not isinstance(value, str | int | None):
+        raise ValueError(f"{type(value).__name__} is not a JSON value")

@@ -1,0 +1,215 @@
+"""A repository: ``.castore/`` found, opened or made, and everything that is done with one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from castore import catalog as catalogs
+from castore import checkpoint, fs, manifest
+from castore import config as configs
+from castore.catalog import Catalog
+from castore.errors import NotFound, RepoNotFound
+from castore.ids import ObjectId, is_object_id
+from castore.manifest import Line, Manifest
+from castore.quality import Entry
+from castore.resolve import PartState, Requirement, Resolution, resolve
+from castore.store import LocalStore
+
+FOLDER = ".castore"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint that is durable: its id and manifest, and what it added to the store."""
+
+    id: ObjectId
+    manifest: Manifest
+    path: Path
+    new_objects: int
+    new_bytes: int
+
+
+class Repo:
+    """An open repository. Cheap to make; may be used from several threads and beside other processes.
+
+    ``root`` is the ``.castore`` folder. Everything raised derives from :class:`castore.CastoreError`.
+    """
+
+    def __init__(self, root: Path, config: configs.Config) -> None:
+        self.root = root
+        self.config = config
+        self.store = LocalStore(root, durable=config.store.fsync)
+        self.catalog = Catalog(root / "manifests", root / "tmp", durable=config.store.fsync)
+
+    # -- opening -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def init(cls, path: str | os.PathLike[str] = ".") -> Repo:
+        """Make ``path/.castore``, or complete one that is there; existing files are left as they are."""
+        root = Path(path).resolve() / FOLDER
+        for name in ("manifests", "objects", "tmp"):
+            fs.make_directory(root / name)
+        fs.publish(root / "config.toml", configs.TEMPLATE.encode(), root / "tmp")
+        fs.publish(root / ".gitignore", configs.GITIGNORE.encode(), root / "tmp")
+        # git keeps no empty folder, and a clone must find the place where manifests go
+        fs.publish(root / "manifests" / ".gitkeep", b"", root / "tmp")
+        fs.sync_directory(root.parent)
+        return cls.open(root.parent)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] = ".") -> Repo:
+        """The repository at ``path`` or, as git does, in the nearest folder above it. RepoNotFound, ConfigError."""
+        start = Path(path).resolve()
+        for folder in (start, *start.parents):
+            root = folder / FOLDER
+            if (root / "config.toml").is_file():
+                break
+        else:
+            raise RepoNotFound(str(start))
+        data = fs.read(root / "config.toml", 1 << 20)
+        config = configs.parse(data.decode(errors="replace"), str(root / "config.toml"))
+        for name in ("manifests", "objects", "tmp"):  # what git doesn't keep in a fresh clone
+            fs.make_directory(root / name)
+        return cls(root, config)
+
+    @contextlib.contextmanager
+    def lock(self, *, exclusive: bool = False, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Keep others from deleting (shared) or from doing anything (exclusive). Locked after the configured time."""
+        with fs.lock(self.root / "lock", exclusive=exclusive, timeout=self.config.store.lock_timeout, waiting=waiting):
+            yield
+
+    @property
+    def threads(self) -> int:
+        """How many threads hash and compress."""
+        return self.config.store.threads or processors()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        parts: Mapping[str, Any],
+        *,
+        run: str,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        line: Line | None = None,
+        parent: str | None = None,
+        tags: Sequence[str] = (),
+        note: str = "",
+        config: Mapping[str, Any] | None = None,
+        info: Mapping[str, Any] | None = None,
+        created: datetime | None = None,
+    ) -> Saved:
+        """Store a checkpoint: each part any nested state dict. When this returns it survives a power cut.
+
+        ``step`` counts completed training steps; ``metrics`` are finite, ``val_loss`` and those that ``line`` declares
+        make the score. ``config`` and ``info`` are JSON, recorded as they are. ``created`` is now unless given.
+        Raises UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing became visible.
+        """
+        draft = Manifest(
+            run=run,
+            step=step,
+            created=manifest.timestamp(created or datetime.now(UTC)),
+            parent=self._full_id(parent) if parent else None,
+            parts=dict.fromkeys(parts, _PLACEHOLDER),
+            line=line or Line(),
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            tags=sorted(set(tags)),
+            note=note,
+            config=dict(config or {}),
+            info=dict(info or {}),
+        )
+        manifest.encode(draft)  # what can't be recorded fails before gigabytes are written
+        flat = {name: _flatten(state, name) for name, state in parts.items()}
+        with self.lock():
+            saved = checkpoint.save_parts(self.store, flat, self.config.chunk_bytes, self.threads)
+            final = msgspec.structs.replace(draft, parts=saved.parts)
+            own, path = self.catalog.add(final)
+        return Saved(id=own, manifest=final, path=path, new_objects=saved.new_objects, new_bytes=saved.new_bytes)
+
+    def load(self, wanted: str, parts: Sequence[str] | None = None) -> dict[str, Any]:
+        """The state of checkpoint ``wanted`` (an id or a unique prefix), of all its parts or of those named.
+
+        Every byte is verified. Raises UnknownId or AmbiguousId; NotFound for a part it doesn't have; ObjectMissing,
+        CorruptObject or CorruptIndex naming object, part and manifest: never another checkpoint in its place.
+        """
+        entry = self.find(wanted)
+        names = list(entry.manifest.parts) if parts is None else list(parts)
+        for name in names:
+            if name not in entry.manifest.parts:
+                have = ", ".join(entry.manifest.parts)
+                raise NotFound(f"checkpoint {entry.id[:12]} has no part {name!r}: it has {have}")
+        import castore.torch
+
+        with self.lock():
+            loaded = checkpoint.load_parts(
+                self.store, entry.id, entry.manifest, names, castore.torch.allocate, self.threads
+            )
+        return {name: castore.torch.restore(tree, tensors) for name, (tree, tensors) in loaded.items()}
+
+    def resolve(
+        self,
+        want: str = "best",
+        line: Line | None = None,
+        *,
+        config: Mapping[str, Any] | None = None,
+        parts: Sequence[str] | None = None,
+        allow_data_change: bool | None = None,
+    ) -> Resolution:
+        """The checkpoint to use: ``best``, ``latest`` or an id, compatible with ``line`` and available.
+
+        Without a ``line``, that of the newest checkpoint. Deletes nothing, whatever it finds. UnknownId, AmbiguousId.
+        """
+        entries = self.catalog.listing().entries
+        if want not in ("best", "latest"):
+            entry = catalogs.find(entries, want)
+            want, entries = entry.id, (entry,)
+        if line is None:
+            line = entries[0].manifest.line if entries else Line()
+        requirement = Requirement(
+            want=want,
+            line=line,
+            config=config or {},
+            parts=tuple(parts) if parts is not None else None,
+            allow_data_change=self.config.resume.allow_data_change if allow_data_change is None else allow_data_change,
+            tie_tolerance=self.config.resume.tie_tolerance,
+        )
+        with self.lock():
+            return resolve(requirement, entries, self.part_states)
+
+    def find(self, prefix: str) -> Entry:
+        """The checkpoint whose id begins with ``prefix``. UnknownId, AmbiguousId."""
+        return catalogs.find(self.catalog.listing().entries, prefix)
+
+    def part_states(self, entry: Entry) -> dict[str, PartState]:
+        """Where the data of each part of a checkpoint is."""
+        return checkpoint.part_states(self.store, entry.manifest)
+
+    def _full_id(self, wanted: str) -> ObjectId:
+        return ObjectId(wanted) if is_object_id(wanted) else self.find(wanted).id
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_PLACEHOLDER = manifest.Part(index=ObjectId("0" * 64), bytes=0, stored_bytes=0)
+
+
+def _flatten(state: Any, name: str) -> checkpoint.Flat:
+    # a state that holds a tensor implies that torch is loaded; castore doesn't load it for one that holds none
+    if "torch" in sys.modules:
+        import castore.torch
+
+        return castore.torch.flatten(state, name)
+    return checkpoint.Flat(state, ())

@@ -1,0 +1,218 @@
+"""Requirement x manifests x availability -> the checkpoint to use, and a reason for every other one. Pure.
+
+Compatible is what can be loaded and means the same: equal model parameters, tokenizer and data. Best is decided by
+score inside the requirement's own line; compatible checkpoints that were evaluated otherwise come after all of those,
+newest first, since their scores say nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from castore.errors import NothingAvailable, NothingMatches
+from castore.ids import ObjectId
+from castore.manifest import Line
+from castore.quality import Entry, newest_first, rank, score
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class PartState:
+    """Where a part's data is, and if it can't be had, why."""
+
+    where: Literal["local", "remote", "missing"]
+    reason: str = ""
+
+
+Availability = Literal["full", "weights-only", "history"]
+
+
+def availability(parts: Mapping[str, PartState]) -> Availability:
+    """Of a manifest, from the state of its parts: everything, the model alone, or nothing usable."""
+    if all(state.where != "missing" for state in parts.values()):
+        return "full"
+    if "model" in parts and parts["model"].where != "missing":
+        return "weights-only"
+    return "history"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """What a run needs. ``want`` is ``best``, ``latest`` or a full id.
+
+    ``config`` is the run's free-form configuration, for listing differences. ``parts`` are those that must be there;
+    None for all that the checkpoint has.
+    """
+
+    want: str = "best"
+    line: Line = field(default_factory=Line)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] | None = None
+    allow_data_change: bool = False
+    tie_tolerance: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """The checkpoint to use. ``differences`` lists what is not the same there but may differ."""
+
+    id: ObjectId
+    step: int
+    run: str
+    score: float | None
+    availability: Availability
+    differences: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """A checkpoint that was considered and not used. ``unavailable``: compatible, but its data can't be had."""
+
+    id: ObjectId
+    step: int
+    run: str
+    score: float | None
+    reasons: tuple[str, ...]
+    unavailable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """``match``, or None; and every checkpoint that came before it or could not be used, with reasons."""
+
+    want: str
+    match: Match | None
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def unavailable(self) -> tuple[Rejected, ...]:
+        """The rejected ones that would do if their data were there."""
+        return tuple(rejected for rejected in self.rejected if rejected.unavailable)
+
+    def require(self) -> Match:
+        """The match. NothingAvailable or NothingMatches, with the reasons, when there is none."""
+        if self.match is not None:
+            return self.match
+        if self.unavailable:
+            head = f"{len(self.unavailable)} compatible checkpoint(s), but the data of none can be had"
+            raise NothingAvailable(head + _listed(self.unavailable))
+        if self.rejected:
+            raise NothingMatches(f"none of {len(self.rejected)} checkpoint(s) fits" + _listed(self.rejected))
+        raise NothingMatches("there is no checkpoint yet: `castore train` makes the first one")
+
+
+def resolve(
+    requirement: Requirement,
+    entries: Iterable[Entry],
+    parts_of: Callable[[Entry], Mapping[str, PartState]],
+) -> Resolution:
+    """The first candidate, in order of preference, whose needed parts can be had.
+
+    ``parts_of`` is asked about compatible candidates alone, and not beyond the match: finding out may cost a look at
+    a remote.
+    """
+    if requirement.want not in ("best", "latest"):
+        entries = [entry for entry in entries if entry.id == requirement.want]
+    compatible = []
+    rejected = []
+    for entry in entries:
+        problems = _incompatibilities(requirement, entry.manifest.line)
+        if problems:
+            rejected.append(_reject(entry, problems))
+        else:
+            compatible.append(entry)
+    unavailable = []
+    match = None
+    for entry in _preference(requirement, compatible):
+        parts = parts_of(entry)
+        missing = [
+            f"{name}: {parts[name].reason}" if name in parts else f"{name}: this checkpoint has no such part"
+            for name in (requirement.parts or tuple(entry.manifest.parts))
+            if name not in parts or parts[name].where == "missing"
+        ]
+        if not missing:
+            match = _match(requirement, entry, availability(parts))
+            break
+        unavailable.append(_reject(entry, missing, unavailable=True))
+    return Resolution(requirement.want, match, tuple(unavailable + rejected))
+
+
+def _preference(requirement: Requirement, compatible: list[Entry]) -> list[Entry]:
+    if requirement.want != "best":
+        return newest_first(compatible)
+    own = [entry for entry in compatible if entry.manifest.line == requirement.line]
+    others = [entry for entry in compatible if entry.manifest.line != requirement.line]
+    return rank(own, requirement.tie_tolerance) + newest_first(others)
+
+
+def _incompatibilities(requirement: Requirement, line: Line) -> list[str]:
+    need = requirement.line
+    problems = [f"model {text}" for text in _differing(need.model, line.model)]
+    if need.tokenizer != line.tokenizer:
+        problems.append(_differs("tokenizer", need.tokenizer, line.tokenizer))
+    if need.data != line.data and not requirement.allow_data_change:
+        problems.append(_differs("data", need.data, line.data))
+    return problems
+
+
+def _match(requirement: Requirement, entry: Entry, available: Availability) -> Match:
+    manifest = entry.manifest
+    need = requirement.line
+    differences = _differing(requirement.config, manifest.config)
+    if need.data != manifest.line.data:
+        differences.append(_differs("data", need.data, manifest.line.data))
+    differences += [f"evaluation {text}" for text in _differing(need.evaluation, manifest.line.evaluation)]
+    if need.metrics != manifest.line.metrics:
+        differences.append("other metrics are declared")
+    return Match(
+        id=entry.id,
+        step=manifest.step,
+        run=manifest.run,
+        score=score(manifest),
+        availability=available,
+        differences=tuple(differences),
+    )
+
+
+def _reject(entry: Entry, reasons: Iterable[str], unavailable: bool = False) -> Rejected:
+    return Rejected(
+        id=entry.id,
+        step=entry.manifest.step,
+        run=entry.manifest.run,
+        score=score(entry.manifest),
+        reasons=tuple(reasons),
+        unavailable=unavailable,
+    )
+
+
+def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """One line for each key whose value is not the same, with both values."""
+    return [
+        _differs(key, here.get(key, "absent"), there.get(key, "absent"))
+        for key in sorted({*here, *there})
+        if here.get(key, _ABSENT) != there.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _differs(name: str, here: object, there: object) -> str:
+    return f"{name} is {_short(there)} there, {_short(here)} here"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+    return text[:12] if is_digest else text[:60]
+
+
+def _listed(rejected: tuple[Rejected, ...]) -> str:
+    lines = [
+        f"\n  {one.id[:12]} (run {one.run}, step {one.step}): {'; '.join(one.reasons)}" for one in rejected[:_SHOWN]
+    ]
+    more = len(rejected) - _SHOWN
+    return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
