@@ -7,10 +7,11 @@
 Importing castore imports neither torch nor NumPy; saving and loading tensors does.
 """
 
+from castore import errors
 from castore.errors import CastoreError
 from castore.manifest import Line, Manifest, Metric
 from castore.quality import score
-from castore.repo import Repo, Saved
+from castore.repo import Repo, Saved, processors
 from castore.resolve import Match, Rejected, Resolution
 
 __version__ = "0.1.0"
@@ -26,5 +27,7 @@ __all__ = [
     "Resolution",
     "Saved",
     "__version__",
+    "errors",
+    "processors",
     "score",
 ]

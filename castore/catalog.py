@@ -48,8 +48,9 @@ class Catalog:
 
     def listing(self) -> Listing:
         """Every manifest in the work tree. A damaged one is reported beside the others, never replaced."""
-        entries, broken = [], []
-        for path in self._files():
+        entries = []
+        paths, broken = self._files()
+        for path in paths:
             try:
                 entries.append(_read(path))
             except (CorruptManifest, UnsupportedVersion, StorageError) as error:
@@ -63,25 +64,38 @@ class Catalog:
         data = manifest.encode(new)
         own, _ = manifest.decode(data)
         path = self.root / new.file_name(own)
-        if fs.make_directory(path.parent) and self._durable:
+        fs.make_directory(path.parent)
+        if self._durable:  # even if the folder was there: who made it may not have lived to sync it
             fs.sync_directory(self.root)
         if not fs.publish(path, data, self._temporary, durable=self._durable) and _bytes(path) != data:
             raise CorruptManifest(str(path), "another file has this manifest's name")
         return own, path
 
-    def _files(self) -> list[str]:
+    def _files(self) -> tuple[list[str], list[Broken]]:
+        """The files that should be manifests, and what stands where one should but can't be one.
+
+        Links are not followed: one that came with a pull request could lead anywhere, to a terminal that is read from
+        for ever.
+        """
+        runs = _scan(self.root)
+        broken = [Broken(Path(run.path), "a symbolic link, which is not followed") for run in runs if run.is_symlink()]
         found = []
-        with os.scandir(self.root) as runs:
-            folders = [run.path for run in runs if run.is_dir(follow_symlinks=False)]
-        for folder in folders:
-            with os.scandir(folder) as files:
-                found += [file.path for file in files if file.name.endswith(".json")]
-        return found
+        for run in runs:
+            if run.is_dir(follow_symlinks=False):
+                for file in _scan(run.path):
+                    if not file.name.endswith(".json"):
+                        continue
+                    if file.is_file(follow_symlinks=False):
+                        found.append(file.path)
+                    else:
+                        broken.append(Broken(Path(file.path), "not a regular file"))
+        return found, broken
 
 
 def find(entries: Sequence[Entry], prefix: str) -> Entry:
     """The one entry whose id begins with ``prefix``. UnknownId with near matches, AmbiguousId."""
-    matches = [entry for entry in entries if entry.id.startswith(prefix.lower())]
+    # an empty prefix is a variable that was not set, not a wish for whatever there is
+    matches = [entry for entry in entries if prefix and entry.id.startswith(prefix.lower())]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -89,6 +103,17 @@ def find(entries: Sequence[Entry], prefix: str) -> Entry:
     width = max(len(prefix), 8)
     near = difflib.get_close_matches(prefix.lower(), [entry.id[:width] for entry in entries], n=3, cutoff=0.6)
     raise UnknownId(prefix, near)
+
+
+def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing when it is gone."""
+    try:
+        with os.scandir(folder) as items:
+            return list(items)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError("read", str(folder), error) from error
 
 
 def _read(path: str) -> Entry:
@@ -122,12 +147,12 @@ def git_commit(path: Path) -> str | None:
 
 
 def _git(path: Path, *arguments: str) -> str | None:
-    """What git prints, stripped; None when it fails or isn't installed."""
+    """What git prints, without the last newline; None when it fails or isn't installed."""
     try:
         done = subprocess.run(
             ["git", "-C", str(path), *arguments],
-            capture_output=True, text=True, timeout=_GIT_SECONDS, check=False, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=_GIT_SECONDS, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return os.fsdecode(done.stdout).removesuffix("\n") if done.returncode == 0 else None

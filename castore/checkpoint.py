@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from castore import chunking, index
-from castore.errors import CorruptIndex, CorruptObject, ObjectMissing
+from castore.errors import CorruptIndex, CorruptionError, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
 from castore.ids import Buffer, ObjectId
 from castore.index import ChunkRef, Index, TensorSpec
 from castore.manifest import Manifest, Part
@@ -54,7 +54,7 @@ def save_parts(store: LocalStore, parts: Mapping[str, Flat], chunk_size: int, th
     """Store every part; when this returns, all their objects are durable. The caller holds the shared lock."""
     with store.writer() as writer:
         with _pool(threads) as pool:
-            encoded = {name: _save_part(writer, pool, flat, chunk_size) for name, flat in parts.items()}
+            encoded = {name: _save_part(writer, pool, name, flat, chunk_size) for name, flat in parts.items()}
         written = writer.commit()
     found = {
         name: Part(index=own, bytes=plain, stored_bytes=sum(store.stored_size(one) or 0 for one in {own, *chunks}))
@@ -73,7 +73,7 @@ class SavedParts:
 
 
 def _save_part(
-    writer: Writer, pool: ThreadPoolExecutor, flat: Flat, chunk_size: int
+    writer: Writer, pool: ThreadPoolExecutor, name: str, flat: Flat, chunk_size: int
 ) -> tuple[ObjectId, int, list[ObjectId]]:
     """(index id, plain bytes of the tensors, chunk ids)."""
     sizes = [(index.nbytes(source.dtype, source.shape), index.DTYPES[source.dtype][1]) for source in flat.sources]
@@ -88,7 +88,7 @@ def _save_part(
 
     chunks = _all([pool.submit(store, chunk) for chunk in layout.chunks])
     refs = tuple(ChunkRef(own, chunk.length) for own, chunk in zip(chunks, layout.chunks, strict=True))
-    data = index.encode(Index(refs, tensors, flat.tree))
+    data = index.encode(Index(refs, tensors, flat.tree), name)
     return writer.put(data), sum(size for size, _ in sizes), chunks
 
 
@@ -153,11 +153,11 @@ def part_states(store: LocalStore, manifest: Manifest) -> dict[str, PartState]:
 def _part_state(store: LocalStore, part: Part) -> PartState:
     try:
         chunks = index.decode_chunks(store.read(part.index))
+        lost = sum(not store.has(chunk.id) for chunk in chunks)
     except ObjectMissing:
         return PartState("missing", "its data is not in the store")
-    except (CorruptObject, CorruptIndex) as error:
+    except (CorruptionError, StorageError) as error:
         return PartState("missing", str(error))
-    lost = sum(not store.has(chunk.id) for chunk in chunks)
     if lost:
         return PartState("missing", f"{lost} of its {len(chunks)} objects are missing")
     return PartState("local")
@@ -191,3 +191,7 @@ def _naming(part: str, manifest: ObjectId) -> Iterator[None]:
         raise CorruptObject(error.object_id, error.reason, part, manifest) from error
     except CorruptIndex as error:
         raise CorruptIndex(f"{error} (part {part!r} of checkpoint {manifest[:12]})") from error
+    except UnsupportedVersion as error:
+        raise UnsupportedVersion(
+            f"{error.what} (part {part!r} of checkpoint {manifest[:12]})", error.version
+        ) from error

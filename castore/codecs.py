@@ -141,7 +141,7 @@ def _decompress(frame: memoryview, size: int) -> bytes:
     try:
         # max_output_size is ignored when the frame declares a size, so the declared one is checked first
         declared = zstandard.get_frame_parameters(frame)
-        if declared.content_size != size:
+        if declared.content_size != size or not size:  # of an empty frame zstandard looks at nothing but the header
             raise CodecError(f"zstd frame declares {declared.content_size} bytes where {size} were expected")
         if declared.window_size > MAX_WINDOW:
             raise CodecError(f"zstd window of {declared.window_size} bytes is over the limit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from decimal import Decimal
 from typing import Literal
 
 import msgspec
@@ -42,6 +43,11 @@ GITIGNORE = """\
 /lock
 """
 
+GITATTRIBUTES = """\
+# an id is the hash of the file's bytes: line endings stay as they are
+/manifests/** -text
+"""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _SMALLEST_CHUNK = 1 << 16
 
@@ -77,7 +83,7 @@ def parse(text: str, path: str = "config.toml") -> Config:
         _check(config)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(path, f"not valid TOML: {error}") from error
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise ConfigError(path, str(error)) from error
     return config
 
@@ -89,11 +95,15 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size: write 512KiB, 4MiB or 20GB")
     number, unit = match.groups()
     base = 1024 if unit and unit[-1] in "iI" else 1000
-    return int(float(number) * base ** (" KMGT".index(unit[0].upper()) if unit else 0))
+    return int(Decimal(number) * base ** (" KMGT".index(unit[0].upper()) if unit else 0))
 
 
 def _check(config: Config) -> None:
-    if not _SMALLEST_CHUNK <= config.chunk_bytes <= MAX_PLAIN or config.chunk_bytes % 64:
+    try:
+        chunk_bytes = config.chunk_bytes
+    except ValueError as error:
+        raise ValueError(f"store.chunk_size: {error}") from error
+    if not _SMALLEST_CHUNK <= chunk_bytes <= MAX_PLAIN or chunk_bytes % 64:
         raise ValueError("store.chunk_size is not a multiple of 64 between 64KiB and 64MiB")
     if not 0 <= config.store.threads <= 256:
         raise ValueError("store.threads is not between 0 and 256")

@@ -69,6 +69,12 @@ def sync(descriptor: int, path: Path) -> None:
         _sync_data(descriptor)
 
 
+def close(descriptor: int, path: Path) -> None:
+    """Give the descriptor back. Some network file systems report only here that they could not write."""
+    with _reporting("close", path):
+        os.close(descriptor)
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     with _reporting("sync", path):
@@ -95,12 +101,13 @@ def make_directory(path: Path) -> bool:
     """Create a directory and its parents; True when ``path`` itself is new. Not durable until the parent is synced."""
     with _reporting("create directory", path):
         try:
-            os.mkdir(path)
+            try:
+                os.mkdir(path)
+            except FileNotFoundError:
+                make_directory(path.parent)
+                os.mkdir(path)  # once: below a dangling link it would fail for ever
         except FileExistsError:
             return False
-        except FileNotFoundError:
-            make_directory(path.parent)
-            return make_directory(path)
         return True
 
 
@@ -116,7 +123,7 @@ def publish(path: Path, data: bytes, temporary: Path, *, durable: bool = True) -
             if durable:
                 sync(descriptor, temp)
         finally:
-            os.close(descriptor)
+            close(descriptor, temp)
         with _reporting("create", path):
             try:
                 os.link(temp, path)
@@ -133,11 +140,12 @@ def publish(path: Path, data: bytes, temporary: Path, *, durable: bool = True) -
 def read(path: Path, limit: int) -> bytes:
     """The whole file. FileNotFoundError when there is none; StorageError when larger than ``limit`` bytes."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        # buffered: it reads on after a short read, which some file systems return and which would look like damage
+        with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, where at most {limit} make sense")
-            return file.read(limit + 1)
+            return file.read(size)
     except FileNotFoundError:
         raise
     except OSError as error:

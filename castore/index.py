@@ -91,10 +91,10 @@ _PAIR = struct.Struct("<dd")
 _CONTAINERS: dict[type, int] = {list: _LIST, tuple: _TUPLE, dict: _DICT, OrderedDict: _ORDERED}
 
 
-def encode(index: Index) -> bytes:
+def encode(index: Index, name: str = "") -> bytes:
     """Deterministic: equal parts give equal bytes, so their index has the same id.
 
-    UnsupportedValue, naming the key, for a value that has no exact form here.
+    UnsupportedValue, naming the key below ``name``, for a value that has no exact form here.
     """
     pack = msgpack.Packer(use_bin_type=True, strict_types=True).pack
     lengths = b"".join(_COUNT.pack(chunk.length) for chunk in index.chunks)
@@ -102,11 +102,11 @@ def encode(index: Index) -> bytes:
     out.append(pack(len(index.tensors)))
     for spec in index.tensors:
         out.extend((pack(spec.dtype), pack(len(spec.shape)), *map(pack, spec.shape), pack(spec.offset)))
-    _encode_value(index.tree, "", 0, out, pack)
+    _encode_value(index.tree, name, 0, out, pack)
     data = b"".join(out)
     if len(data) > MAX_PLAIN:
         reason = f"the values other than tensors take {len(data)} bytes, over the limit of {MAX_PLAIN}"
-        raise UnsupportedValue("part", reason + ": store large bytes and strings as uint8 tensors")
+        raise UnsupportedValue(name or "part", reason + ": store large bytes and strings as uint8 tensors")
     return data
 
 
@@ -158,7 +158,12 @@ def check_key(name: Any, key: str) -> None:
 
 def join_key(key: str, name: Any) -> str:
     """The readable path of an item in a state: ``optimizer.state[3].exp_avg``."""
-    return f"{key}.{name}" if type(name) is str and key else str(name) if not key else f"{key}[{name!r}]"
+    if type(name) is str:
+        return f"{key}.{name}" if key else name
+    if type(name) is int and name.bit_length() > 64:
+        name = f"{name >> (name.bit_length() - 64):#x}..."  # Python refuses to print very large numbers
+        return f"{key}[{name}]"
+    return f"{key}[{name!r}]"
 
 
 def _type_name(kind: type) -> str:
@@ -216,7 +221,9 @@ class _Reader:
 
 def _read_chunks(reader: _Reader) -> tuple[ChunkRef, ...]:
     version = reader.next()
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version < 1:
+        raise CorruptIndex("index is damaged: it doesn't begin with a version")
+    if version != VERSION:
         raise UnsupportedVersion("index", version)
     digests, packed = reader.next(bytes), reader.next(bytes)
     if len(digests) % DIGEST_BYTES or len(packed) != len(digests) // DIGEST_BYTES * _COUNT.size:
@@ -280,7 +287,7 @@ def _read_value(reader: _Reader, tensors: int, depth: int) -> Any:
 def _read_dict(reader: _Reader, tensors: int, depth: int, into: dict[Any, Any], count: int) -> dict[Any, Any]:
     for _ in range(reader.count(count)):
         key = reader.next()
-        if type(key) is msgpack.ExtType and key.code == _INTEGER:
+        if type(key) is msgpack.ExtType and key.code == _INTEGER and key.data:
             key = int.from_bytes(key.data, "little", signed=True)
         if type(key) not in (str, int) or key in into:
             raise CorruptIndex("index is damaged: a dict key is repeated or of a wrong type")

@@ -22,7 +22,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_STEP = 999_999_999
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_CREATED = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{6}Z", re.ASCII)
+_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 PART = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 Scalar = str | int | float | bool | None
@@ -81,12 +81,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest's file. InvalidManifest when it breaks a rule."""
+    """The manifest's file, which :func:`decode` accepts. InvalidManifest when it breaks a rule."""
     try:
         _check(manifest)
-        _check_json({"config": manifest.config, "info": manifest.info}, 0)
-        data = _canonical(manifest)
-    except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
+        # by way of the types: a range of 0 to 1 is written as 0.0 to 1.0, and a step of 1.5 is refused
+        data = _canonical(_decoder.decode(_canonical(manifest)))
+    except (ValueError, TypeError, OverflowError, msgspec.MsgspecError, RecursionError) as error:
         raise InvalidManifest(f"can't record this checkpoint: {error}") from error
     if len(data) > MAX_BYTES:
         raise InvalidManifest(f"can't record this checkpoint: its manifest takes {len(data)} bytes, over {MAX_BYTES}")
@@ -102,6 +102,8 @@ def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
         if len(data) > MAX_BYTES:
             raise ValueError("larger than a manifest can be")
         manifest = _decoder.decode(data)
+        if manifest.version < 1:
+            raise ValueError(f"version {manifest.version} never was")
         if manifest.version == VERSION:
             _check(manifest)
             if _canonical(manifest) != data:
@@ -140,6 +142,7 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"step {manifest.step} is not between 0 and {MAX_STEP}")
     if not _CREATED.fullmatch(manifest.created):
         raise ValueError(f"created {manifest.created[:40]!r} is not a UTC time with microseconds")
+    datetime.strptime(manifest.created, "%Y-%m-%dT%H:%M:%S.%fZ")  # ValueError for a month of 19
     if manifest.parent is not None and not is_object_id(manifest.parent):
         raise ValueError("parent is not an id")
     if not manifest.parts:
@@ -147,8 +150,12 @@ def _check(manifest: Manifest) -> None:
     for name, part in manifest.parts.items():
         if not PART.fullmatch(name):
             raise ValueError(f"part {name[:40]!r} is not a lower-case name")
-        if not is_object_id(part.index) or part.bytes < 0 or part.stored_bytes < 0:
+        if not is_object_id(part.index) or not (0 <= part.bytes < 2**63 and 0 <= part.stored_bytes < 2**63):
             raise ValueError(f"part {name} has no valid index or size")
+    # before anything is formatted: indented, a deep value grows far beyond its own size
+    line = manifest.line
+    for value in (manifest.config, manifest.info, line.model, line.evaluation):
+        _check_json(value, 1)
     _check_quality(manifest)
 
 

@@ -17,7 +17,7 @@ from castore import catalog as catalogs
 from castore import checkpoint, fs, manifest
 from castore import config as configs
 from castore.catalog import Catalog
-from castore.errors import NotFound, RepoNotFound
+from castore.errors import InvalidManifest, NotFound, RepoNotFound
 from castore.ids import ObjectId, is_object_id
 from castore.manifest import Line, Manifest
 from castore.quality import Entry
@@ -58,11 +58,13 @@ class Repo:
         root = Path(path).resolve() / FOLDER
         for name in ("manifests", "objects", "tmp"):
             fs.make_directory(root / name)
-        fs.publish(root / "config.toml", configs.TEMPLATE.encode(), root / "tmp")
+        fs.sync_directory(root.parent)
         fs.publish(root / ".gitignore", configs.GITIGNORE.encode(), root / "tmp")
+        fs.publish(root / ".gitattributes", configs.GITATTRIBUTES.encode(), root / "tmp")
         # git keeps no empty folder, and a clone must find the place where manifests go
         fs.publish(root / "manifests" / ".gitkeep", b"", root / "tmp")
-        fs.sync_directory(root.parent)
+        # last, since a folder with a configuration is what open takes for a repository
+        fs.publish(root / "config.toml", configs.TEMPLATE.encode(), root / "tmp")
         return cls.open(root.parent)
 
     @classmethod
@@ -122,7 +124,7 @@ class Repo:
             parent=self._full_id(parent) if parent else None,
             parts=dict.fromkeys(parts, _PLACEHOLDER),
             line=line or Line(),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
             tags=sorted(set(tags)),
             note=note,
             config=dict(config or {}),
@@ -194,6 +196,24 @@ class Repo:
         """Where the data of each part of a checkpoint is."""
         return checkpoint.part_states(self.store, entry.manifest)
 
+    def add_session(self, run: str, started: datetime, summary: Mapping[str, Any]) -> Path:
+        """Keep a session's summary as JSON in ``sessions/<run>/``, to be committed beside the manifests."""
+        if not manifest.RUN.fullmatch(run):
+            raise InvalidManifest(f"run {run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
+        folder = self.root / "sessions" / run
+        path = folder / f"{started.astimezone(UTC):%Y%m%dT%H%M%S.%fZ}.json"
+        data = msgspec.json.format(msgspec.json.encode(summary, order="sorted"), indent=2) + b"\n"
+        fs.make_directory(folder)
+        if self.config.store.fsync:
+            fs.sync_directory(self.root)
+            fs.sync_directory(folder.parent)
+        fs.publish(path, data, self.root / "tmp", durable=self.config.store.fsync)
+        return path
+
+    def git_commit(self) -> str | None:
+        """The commit checked out where the repository lives, with ``-dirty`` when tracked files differ from it."""
+        return catalogs.git_commit(self.root.parent)
+
     def _full_id(self, wanted: str) -> ObjectId:
         return ObjectId(wanted) if is_object_id(wanted) else self.find(wanted).id
 
@@ -204,6 +224,13 @@ def processors() -> int:
 
 
 _PLACEHOLDER = manifest.Part(index=ObjectId("0" * 64), bytes=0, stored_bytes=0)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidManifest(f"can't record metric {name}: {error}") from error
 
 
 def _flatten(state: Any, name: str) -> checkpoint.Flat:

@@ -130,7 +130,7 @@ def resolve(
         parts = parts_of(entry)
         missing = [
             f"{name}: {parts[name].reason}" if name in parts else f"{name}: this checkpoint has no such part"
-            for name in (requirement.parts or tuple(entry.manifest.parts))
+            for name in (tuple(entry.manifest.parts) if requirement.parts is None else requirement.parts)
             if name not in parts or parts[name].where == "missing"
         ]
         if not missing:

@@ -85,17 +85,16 @@ class LocalStore:
 
     def _frame(self, wanted: ObjectId) -> tuple[bytes, Stamp | None]:
         stamp = self._stamp(wanted)
+        if stamp is not None and stamp[1] > objects.MAX_STORED:
+            self._move_to_quarantine(wanted, stamp)
+            raise CorruptObject(wanted, f"its file has {stamp[1]} bytes, over the limit")
         try:
             return fs.read(self.path(wanted), objects.MAX_STORED), stamp
         except FileNotFoundError:
             raise ObjectMissing(wanted) from None
 
     def _stamp(self, wanted: ObjectId) -> Stamp | None:
-        try:
-            found = os.stat(self.path(wanted))
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return _stamp(self.path(wanted))
 
     def _move_to_quarantine(self, wanted: ObjectId, stamp: Stamp | None) -> None:
         # only the file that was read: a writer may have put a good one in its place since
@@ -104,7 +103,20 @@ class LocalStore:
         # what is wrong with the object matters more than whether it could be moved (a read-only store, say)
         with contextlib.suppress(StorageError):
             fs.make_directory(self.quarantine)
-            fs.rename(self.path(wanted), self.quarantine / f"{wanted}-{time.time_ns():x}")
+            moved = self.quarantine / f"{wanted}-{time.time_ns():x}"
+            fs.rename(self.path(wanted), moved)
+            if _stamp(moved) != stamp:  # the good one came between the look and the move
+                fs.rename(moved, self.path(wanted))
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError("read", str(path), error) from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Writer:
@@ -121,7 +133,8 @@ class Writer:
         self._finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="castore-finish")
         self._claimed: set[ObjectId] = set()
         self._unfinished: list[Future[None]] = []
-        self._directories: set[Path] = {store.objects}
+        # the folder above too: a fresh clone has no objects/, and whoever made it may not have lived to sync it
+        self._directories: set[Path] = {store.objects.parent, store.objects}
         self._error: BaseException | None = None
         self._new_objects = 0
         self._new_bytes = 0
@@ -170,7 +183,7 @@ class Writer:
             return True
         try:
             self._store.read_into(own, memoryview(bytearray(length)))
-        except (CorruptObject, ObjectMissing, UnsupportedVersion):
+        except (CorruptObject, ObjectMissing, UnsupportedVersion, StorageError):
             return False
         # another process may have renamed it a moment ago and not have synced the directory yet
         with self._lock:
@@ -190,7 +203,10 @@ class Writer:
         try:
             size = fs.write(descriptor, temp, frame)
         except BaseException:
-            self._abandon(descriptor, temp)
+            self._slots.release()
+            with contextlib.suppress(StorageError):
+                fs.close(descriptor, temp)
+            fs.unlink(temp)
             raise
         with self._lock:
             self._new_objects += 1
@@ -200,17 +216,19 @@ class Writer:
 
     def _finish(self, descriptor: int, temp: Path, path: Path) -> None:
         try:
-            self._raise_if_failed()
-            if self._store.durable:
-                fs.sync(descriptor, temp)
+            try:
+                self._raise_if_failed()
+                if self._store.durable:
+                    fs.sync(descriptor, temp)
+            finally:
+                self._slots.release()
+                fs.close(descriptor, temp)
             # only now: a torn file under a valid id would be deduplicated against for ever
             fs.rename(temp, path)
         except BaseException as error:
             self._fail(error)
-            self._abandon(descriptor, temp)
+            fs.unlink(temp)
             raise
-        os.close(descriptor)
-        self._slots.release()
 
     def _fail(self, error: BaseException | None) -> None:
         with self._lock:
@@ -220,8 +238,3 @@ class Writer:
         # the first error ends the save: what comes after it is reported as that error, not as a consequence of it
         if self._error is not None:
             raise self._error
-
-    def _abandon(self, descriptor: int, temp: Path) -> None:
-        os.close(descriptor)
-        self._slots.release()
-        fs.unlink(temp)

@@ -150,4 +150,5 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor in main memory, which the view keeps alive."""
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # not view(-1): what is left of a strided tensor of one element keeps the stride, and can't be seen as bytes
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

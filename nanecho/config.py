@@ -1,0 +1,192 @@
+"""Every option of a training run, once: its type, default, limits and help. Imports no torch.
+
+The command line, the TOML file and the manifest all use these names; the structs group them for the code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from castore import errors
+
+Scalar = str | int | float | bool | None
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Model"""
+
+    n_layer: Annotated[int, Meta(ge=1, description="Layers.")] = 4
+    n_head: Annotated[int, Meta(ge=1, description="Attention heads; they divide --n-embd.")] = 4
+    n_embd: Annotated[int, Meta(ge=1, description="Width of the residual stream.")] = 128
+    block_size: Annotated[int, Meta(ge=1, description="Context, in tokens.")] = 128
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="Dropout in training.")] = 0.0
+    connection_ratio: Annotated[
+        float, Meta(ge=0, le=1, description="Share of connections that are active at first; 1 for a dense model.")
+    ] = 0.1
+    connection_growth: Annotated[float, Meta(ge=0, le=1, description="What is added to that share each time.")] = 0.05
+    connection_every: Annotated[int, Meta(ge=1, description="Steps between two growths.")] = 500
+    connection_seed: Annotated[int, Meta(ge=0, description="Decides which connections come first.")] = 0
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Training"""
+
+    max_iters: Annotated[int, Meta(ge=1, description="Steps of the whole run; the schedule spans them.")] = 10_000
+    batch_size: Annotated[int, Meta(ge=1, description="Sequences in one forward pass.")] = 16
+    grad_accum: Annotated[int, Meta(ge=1, description="Forward passes in one step.")] = 1
+    learning_rate: Annotated[float, Meta(gt=0, description="Highest learning rate.")] = 2e-3
+    min_lr: Annotated[float, Meta(ge=0, description="Learning rate at the end.")] = 1e-4
+    warmup_iters: Annotated[int, Meta(ge=0, description="Steps of linear warm-up.")] = 100
+    schedule: Annotated[
+        Literal["wsd", "cosine"], Meta(description="After warm-up: wsd stays, then decays; cosine decays all along.")
+    ] = "wsd"
+    decay_fraction: Annotated[float, Meta(gt=0, le=1, description="wsd: share of the run in which it decays.")] = 0.2
+    weight_decay: Annotated[float, Meta(ge=0, description="Weight decay of matrices.")] = 0.1
+    beta1: Annotated[float, Meta(ge=0, lt=1, description="AdamW's first decay rate.")] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1, description="AdamW's second decay rate.")] = 0.99
+    grad_clip: Annotated[float, Meta(ge=0, description="Largest norm of the gradient; 0 doesn't clip.")] = 1.0
+    seed: Annotated[int, Meta(ge=0, description="Decides the first weights, the batches and dropout.")] = 1337
+
+
+class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Data"""
+
+    data_dir: Annotated[
+        str | None, Meta(description="Folder of text files. Without it: the source of Python's standard library.")
+    ] = None
+    tokenizer: Annotated[
+        Literal["byte", "bpe"], Meta(description="byte, or bpe, learned from the data (needs the extra bpe).")
+    ] = "byte"
+    vocab_size: Annotated[int, Meta(ge=257, le=65536, description="Tokens of the bpe tokenizer.")] = 4096
+    val_fraction: Annotated[float, Meta(gt=0, lt=1, description="Share of the data kept for validation.")] = 0.1
+    eval_samples: Annotated[int, Meta(ge=1, description="Sequences that an evaluation reads, always the same.")] = 128
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Machine"""
+
+    device: Annotated[str, Meta(description="auto, cpu, cuda, cuda:1, mps ...")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], Meta(description="auto computes in bfloat16 where the GPU has it.")
+    ] = "auto"
+    compile: Annotated[bool, Meta(description="Compile the model first: slow to start, faster after.")] = False
+    threads: Annotated[int, Meta(ge=0, description="Threads of torch; 0 takes one for each processor.")] = 0
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Run"""
+
+    run: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description="Name under which checkpoints are saved.")
+    ] = "main"
+    resume: Annotated[str, Meta(description="best, latest, an id, or none for a fresh start.")] = "best"
+    session_iters: Annotated[int, Meta(ge=0, description="Most steps of this session; 0 goes to --max-iters.")] = 500
+    eval_every: Annotated[int, Meta(ge=1, description="Steps between two evaluations.")] = 100
+    save_every: Annotated[int, Meta(ge=1, description="Steps that a killed session loses at most.")] = 100
+    min_improvement: Annotated[
+        float, Meta(ge=0, description="By how much the validation loss must fall to save between --save-every.")
+    ] = 0.01
+    log_every: Annotated[int, Meta(ge=1, description="Steps between two reports of the training loss.")] = 10
+    allow_fresh: Annotated[bool, Meta(description="Start anew when no checkpoint can be resumed.")] = False
+    allow_data_change: Annotated[bool, Meta(description="Resume a checkpoint that was trained on other data.")] = False
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A complete and valid set of options; made by :func:`make`."""
+
+    model: Model = Model()
+    training: Training = Training()
+    data: Data = Data()
+    machine: Machine = Machine()
+    run: Run = Run()
+
+
+GROUPS: dict[str, type[msgspec.Struct]] = {
+    "run": Run,
+    "training": Training,
+    "model": Model,
+    "data": Data,
+    "machine": Machine,
+}
+
+
+class Option(NamedTuple):
+    """One option, for whoever presents them. ``type`` is bare: without limits, with None where it may be absent."""
+
+    name: str
+    group: str
+    type: Any
+    default: Scalar
+    help: str
+
+
+def options() -> Iterator[Option]:
+    """Every option in the order in which to show them."""
+    for struct in GROUPS.values():
+        hints = get_type_hints(struct, include_extras=True)
+        for field in msgspec.structs.fields(struct):
+            bare, meta = get_args(hints[field.name])
+            yield Option(field.name, struct.__doc__ or "", bare, field.default, meta.description)
+
+
+def make(given: Mapping[str, Scalar], source: str = "options") -> Config:
+    """The configuration with ``given`` in place of defaults. UsageError, naming option and limit, for a bad one."""
+    groups: dict[str, dict[str, Scalar]] = {group: {} for group in GROUPS}
+    where = {field: group for group, struct in GROUPS.items() for field in struct.__struct_fields__}
+    for name, value in given.items():
+        if name not in where:
+            near = difflib.get_close_matches(name.replace("-", "_"), where, n=1)
+            hint = f": did you mean {near[0]}?" if near else "; `castore train --help` lists them"
+            raise errors.UsageError(f"{source}: unknown option {name!r}{hint}")
+        groups[where[name]][name] = value
+    try:
+        config = msgspec.convert(groups, Config)
+    except msgspec.ValidationError as error:
+        raise errors.UsageError(f"{source}: {error}".replace("$.", "").replace(" - at ", " for ")) from error
+    _check(config, source)
+    return config
+
+
+def read_toml(text: str, source: str) -> dict[str, Scalar]:
+    """The options in a TOML text: the long names of the command line with ``_`` for ``-``. UsageError."""
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise errors.UsageError(f"{source}: not valid TOML: {error}") from error
+    make(found, source)  # so that an error names the file
+    return found
+
+
+def recorded(config: Config) -> dict[str, Scalar]:
+    """What a manifest keeps: everything that shapes the training, nothing about this machine or session."""
+    groups = (config.model, config.training, config.data)
+    flat = {name: value for group in groups for name, value in msgspec.structs.asdict(group).items()}
+    # a path means nothing elsewhere, and the line has the digest of the data and the size of the vocabulary
+    del flat["data_dir"], flat["vocab_size"]
+    return flat
+
+
+def critical(model: Model, vocab_size: int) -> dict[str, Scalar]:
+    """The parameters that a checkpoint can't be loaded without, for its line."""
+    shape = {name: value for name, value in msgspec.structs.asdict(model).items() if name != "dropout"}
+    return {**shape, "vocab_size": vocab_size}
+
+
+def _check(config: Config, source: str) -> None:
+    if config.model.n_embd % config.model.n_head:
+        raise errors.UsageError(
+            f"{source}: n_embd {config.model.n_embd} can't be divided by n_head {config.model.n_head}"
+        )
+    if config.training.min_lr > config.training.learning_rate:
+        raise errors.UsageError(f"{source}: min_lr is above learning_rate")
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether an option of this type may be None."""
+    return type(None) in get_args(kind) and get_origin(kind) is not Literal

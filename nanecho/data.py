@@ -1,0 +1,241 @@
+"""Text files -> tokens for training and validation, and batches of them.
+
+Everything here is a function of the *content* of the files: their names, their order and where they lie don't matter.
+Validation has files of its own, so a text is either learned or asked about, never both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from castore import errors
+from nanecho import config, seeding
+
+Tokens = npt.NDArray[np.uint16]
+
+_SKIPPED_FOLDERS = {
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+}
+_PROBE = 8192  # a zero byte this early means that a file is not text, as git has it
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Tokenized text. ``digest`` names all of it, ``val_digest`` the validation part; ``files`` counts both."""
+
+    name: str
+    digest: str
+    val_digest: str
+    files: tuple[int, int]
+    bytes: int
+    train: Tokens
+    val: Tokens
+    tokenizer: Tokenizer
+
+
+class Tokenizer(Protocol):
+    """``digest`` is equal for tokenizers that give equal tokens; ``definition`` is enough to make it again."""
+
+    name: str
+    vocab_size: int
+    digest: str
+    definition: str
+
+    def encode(self, texts: Sequence[bytes]) -> Tokens:
+        """The tokens of all texts, each followed by an end-of-text token."""
+        ...
+
+
+def load(options: config.Data, block_size: int) -> Corpus:
+    """Read, split and tokenize. UsageError when there is too little text."""
+    folder = Path(options.data_dir) if options.data_dir else None
+    texts = _unique(_folder_files(folder) if folder else _standard_library())
+    if not texts:
+        raise errors.UsageError(f"{folder}: no text files in there")
+    train, val = split(texts, options.val_fraction)
+    tokenizer = ByteTokenizer() if options.tokenizer == "byte" else train_bpe(list(train.values()), options.vocab_size)
+    corpus = Corpus(
+        name=str(folder) if folder else "the source of Python's standard library",
+        digest=_digest(texts),
+        val_digest=_digest(val),
+        files=(len(train), len(val)),
+        bytes=sum(map(len, texts.values())),
+        train=tokenizer.encode(list(train.values())),
+        val=tokenizer.encode(list(val.values())),
+        tokenizer=tokenizer,
+    )
+    for name, tokens in (("training", corpus.train), ("validation", corpus.val)):
+        if len(tokens) <= block_size:
+            raise errors.UsageError(
+                f"{corpus.name}: {len(tokens)} tokens for {name}, too few for a block of {block_size}: "
+                "give more text or a smaller --block-size"
+            )
+    return corpus
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _folder_files(folder: Path) -> Iterator[bytes]:
+    if not folder.is_dir():
+        raise errors.UsageError(f"{folder} is not a folder: --data-dir takes one with text files in it")
+    for path, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.isfile(os.path.join(path, name)):
+                yield _read(Path(path, name))
+
+
+def _standard_library() -> Iterator[bytes]:
+    """The .py files that every installation of this Python version has alike."""
+    for path, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        for name in sorted(names):
+            if name.endswith(".py") and not name.startswith(("_sysconfigdata", "sitecustomize")):
+                yield _read(Path(path, name))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise errors.UsageError(f"can't read {path}: {error.strerror}") from error
+
+
+def _unique(texts: Iterator[bytes]) -> dict[str, bytes]:
+    """Digest -> content, in order of digest; neither empty nor binary files."""
+    found = {hashlib.sha256(text).hexdigest(): text for text in texts if text and b"\0" not in text[:_PROBE]}
+    return dict(sorted(found.items()))
+
+
+def split(texts: dict[str, bytes], fraction: float) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Training and validation, which gets whole files worth at most ``fraction`` of the bytes, but at least one.
+
+    A single file is cut in two at a line's end.
+    """
+    if len(texts) == 1:
+        ((own, text),) = texts.items()
+        cut = text.rfind(b"\n", 0, max(1, int(len(text) * (1 - fraction)))) + 1 or int(len(text) * (1 - fraction))
+        return {f"{own}:train": text[:cut]}, {f"{own}:val": text[cut:]}
+    room = fraction * sum(map(len, texts.values()))
+    val = {}
+    for own, text in texts.items():
+        if len(text) <= room:
+            val[own] = text
+            room -= len(text)
+    if not val:
+        smallest = min(texts, key=lambda own: (len(texts[own]), own))
+        val[smallest] = texts[smallest]
+    return {own: text for own, text in texts.items() if own not in val}, val
+
+
+def _digest(texts: dict[str, bytes]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------------
+
+_END = "<|endoftext|>"
+
+
+class ByteTokenizer:
+    """A token for each byte, and one for the end of a text: works on anything, needs no training."""
+
+    name = "byte"
+    vocab_size = 257
+    definition = "byte"
+    digest = hashlib.sha256(b"byte").hexdigest()
+
+    def encode(self, texts: Sequence[bytes]) -> Tokens:
+        tokens = np.full(sum(map(len, texts)) + len(texts), 256, dtype=np.uint16)
+        at = 0
+        for text in texts:
+            tokens[at : at + len(text)] = np.frombuffer(text, dtype=np.uint8)
+            at += len(text) + 1
+        return tokens
+
+
+class BPETokenizer:
+    """Byte-level BPE by the tokenizers library."""
+
+    name = "bpe"
+
+    def __init__(self, definition: str) -> None:
+        from tokenizers import Tokenizer as Library
+
+        self.definition = definition
+        self.digest = hashlib.sha256(definition.encode()).hexdigest()
+        self._library = Library.from_str(definition)
+        self.vocab_size: int = self._library.get_vocab_size()
+
+    def encode(self, texts: Sequence[bytes]) -> Tokens:
+        end = self._library.token_to_id(_END)
+        parts = []
+        for encoding in self._library.encode_batch_fast(_decoded(texts)):
+            parts += [np.array(encoding.ids, dtype=np.uint16), np.array([end], dtype=np.uint16)]
+        return np.concatenate(parts)
+
+
+def train_bpe(texts: Sequence[bytes], vocab_size: int) -> BPETokenizer:
+    """A tokenizer learned from ``texts``; the same texts give the same one. UsageError without the library."""
+    try:
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise errors.UsageError("--tokenizer bpe needs the tokenizers library: pip install 'castore[bpe]'") from None
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(_decoded(texts), trainer)
+    return BPETokenizer(library.to_str())
+
+
+def _decoded(texts: Sequence[bytes]) -> list[str]:
+    return [text.decode(errors="replace") for text in texts]
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch(tokens: Tokens, block_size: int, seed: int, step: int, rows: range) -> npt.NDArray[np.int64]:
+    """Sequences ``rows`` of step ``step``: (len(rows), block_size + 1), of which the last column is only predicted.
+
+    A pure function of its arguments: there is no position in the data that could be lost.
+    """
+    drawn = seeding.uniform(seeding.key("batch", seed, step), rows.start, rows.stop)
+    starts = drawn % np.uint64(len(tokens) - block_size)
+    return _windows(tokens, starts.astype(np.int64), block_size)
+
+
+def evaluation_windows(tokens: Tokens, block_size: int, samples: int) -> npt.NDArray[np.int64]:
+    """At most ``samples`` sequences, evenly spaced over ``tokens``: (samples, block_size + 1)."""
+    last = len(tokens) - block_size - 1
+    starts = np.unique(np.linspace(0, last, samples).astype(np.int64))
+    return _windows(tokens, starts, block_size)
+
+
+def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> npt.NDArray[np.int64]:
+    windows: Tokens = tokens[starts[:, None] + np.arange(block_size + 1)]
+    return windows.astype(np.int64)

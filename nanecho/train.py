@@ -1,0 +1,464 @@
+"""The training loop, and what it resumes from and saves. It reports events; whoever runs it shows them."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import castore
+from castore import errors
+from nanecho import config as configs
+from nanecho import data, seeding
+from nanecho.config import Config
+from nanecho.events import Began, Evaluated, Event, Finished, Grew, Prepared, Saved, Skipped, Stepped, Summary
+from nanecho.model import GPT, Connections
+
+_RECORDED_REJECTIONS = 20  # a manifest stays small however many checkpoints there are
+
+
+class Diverged(errors.CastoreError):
+    """The loss is no longer a number. Nothing was saved since it was."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self.step = step
+        super().__init__(
+            f"{what} is not finite after step {step}: nothing of this step was saved; "
+            "resume with a lower --learning-rate or with --grad-clip"
+        )
+
+
+# -- the session -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """What a session is made of, and everything that changes in it. ``best_loss`` is the lowest that was saved."""
+
+    config: Config
+    corpus: data.Corpus
+    device: torch.device
+    model: GPT
+    optimizer: torch.optim.AdamW
+    connections: Connections
+    started: str
+    environment: dict[str, Any]
+    began: Began = field(init=False)
+    step: int = 0
+    best_loss: float | None = None
+    final_loss: float | None = None
+    parent: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    checkpoints: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training alone, without evaluating and saving."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(
+    repo: castore.Repo,
+    config: Config,
+    *,
+    started: str,
+    stop: Callable[[], str] = lambda: "",
+    tags: Sequence[str] = (),
+    note: str = "",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Event]:
+    """One session: resume, train, evaluate, save. Ends with Finished.
+
+    ``stop`` is asked after every step; the name of a signal makes the session save and end. ``started`` is a UTC
+    time, for the record. NothingToDo when the checkpoint is at ``max_iters`` already; NothingMatches or
+    NothingAvailable when there are checkpoints, but none to resume from; Diverged.
+    """
+    device = _prepare_torch(config)
+    corpus = data.load(config.data, config.model.block_size)
+    windows = data.evaluation_windows(corpus.val, config.model.block_size, config.data.eval_samples)
+    line = make_line(config, corpus, len(windows))
+    session = fresh_session(repo, config, corpus, device, started)
+    yield Prepared(corpus, sum(weight.numel() for weight in session.model.parameters()), str(device))
+
+    began = session.began = _begin(repo, line, session)
+    yield began
+    if began.last <= session.step:
+        raise errors.NothingToDo(
+            f"nothing to train: checkpoint {(session.parent or '')[:12]} is at step {session.step} and --max-iters is "
+            f"{config.training.max_iters}: give a higher --max-iters, or --resume none to start anew"
+        )
+    forward = torch.compile(session.model) if config.machine.compile else session.model
+    stopping = stop()
+    while session.step < began.last and not stopping:
+        begun = clock()
+        if session.connections.advance(session.step):
+            yield Grew(session.step, session.connections.density)
+        loss = train_step(session, forward)
+        session.seconds += clock() - begun
+        stopping = stop()
+        if session.step % config.run.log_every == 0:
+            yield Stepped(session.step, loss, session.optimizer.param_groups[0]["lr"], session.tokens_per_second)
+
+        reasons = _reasons_to_save(config, session.step, began.last, stopping)
+        if not reasons and session.step % config.run.eval_every:
+            continue
+        val_loss, val_accuracy = evaluate(session, forward, windows)
+        yield Evaluated(session.step, val_loss, val_accuracy)
+        if session.best_loss is None:
+            reasons.insert(0, "first")
+        elif val_loss < session.best_loss - config.run.min_improvement:
+            reasons.insert(0, f"better than {session.best_loss:.4f}")
+        if not reasons:
+            reason = f"{val_loss:.4f} is not {config.run.min_improvement:g} below {session.best_loss:.4f}"
+            session.skipped.append(f"step {session.step}: {reason}")
+            yield Skipped(session.step, reason)
+            continue
+        session.best_loss = val_loss if session.best_loss is None else min(val_loss, session.best_loss)
+        saved = repo.save(
+            _state(session),
+            run=config.run.run,
+            step=session.step,
+            metrics={"val_loss": val_loss, "val_accuracy": val_accuracy, "train_loss": loss},
+            line=line,
+            parent=session.parent,
+            tags=tags,
+            note=note,
+            config=configs.recorded(config),
+            info=_info(session, reasons),
+        )
+        session.parent = saved.id
+        session.checkpoints.append(saved.id)
+        yield Saved(session.step, saved, tuple(reasons))
+    stopped = stopping or ("max-iters" if session.step == config.training.max_iters else "session-iters")
+    yield Finished(_summary(session, stopped))
+
+
+def _reasons_to_save(config: Config, step: int, last: int, stopping: str) -> list[str]:
+    reasons = []
+    if step % config.run.save_every == 0:
+        reasons.append(f"every {config.run.save_every}")
+    if stopping:
+        reasons.append(stopping)
+    elif step == last:
+        reasons.append("end")
+    return reasons
+
+
+def train_step(session: Session, forward: Callable[[Tensor], Tensor]) -> float:
+    """Make one step; returns the training loss before it. Diverged, with the weights as they were."""
+    options = session.config.training
+    # dropout as a function of the step, so that no state of a generator has to be saved
+    torch.manual_seed(seeding.key("dropout", options.seed, session.step) >> 1)
+    session.model.train()
+    total = 0.0
+    for i in range(options.grad_accum):
+        rows = range(i * options.batch_size, (i + 1) * options.batch_size)
+        drawn = data.batch(session.corpus.train, session.config.model.block_size, options.seed, session.step, rows)
+        tokens = _to_device(drawn, session.device)
+        with _autocast(session):
+            loss = _loss(forward(tokens[:, :-1]), tokens[:, 1:]) / options.grad_accum
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+        session.tokens += tokens[:, 1:].numel()
+    if not math.isfinite(total):
+        raise Diverged("the training loss", session.step + 1)
+    session.connections.mask_gradients()
+    if options.grad_clip:
+        torch.nn.utils.clip_grad_norm_(session.model.parameters(), options.grad_clip)
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate(options, session.step)
+    session.optimizer.step()
+    session.optimizer.zero_grad(set_to_none=True)
+    session.step += 1
+    return total
+
+
+def learning_rate(options: configs.Training, step: int) -> float:
+    """The rate for the step that follows ``step`` completed ones, of the whole run and not of the session.
+
+    Linear warm-up; then ``cosine`` (Loshchilov and Hutter 2017) falls to ``min_lr`` at ``max_iters``, and ``wsd``
+    (warm-up, stable, decay: Hu et al. 2024) stays and falls linearly in the last ``decay_fraction`` of the run.
+    """
+    if step < options.warmup_iters:
+        return options.learning_rate * (step + 1) / options.warmup_iters
+    if options.schedule == "cosine":
+        done = (step - options.warmup_iters) / max(1, options.max_iters - options.warmup_iters)
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    else:
+        left = min(1.0, (options.max_iters - step) / (options.decay_fraction * options.max_iters))
+    return options.min_lr + max(0.0, left) * (options.learning_rate - options.min_lr)
+
+
+def evaluate(
+    session: Session, forward: Callable[[Tensor], Tensor], windows: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    """Mean loss a token, in nats, and the share of tokens predicted right, over always the same windows. Diverged."""
+    session.model.eval()
+    loss = right = 0.0
+    rows = session.config.training.batch_size
+    with torch.inference_mode():
+        for start in range(0, len(windows), rows):
+            tokens = _to_device(windows[start : start + rows], session.device)
+            with _autocast(session):
+                logits = forward(tokens[:, :-1])
+            loss += _loss(logits, tokens[:, 1:], "sum").item()
+            right += (logits.argmax(-1) == tokens[:, 1:]).sum().item()
+    count = len(windows) * session.config.model.block_size
+    if not math.isfinite(loss):
+        raise Diverged("the validation loss", session.step)
+    session.final_loss = loss / count
+    return session.final_loss, right / count
+
+
+def _loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+
+
+# -- beginning -------------------------------------------------------------------------------------------------------
+
+
+def make_line(config: Config, corpus: data.Corpus, samples: int) -> castore.Line:
+    """What the checkpoints of this configuration and data are comparable by."""
+    return castore.Line(
+        model=configs.critical(config.model, corpus.tokenizer.vocab_size),
+        tokenizer=corpus.tokenizer.digest,
+        data=corpus.digest,
+        evaluation={"data": corpus.val_digest, "samples": samples, "tokens": config.model.block_size},
+        metrics={"val_accuracy": castore.Metric(direction="max", low=0.0, high=1.0)},
+    )
+
+
+def fresh_session(
+    repo: castore.Repo, config: Config, corpus: data.Corpus, device: torch.device, started: str
+) -> Session:
+    """A session before its first step, with first weights and nothing resumed."""
+    model = GPT(config.model, corpus.tokenizer.vocab_size)
+    model.initialise(config.training.seed)
+    model.to(device)
+    connections = Connections(model, config.model)
+    connections.advance(0)
+    connections.zero_inactive()
+    return Session(
+        config=config,
+        corpus=corpus,
+        device=device,
+        model=model,
+        optimizer=_optimizer(config.training, model, device),
+        connections=connections,
+        started=started,
+        environment=_environment(repo, device),
+    )
+
+
+def _optimizer(options: configs.Training, model: GPT, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019); matrices decay, norms don't."""
+    weights = list(model.parameters())
+    groups = [
+        {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=fused)
+
+
+def _begin(repo: castore.Repo, line: castore.Line, session: Session) -> Began:
+    """Put the session where it is to begin."""
+    config = session.config
+    choice = _choose(repo, config, line)
+    match = choice.match
+    val_loss = later = None
+    if match:
+        manifest = repo.find(match.id).manifest
+        state = repo.load(match.id, parts=["model"] if choice.weights_only else None)
+        session.model.load_state_dict(state["model"])
+        val_loss = session.best_loss = manifest.metrics.get("val_loss")
+        if not choice.weights_only:
+            session.optimizer.load_state_dict(state["optimizer"])
+            session.best_loss = state["trainer"]["best_loss"]
+        session.step, session.parent = match.step, match.id
+        session.connections.advance(max(0, match.step - 1))
+        steps = [entry.manifest.step for entry in repo.catalog.listing().entries if entry.manifest.line == line]
+        later = max(steps, default=0) if max(steps, default=0) > match.step else None
+    last = config.training.max_iters
+    if config.run.session_iters:
+        last = min(last, session.step + config.run.session_iters)
+    return Began(
+        step=session.step,
+        last=last,
+        resolution=choice.resolution,
+        match=match,
+        val_loss=val_loss,
+        fresh=choice.fresh,
+        weights_only=choice.weights_only,
+        later_step=later,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What to begin with: a match, or the reason for a fresh start."""
+
+    resolution: castore.Resolution | None = None
+    match: castore.Match | None = None
+    weights_only: bool = False
+    fresh: str = ""
+
+
+def _choose(repo: castore.Repo, config: Config, line: castore.Line) -> _Choice:
+    """NothingMatches or NothingAvailable when there are checkpoints, none fits, and starting anew isn't allowed."""
+    if config.run.resume == "none":
+        return _Choice(fresh="as --resume none asks for")
+
+    def resolve(parts: list[str] | None) -> castore.Resolution:
+        return repo.resolve(
+            config.run.resume,
+            line,
+            config=configs.recorded(config),
+            parts=parts,
+            allow_data_change=config.run.allow_data_change or None,
+        )
+
+    resolution = resolve(None)
+    if resolution.match:
+        return _Choice(resolution=resolution, match=resolution.match)
+    if resolution.unavailable and (weights := resolve(["model"])).match:
+        return _Choice(resolution=resolution, match=weights.match, weights_only=True)
+    if not resolution.rejected:
+        return _Choice(resolution=resolution, fresh="there is no checkpoint yet")
+    if config.run.allow_fresh or repo.config.resume.on_missing == "fresh":
+        why = "--allow-fresh" if config.run.allow_fresh else 'on_missing = "fresh" in config.toml'
+        return _Choice(resolution=resolution, fresh=f"no checkpoint can be resumed, and {why} allows that")
+    try:
+        return _Choice(resolution=resolution, match=resolution.require())
+    except (errors.NothingMatches, errors.NothingAvailable) as error:
+        raise type(error)(f"{error}\n  to start anew instead: --allow-fresh, or --resume none") from None
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+def _state(session: Session) -> dict[str, Any]:
+    return {
+        "model": session.model.state_dict(),
+        "optimizer": session.optimizer.state_dict(),
+        "trainer": {
+            "step": session.step,
+            "best_loss": session.best_loss,
+            "connections": {"ratio": session.connections.ratio, "density": session.connections.density},
+            "tokenizer": session.corpus.tokenizer.definition,
+        },
+    }
+
+
+def _info(session: Session, reasons: Sequence[str]) -> dict[str, Any]:
+    began = session.began
+    return {
+        "saved_because": list(reasons),
+        "connection_density": session.connections.density,
+        "tokens_per_second": round(session.tokens_per_second, 1),
+        "session": {
+            "started": session.started,
+            "start_step": began.step,
+            "resumed_from": began.match.id if began.match else None,
+            "fresh": began.fresh,
+            "weights_only": began.weights_only,
+            "resolution": _resolution(began),
+        },
+        "environment": session.environment,
+    }
+
+
+def _resolution(began: Began) -> dict[str, Any] | None:
+    if began.resolution is None:
+        return None
+    rejected = began.resolution.rejected
+    return {
+        "want": began.resolution.want,
+        "match": began.match.id if began.match else None,
+        "differences": list(began.match.differences) if began.match else [],
+        "rejected": [{"id": one.id, "reasons": list(one.reasons)} for one in rejected[:_RECORDED_REJECTIONS]],
+        "rejected_count": len(rejected),
+    }
+
+
+def _environment(repo: castore.Repo, device: torch.device) -> dict[str, Any]:
+    return {
+        "castore": castore.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "git_commit": repo.git_commit(),
+    }
+
+
+def _summary(session: Session, stopped: str) -> Summary:
+    began = session.began
+    return Summary(
+        run=session.config.run.run,
+        started=session.started,
+        stopped=stopped,
+        start_step=began.step,
+        final_step=session.step,
+        steps=session.step - began.step,
+        resumed_from=began.match.id if began.match else None,
+        fresh=began.fresh,
+        weights_only=began.weights_only,
+        resolution=_resolution(began),
+        start_loss=began.val_loss,
+        final_loss=session.final_loss,
+        best_loss=session.best_loss,
+        checkpoints=session.checkpoints,
+        skipped=session.skipped,
+        tokens=session.tokens,
+        seconds=round(session.seconds, 3),
+        tokens_per_second=round(session.tokens_per_second, 1),
+        connection_density=session.connections.density,
+        environment=session.environment,
+    )
+
+
+# -- torch -----------------------------------------------------------------------------------------------------------
+
+
+def _prepare_torch(config: Config) -> torch.device:
+    wanted = config.machine.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise errors.UsageError(f"--device {wanted}: {str(error).splitlines()[0]}") from error
+    torch.set_num_threads(config.machine.threads or castore.processors())
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def _autocast(session: Session) -> AbstractContextManager[Any]:
+    wanted, device = session.config.machine.dtype, session.device
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bfloat16" or (wanted == "auto" and native):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _to_device(tokens: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    found = torch.from_numpy(tokens)
+    if device.type == "cuda":
+        return found.pin_memory().to(device, non_blocking=True)
+    return found.to(device)
