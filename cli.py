@@ -9,25 +9,30 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import msgspec
 import typer
 
 import castore
-from castore import catalog, errors, manifest, resolve
+from castore import config as settings
+from castore import errors, git, manifest, resolve, words
 from castore.quality import Entry
 from nanecho import config as configs
 
 if TYPE_CHECKING:
+    from castore import checkout as checkouts
+    from castore import diff, files, gc, retention, stats, verify
     from nanecho import events
 
 EXIT_CODES: tuple[tuple[type[castore.CastoreError], int], ...] = (
@@ -50,21 +55,43 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+WantedId = Annotated[
+    str, typer.Argument(metavar="ID", help="First digits of an id, or best, latest, run:best or run:latest.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+_Kind = Literal["checkpoint", "dataset", "files", "all"]
 
 
 def main() -> None:
     """Entry point of the installed program."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that can't show a character still shows the rest
     try:
         app()
     except castore.CastoreError as error:
-        fail(error)
+        fail(str(error), next((code for group, code in EXIT_CODES if isinstance(error, group)), 1))
+    except MemoryError:
+        fail("out of memory: a smaller model, --batch-size or --block-size takes less", 1)
+    except OSError as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def fail(error: castore.CastoreError) -> NoReturn:
-    """Say what is wrong and leave with the code of the error's group."""
-    print(f"castore: {error}", file=sys.stderr)
-    sys.exit(next((code for group, code in EXIT_CODES if isinstance(error, group)), 1))
+def fail(reason: str, code: int) -> NoReturn:
+    """Say what is wrong and leave with the exit code."""
+    say(*f"castore: {reason}".split("\n"), out=sys.stderr)
+    sys.exit(code)
+
+
+def say(*lines: str, out: TextIO | None = None) -> None:
+    """Print lines for people. Whatever they quote, none of it reaches the terminal as anything but text."""
+    if lines:
+        print(*map(words.printable, lines), sep="\n", file=out, flush=True)
 
 
 def _version(wanted: bool) -> None:
@@ -102,14 +129,15 @@ def init(
     if as_json:
         _print_json({"root": str(repo.root)})
     else:
-        print(f"{repo.root} is ready: commit it. It holds settings and, later, manifests; git ignores the data.")
+        say(f"{repo.root} is ready: commit it. It holds settings and, later, manifests; git ignores the data.")
 
 
 # -- train -----------------------------------------------------------------------------------------------------------
 
 
 def train(
-    settings: Annotated[
+    ctx: typer.Context,
+    file: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="TOML file with these options, such as n_layer = 4."),
     ] = None,
@@ -121,11 +149,13 @@ def train(
     **options: configs.Scalar,
 ) -> None:
     """Train nanecho for a session: resume from the best checkpoint, learn, save."""
-    given = {name: value for name, value in options.items() if value is not None}
-    from_file = configs.read_toml(_text(settings), str(settings)) if settings else {}
-    config = configs.make({**from_file, **given})
+    given = {name: value for name, value in options.items() if _is_given(ctx, name)}
+    config = configs.make({**(configs.read_toml(_text(file), str(file)) if file else {}), **given})
+    for text in (note, *(tag or ())):
+        if not text.isprintable():
+            raise errors.UsageError(f"tags and notes are one line of text, unlike {words.printable(text)}")
     out = sys.stderr if as_json else sys.stdout
-    repo = _open_or_init(lambda text: print(text, file=out, flush=True))
+    repo = _open_or_init(out)
     now = datetime.now(UTC)
     with _stop_signals() as received:
         from nanecho.train import train as run_session  # torch takes seconds: after what can go wrong without it
@@ -133,12 +163,17 @@ def train(
         session = run_session(
             repo, config, started=manifest.timestamp(now), stop=lambda: received.name, tags=tag or (), note=note
         )
-        summary = _follow(session, out)
-    path = repo.add_session(config.run.run, now, msgspec.to_builtins(summary))
-    if as_json:
-        _print_json({**msgspec.to_builtins(summary), "path": str(path)})
-    if received.name:
+        for summary in _follow(session, out, received):
+            path = repo.add_session(config.run.run, now, msgspec.to_builtins(summary))
+            if as_json:
+                _print_json({**msgspec.to_builtins(summary), "path": str(path)})
+    if received.number:
         sys.exit(128 + received.number)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -149,14 +184,10 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in configs.options():
         flag = "--" + option.name.replace("_", "-")
         names = f"{flag}/--no-{flag[2:]}" if option.type is bool else flag
-        shown = False if option.default is None else str(option.default).lower()
-        info = typer.Option(names, help=option.help, rich_help_panel=option.group, show_default=shown)
-        kind = option.type if configs.is_optional(option.type) else option.type | None
-        added.append(
-            inspect.Parameter(
-                option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info]
-            )
-        )
+        info = typer.Option(names, help=option.help, rich_help_panel=option.group)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        kind: Any = option.type
+        added.append(inspect.Parameter(option.name, keyword, default=option.default, annotation=Annotated[kind, info]))
     command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in [*own, *added]} | {"return": None}
     return command
@@ -177,17 +208,17 @@ class _Received:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Received]:
-    """Turn the first SIGTERM or SIGINT into a request, honoured after the step; a second one ends it."""
+    """Turn the first signal to end into a request, honoured after the step; a second one ends at once."""
     received = _Received()
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         if received.number:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         received.number = number
-        # not print(): the signal may have come in the middle of one
+        # not say(): the signal may have come in the middle of one
         os.write(2, f"castore: {received.name}: finishing the step and saving; once more ends at once\n".encode())
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield received
     finally:
@@ -195,42 +226,47 @@ def _stop_signals() -> Iterator[_Received]:
             signal.signal(number, handler)
 
 
-def _open_or_init(say: Callable[[str], None]) -> castore.Repo:
+def _open_or_init(out: TextIO) -> castore.Repo:
     try:
-        return castore.Repo.open()
+        repo = castore.Repo.open()
     except errors.RepoNotFound:
-        repo = castore.Repo.init(catalog.git_root(Path.cwd()) or Path.cwd())
-        say(f"made {repo.root}: commit it now and then, git ignores the data")
-        return repo
+        repo = castore.Repo.init(git.root(Path.cwd()) or Path.cwd())
+        say(f"made    {repo.root}: commit it now and then, git ignores the data", out=out)
+    else:
+        say(f"store   {repo.root}", out=out)
+    return repo
 
 
-def _follow(session: Iterator[events.Event], out: Any) -> events.Summary:
-    """Show a session's events until its summary: with a progress bar on a terminal, as plain lines elsewhere."""
-    from nanecho import events
+def _follow(session: Iterator[events.Event], out: TextIO, received: _Received) -> Iterator[events.Summary]:
+    """Show a session's events and yield its summary: with a progress bar on a terminal, as plain lines elsewhere."""
+    from nanecho import events, report
 
     bar = _Bar(out) if out.isatty() else None
     try:
         for event in session:
-            match event:
-                case events.Finished(summary):
-                    break
-                case events.Stepped() if bar:
-                    bar.advance(event)
-                    continue
-                case events.Began() if bar:
-                    bar.start(event.step, event.last)
-            for text in describe(event):
-                bar.print(text) if bar else print(text, file=out, flush=True)
+            if isinstance(event, events.Finished | events.Failed):
+                yield event.summary
+                lines = report.describe_summary(event.summary) if isinstance(event, events.Finished) else []
+            else:
+                lines = report.describe(event)
+            try:
+                if bar:
+                    bar.show(event, lines)
+                else:
+                    say(*lines, out=out)
+            except BrokenPipeError:
+                # nobody reads on (`castore train | head`): save what was trained and end
+                received.number = signal.SIGPIPE
+                bar, out = None, open(os.devnull, "w")  # noqa: SIM115
     finally:
         if bar:
             bar.stop()
-    for text in _describe_summary(summary):
-        print(text, file=out, flush=True)
-    return summary
 
 
 class _Bar:
-    def __init__(self, out: Any) -> None:
+    """A progress bar below the lines that a session prints."""
+
+    def __init__(self, out: TextIO) -> None:
         from rich import console, progress
 
         self._progress = progress.Progress(
@@ -242,77 +278,23 @@ class _Bar:
         )
         self._task = progress.TaskID(0)
 
-    def start(self, step: int, last: int) -> None:
-        if last > step:
+    def show(self, event: events.Event, lines: Sequence[str]) -> None:
+        from nanecho import events
+
+        if isinstance(event, events.Stepped):
+            text = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s"
+            self._progress.update(self._task, completed=event.step, text=text)
+            return
+        if isinstance(event, events.Finished):
+            self.stop()
+        for line in lines:
+            self._progress.console.print(words.printable(line), markup=False, emoji=False, soft_wrap=True)
+        if isinstance(event, events.Began) and event.last > event.step:
             self._progress.start()
-            self._task = self._progress.add_task("", total=last, completed=step, text="")
-
-    def advance(self, event: events.Stepped) -> None:
-        text = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s"
-        self._progress.update(self._task, completed=event.step, text=text)
-
-    def print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, soft_wrap=True)
+            self._task = self._progress.add_task("", total=event.last, completed=event.step, text="")
 
     def stop(self) -> None:
         self._progress.stop()
-
-
-def describe(event: events.Event) -> list[str]:
-    """An event in words, as lines."""
-    from nanecho import events
-
-    match event:
-        case events.Prepared(corpus, parameters, device):
-            return [
-                f"data    {corpus.name}: {_size(corpus.bytes)} in {sum(corpus.files)} files, "
-                f"{corpus.files[1]} of them for validation; {corpus.tokenizer.name} tokenizer",
-                f"model   {parameters:,} parameters on {device}",
-            ]
-        case events.Began():
-            return _describe_begin(event)
-        case events.Grew(step, density):
-            return [f"grow    {density:.1%} of the connections are active after step {step:,}"]
-        case events.Stepped(step, loss, rate, speed):
-            return [f"step    {step:,}  loss {loss:.4f}  learning rate {rate:.2e}  {speed:,.0f} tokens/s"]
-        case events.Evaluated(step, loss, accuracy):
-            return [f"eval    {step:,}  validation loss {loss:.4f}  {accuracy:.1%} of tokens right"]
-        case events.Saved(_, saved, reasons):
-            return [f"saved   {saved.id[:12]}  {_size(saved.new_bytes)} new  ({', '.join(reasons)})"]
-        case events.Skipped(step, reason):
-            return [f"skipped a checkpoint at step {step:,}: {reason}"]
-    return []
-
-
-def _describe_begin(event: events.Began) -> list[str]:
-    rejected = event.resolution.rejected if event.resolution else ()
-    lines = [f"passed  {_describe_rejected(one)}" for one in rejected[:10]]
-    if len(rejected) > 10:
-        lines.append(f"passed  and {len(rejected) - 10} more: `castore resolve` lists them")
-    if not event.match:
-        return [*lines, f"fresh   starting at step 0: {event.fresh}"]
-    loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
-    want = event.resolution.want if event.resolution else ""
-    lines.append(f"resume  {event.match.id[:12]}, step {event.step:,} of run {event.match.run}{loss} ({want[:12]})")
-    lines += [f"differs {text}" for text in event.match.differences]
-    if event.weights_only:
-        lines.append("WARNING only the weights can be had: the optimizer starts anew, so the loss may jump")
-    if event.later_step:
-        lines.append(
-            f"note    step {event.later_step:,} was reached, with a worse result: --resume latest goes on there"
-        )
-    return lines
-
-
-def _describe_summary(summary: events.Summary) -> list[str]:
-    was = "" if summary.start_loss is None else f"{summary.start_loss:.4f} -> "
-    loss = "" if summary.final_loss is None else f"; validation loss {was}{summary.final_loss:.4f}"
-    steps = f"step {summary.start_step:,} -> {summary.final_step:,} in {summary.seconds:.0f} s"
-    speed = f"{summary.tokens_per_second:,.0f} tokens/s"
-    lines = [f"done    {steps}{loss}; {speed}; {summary.connection_density:.1%} connected; {summary.stopped}"]
-    if summary.stopped == "session-iters":
-        lines.append("        run the same command again to go on from the best checkpoint")
-    return lines
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------
@@ -322,18 +304,32 @@ def _describe_summary(summary: events.Summary) -> list[str]:
 def log(
     run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option("-n", "--limit", min=1, help="At most so many.")] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Draw which was resumed from which.")] = False,
+    kind: Annotated[_Kind, typer.Option(help="Prepared data and added files are listed on request.")] = "checkpoint",
     as_json: Json = False,
 ) -> None:
-    """List the checkpoints, newest first."""
+    """List the checkpoints, newest first; with --graph the children above what they were resumed from."""
     repo = castore.Repo.open()
     listing = repo.catalog.listing()
     for broken in listing.broken:
-        print(f"castore: {broken.path}: {broken.reason}", file=sys.stderr)
-    entries = [entry for entry in listing.entries if run in (None, entry.manifest.run)][:limit]
+        say(f"castore: {broken.path}: {broken.reason}", out=sys.stderr)
+    entries = [
+        entry
+        for entry in listing.entries
+        if run in (None, entry.manifest.run) and kind in ("all", entry.manifest.kind)
+    ][:limit]
     if as_json:
         _print_json([_entry_json(repo, entry) for entry in entries])
+    elif not entries and kind != "checkpoint":
+        say(f"no manifest of kind {kind}{f' of run {run}' if run else ''} yet")
     elif not entries:
-        print(f"no checkpoint of run {run}" if run else "no checkpoint yet: `castore train` makes the first one")
+        say(f"no checkpoint of run {run}" if run else "no checkpoint yet: `castore train` makes the first one")
+    elif graph:
+        from castore import lineage
+
+        known = {entry.id for entry in entries}
+        for lines, entry in lineage.draw(entries):
+            say(f"{lines} {_graph_text(repo, entry, known)}" if entry else lines)
     else:
         now = datetime.now(UTC)
         heads = ("id", "run", "step", "score", "val loss", "data", "size", "age", "tags")
@@ -348,19 +344,29 @@ def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]
         entry.id[:12],
         found.run,
         f"{found.step:,}",
-        "-" if score is None else f"{score:.4f}",
-        "-" if loss is None else f"{loss:.4f}",
+        words.number(score),
+        words.number(loss),
         resolve.availability(repo.part_states(entry)),
-        _size(sum(part.stored_bytes for part in found.parts.values())),
-        _age(now - datetime.fromisoformat(found.created)),
+        words.size(sum(part.stored_bytes for part in found.parts.values())),
+        words.age(now - datetime.fromisoformat(found.created)),
         " ".join(found.tags),
     )
+
+
+def _graph_text(repo: castore.Repo, entry: Entry, known: Container[str]) -> str:
+    found = entry.manifest
+    parent = "" if found.parent is None or found.parent in known else f"from {found.parent[:12]}, which isn't listed"
+    loss = f"val loss {words.number(found.metrics['val_loss'])}" if "val_loss" in found.metrics else ""
+    state = resolve.availability(repo.part_states(entry))
+    told = (f"{found.run}, step {found.step:,}", loss, state, " ".join(found.tags), parent)
+    return "  ".join((entry.id[:12], *filter(None, told)))
 
 
 def _entry_json(repo: castore.Repo, entry: Entry) -> dict[str, Any]:
     states = repo.part_states(entry)
     return {
         "id": entry.id,
+        "kind": entry.manifest.kind,
         "run": entry.manifest.run,
         "step": entry.manifest.step,
         "created": entry.manifest.created,
@@ -379,7 +385,7 @@ def _entry_json(repo: castore.Repo, entry: Entry) -> dict[str, Any]:
 
 @app.command(epilog="Example: castore show 3f2a91")
 def show(
-    wanted: Annotated[str, typer.Argument(metavar="ID", help="An id, or enough of its first digits.")],
+    wanted: WantedId,
     as_json: Json = False,
 ) -> None:
     """Show all that a checkpoint's manifest says, and where its data is."""
@@ -392,20 +398,20 @@ def show(
         return
     states = repo.part_states(entry)
     score = castore.score(found)
-    print(f"checkpoint {entry.id}")
-    print(f"run        {found.run}, step {found.step:,}, {found.created}")
-    print(f"parent     {found.parent or 'none'}")
-    print(f"score      {'none' if score is None else f'{score:.6f}'}")
+    say(f"checkpoint {entry.id}")
+    say(f"run        {found.run}, step {found.step:,}, {found.created}")
+    say(f"parent     {found.parent or 'none'}")
+    say(f"score      {'none' if score is None else f'{score:.6f}'}")
     for name, value in found.metrics.items():
-        print(f"           {name} {value:.6g}")
+        say(f"           {name} {value:.6g}")
     if found.tags or found.note:
-        print(f"tags       {' '.join(found.tags)}  {found.note}")
+        say(f"tags       {' '.join(found.tags)}  {found.note}")
     for name, part in found.parts.items():
         state = states[name]
         where = state.where if state.where != "missing" else f"missing: {state.reason}"
-        print(f"part       {name}: {_size(part.bytes)}, {_size(part.stored_bytes)} stored, {where}")
+        say(f"part       {name}: {words.size(part.bytes)}, {words.size(part.stored_bytes)} stored, {where}")
     for name, section in rest.items():
-        print(f"{name}\n{_indented(section)}")
+        say(name, *_outline(section))
 
 
 @app.command("resolve", epilog="Example: castore resolve best --json")
@@ -420,62 +426,575 @@ def resolve_command(
 
     Compared with what the newest checkpoint was trained on. `castore train` compares with its own options and data.
     """
-    found = castore.Repo.open().resolve(want, parts=parts or None)
+    from nanecho import report
+
+    found = castore.Repo.open().resolve(want, parts=parts or None, weights_only=not parts)
     if as_json:
         _print_json(dataclasses.asdict(found))
+    for damaged in found.damaged:
+        say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
     for one in () if as_json else found.rejected:
-        print(f"passed  {_describe_rejected(one)}")
+        say(f"no      {report.describe_rejected(one)}")
     match = found.require()
     if not as_json:
         score = "no score" if match.score is None else f"score {match.score:.4f}"
-        print(f"match   {match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}")
+        say(f"match   {match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}")
         for text in match.differences:
-            print(f"differs {text}")
+            say(f"differs {text}")
+
+
+# -- keeping the store small ------------------------------------------------------------------------------------------
+
+
+@app.command("gc", epilog="Example: castore gc --keep 10 --dry-run")
+def gc_command(
+    keep: Annotated[int | None, typer.Option(min=0, help="Of each line, the best so many.", show_default=False)] = None,
+    keep_latest: Annotated[
+        int | None, typer.Option(min=0, help="The newest so many beside them.", show_default=False)
+    ] = None,
+    keep_optimizer: Annotated[
+        int | None, typer.Option(min=0, help="The newest so many with all that resuming needs.", show_default=False)
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Then the worst go until 20GB, say, is enough.", show_default=False),
+    ] = None,
+    grace: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="What no manifest needs stays for 1d, say.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete the data that no kept checkpoint needs. Manifests stay.
+
+    What isn't given is as in config.toml. Checkpoints are kept by score in their line; all of the work tree, the git
+    index, every branch, tag and stash, linked worktrees and pins count. When one of those can't be read, nothing goes.
+    """
+    from castore import gc
+
+    repo = castore.Repo.open()
+    given = {"keep": keep, "keep_latest": keep_latest, "keep_optimizer": keep_optimizer}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        if max_size is not None:
+            changes["max_size"] = settings.parse_size(max_size) or None
+        period = settings.parse_duration(grace) if grace is not None else None
+    except ValueError as error:
+        raise errors.UsageError(str(error)) from error
+    policy = dataclasses.replace(repo.config.policy, **changes)
+    found = gc.collect(repo, policy, grace=period, dry_run=dry_run)
+    if as_json:
+        _print_json(_gc_json(found, dry_run))
+        return
+    for decision in found.decisions:
+        goes = " and ".join(found.goes(decision))
+        if decision.parts:
+            say(f"keep    {_describe_decision(decision)}{f'; its {goes} part goes' if goes else ''}")
+        elif goes:
+            say(f"drop    {_describe_decision(decision)}")
+    history = sum(not decision.parts and not found.goes(decision) for decision in found.decisions)
+    if history:
+        say(f"history {history} more, whose data had gone before")
+    if found.young:
+        say(f"wait    {found.young} objects that no manifest refers to, too new to go")
+    verb = "would go" if dry_run else "deleted"
+    freed, kept = words.size(found.freed_bytes), words.size(found.kept_bytes)
+    say(f"gc      {len(found.delete)} objects, {freed} {verb}; {kept} kept")
+
+
+def _describe_decision(decision: retention.Decision) -> str:
+    found = decision.entry.manifest
+    parts = f", {' '.join(decision.parts)}" if decision.parts else ""
+    return f"{decision.entry.id[:12]}, step {found.step:,} of {found.run}{parts}: {', '.join(decision.reasons)}"
+
+
+def _gc_json(found: gc.Plan, dry_run: bool) -> dict[str, Any]:
+    return {
+        "dry_run": dry_run,
+        "deleted": sorted(found.delete),
+        "freed_bytes": found.freed_bytes,
+        "kept_bytes": found.kept_bytes,
+        "young": found.young,
+        "checkpoints": [
+            {
+                "id": decision.entry.id,
+                "kind": decision.entry.manifest.kind,
+                "run": decision.entry.manifest.run,
+                "step": decision.entry.manifest.step,
+                "keep": list(decision.parts),
+                "reasons": list(decision.reasons),
+            }
+            for decision in found.decisions
+        ],
+    }
+
+
+@app.command(epilog="Example: castore pin best")
+def pin(wanted: WantedId, as_json: Json = False) -> None:
+    """Keep a checkpoint, whole, whatever the policy says. Commit the pin: in any branch it counts."""
+    repo = castore.Repo.open()
+    entry = repo.find(wanted)
+    path = repo.catalog.pin(entry.id)
+    _print_json({"id": entry.id, "path": str(path)}) if as_json else say(f"pinned {entry.id[:12]}: commit {path}")
+
+
+@app.command(epilog="Example: castore unpin 3f2a91")
+def unpin(wanted: WantedId, as_json: Json = False) -> None:
+    """Take a pin back. A pin in another branch still counts."""
+    repo = castore.Repo.open()
+    entry = repo.find(wanted)
+    if not repo.catalog.unpin(entry.id):
+        raise errors.NotFound(f"{entry.id[:12]} isn't pinned in the work tree")
+    _print_json({"id": entry.id}) if as_json else say(f"unpinned {entry.id[:12]}")
+
+
+@app.command(epilog="Example: castore forget 3f2a91")
+def forget(wanted: WantedId, as_json: Json = False) -> None:
+    """Remove a manifest from the work tree, so that the next gc may delete its data.
+
+    In git it is history: commit the removal. Until then the index and every branch that has it still count.
+    """
+    repo = castore.Repo.open()
+    path = repo.catalog.forget(repo.find(wanted))
+    _print_json({"path": str(path)}) if as_json else say(
+        f"removed {path}: commit that, and `castore gc` deletes its data"
+    )
+
+
+# -- checking --------------------------------------------------------------------------------------------------------
+
+
+@app.command("verify", epilog="Example: castore verify --repair")
+def verify_command(
+    wanted: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID]...", help="Only what these need, all of it.", show_default="everything"),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Quarantine what is damaged and fetch it again from a remote.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Read everything in the store again and check it: objects, indexes and manifests.
+
+    Exits with 5 when something is wrong that wasn't repaired. Files that merely lie among the objects are told too,
+    but they harm nothing: they don't count. Without --repair nothing is moved or changed.
+    """
+    from castore import verify
+
+    repo = castore.Repo.open()
+    with _meter("verify") as meter:
+        findings = list(verify.verify(repo, wanted, repair=repair, progress=meter.show))
+    wrong = sum(not one.is_harmless for one in findings)
+    if as_json:
+        _print_json({"ok": not wrong, "bytes": meter.done, "findings": [_finding_json(one) for one in findings]})
+    else:
+        for one in findings:
+            say(*_describe_finding(one))
+        told = f"{len(findings)} findings, {wrong} to be mended" if findings else "all is well"
+        say(f"verify  {words.size(meter.done)} read: {told}")
+    if wrong:
+        sys.exit(5)
+
+
+def _finding_json(one: verify.Finding) -> dict[str, Any]:
+    found = dataclasses.asdict(one)
+    return {**found, "path": str(one.path), "harmless": one.is_harmless}
+
+
+def _describe_finding(one: verify.Finding) -> Iterator[str]:
+    what = f"object {one.object_id[:12]}" if one.object_id else str(one.path)
+    yield f"{one.kind:7} {what}: {one.reason}"
+    if one.needed_by:
+        shown = ", ".join(f"{need.part} of {need.manifest[:12]}" for need in one.needed_by[:4])
+        more = len(one.needed_by) - 4
+        yield f"        needed by {shown}{f' and {more} more' if more > 0 else ''}"
+    if one.repaired_from:
+        yield f"        repaired: a good copy came from {one.repaired_from}"
+
+
+class _Meter:
+    """Shows how far a task is, in bytes: on standard error, if that is a terminal and the task takes long."""
+
+    def __init__(self, text: str) -> None:
+        self.done = 0
+        self._text = text
+        self._began = time.monotonic()
+        self._bar: Any = None
+
+    def show(self, done: int, total: int) -> None:
+        self.done = done
+        if self._bar is None and sys.stderr.isatty() and time.monotonic() - self._began > 2:
+            self._start(total)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _start(self, total: int) -> None:
+        from rich import console, progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn(self._text),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            console=console.Console(file=sys.stderr),
+            redirect_stdout=False,  # what is printed may go to a file
+            redirect_stderr=False,
+        )
+        self._bar.add_task("", total=total)
+        self._bar.start()
+
+
+@contextmanager
+def _meter(text: str) -> Iterator[_Meter]:
+    meter = _Meter(text)
+    try:
+        yield meter
+    finally:
+        meter.stop()
+
+
+@app.command("stats", epilog="Example: castore stats --json")
+def stats_command(as_json: Json = False) -> None:
+    """Say what the store holds, what sharing and compression save, and what gc would free.
+
+    Raw is what plain copies would take. What several parts or runs share counts in each of them.
+    """
+    from castore import stats
+
+    found = stats.stats(castore.Repo.open(), datetime.now(UTC))
+    if as_json:
+        _print_json(_stats_json(found))
+        return
+    total = found.total
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.manifests.items())) or "none"
+    states = ", ".join(f"{count} {state}" for state, count in sorted(found.availability.items()))
+    say(f"manifests   {kinds}{f'; checkpoints: {states}' if states else ''}")
+    say(f"raw         {words.size(total.raw)} in {total.parts} parts")
+    say(f"sharing     saves {words.size(total.saved_by_sharing)}")
+    say(f"compression saves {words.size(total.saved_by_compression)}")
+    say(f"stored      {words.size(total.stored)}, and {words.size(found.unneeded)} that no manifest here needs")
+    gc = found.gc
+    freed = gc.problem or f"would delete {gc.objects} objects, {words.size(gc.bytes)}"
+    say(f"gc          {freed}")
+    for name, folder in found.folders.items():
+        say(f"{name + '/':11} {folder.files} files, {words.size(folder.bytes)}")
+    for head, groups in (("part", found.by_part), ("run", found.by_run)):
+        if groups:
+            say("")
+            _print_table((head, "count", "raw", "stored", "sharing", "compression"), [
+                (name, str(one.parts), *map(words.size, (one.raw, one.stored, one.saved_by_sharing,
+                 one.saved_by_compression)))
+                for name, one in sorted(groups.items())
+            ])  # fmt: skip
+
+
+def _stats_json(found: stats.Stats) -> dict[str, Any]:
+    groups: dict[str, Any] = {
+        name: {group: _usage_json(one) for group, one in getattr(found, name).items()} for name in ("by_part", "by_run")
+    }
+    return {
+        **dataclasses.asdict(found),
+        **groups,
+        "total": _usage_json(found.total),
+        "unneeded": found.unneeded,
+    }
+
+
+def _usage_json(one: stats.Usage) -> dict[str, int]:
+    saved = {"saved_by_sharing": one.saved_by_sharing, "saved_by_compression": one.saved_by_compression}
+    return {**dataclasses.asdict(one), **saved}
+
+
+@app.command("diff", epilog="Example: castore diff main:best main:latest")
+def diff_command(
+    before: Annotated[str, typer.Argument(metavar="A", help="An id, as `castore show` takes it.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    as_json: Json = False,
+) -> None:
+    """Say what differs from checkpoint A to checkpoint B: settings, metrics and every tensor.
+
+    The change of a tensor is the largest difference of two elements, relative to the largest magnitude in either.
+    Parts whose data was dropped can't be compared, which is said. Tensors in equal chunks are equal without reading.
+    """
+    from castore import diff
+
+    repo = castore.Repo.open()
+    found = diff.diff(repo, repo.find(before), repo.find(after))
+    if as_json:
+        _print_json(_diff_json(found))
+        return
+    for section in ("identity", "config", "line", "metrics"):
+        prefix = "" if section == "identity" else f"{section}."
+        say(*(prefix + _describe_value(one) for one in getattr(found, section)))
+    for part in found.parts:
+        say(*_describe_part(part))
+
+
+def _describe_part(part: diff.Part) -> Iterator[str]:
+    if part.problem:
+        yield f"{part.name}: can't be compared: {part.problem}"
+        return
+    counts = [(state, sum(one.state == state for one in part.tensors)) for state in ("equal", "changed", "added")]
+    counts.append(("removed", sum(one.state == "removed" for one in part.tensors)))
+    told = ", ".join(f"{count} {state}" for state, count in counts if count)
+    yield f"{part.name}: {part.state}{f' (tensors: {told})' if told else ''}"
+    for one in part.tensors:
+        if one.state == "changed" and one.before == one.after:
+            change = "not finite, or no numbers" if one.change is None else f"by at most {one.change:.3g}"
+            yield f"  changed {one.key}  {one.before}  {change}"
+        elif one.state != "equal":
+            yield f"  {one.state:7} {one.key}  {' -> '.join(filter(None, (one.before, one.after)))}"
+    for value in part.values:
+        yield f"  {_describe_value(value)}"
+
+
+def _describe_value(one: diff.Value) -> str:
+    before, after = (_shortened(value, 80) for value in (one.before, one.after))
+    return f"{one.key}: {before} -> {after}"
+
+
+def _shortened(value: Any, limit: int) -> str:
+    from castore import diff
+
+    if isinstance(value, diff.Absent):
+        return "absent"
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]
+    elif isinstance(value, int) and value.bit_length() > 4096:  # Python refuses to print it
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _diff_json(found: diff.Difference) -> dict[str, Any]:
+    sections: dict[str, Any] = {
+        name: [_value_json(one) for one in getattr(found, name)] for name in ("identity", "config", "line", "metrics")
+    }
+    parts = {
+        part.name: {
+            "state": part.state,
+            "problem": part.problem,
+            "tensors": [dataclasses.asdict(one) for one in part.tensors],
+            "values": [_value_json(one) for one in part.values],
+        }
+        for part in found.parts
+    }
+    return {**sections, "parts": parts}
+
+
+def _value_json(one: diff.Value) -> dict[str, Any]:
+    """JSON's own values as they are, others as Python writes them; a side that has none is left out."""
+    from castore import diff
+
+    found: dict[str, Any] = {"key": one.key}
+    for side, value in (("before", one.before), ("after", one.after)):
+        is_json = value is None or isinstance(value, str | bool) or (type(value) is int and abs(value) < 2**63)
+        is_json = is_json or (isinstance(value, float) and math.isfinite(value))
+        if not isinstance(value, diff.Absent):
+            found[side] = value if is_json else _shortened(value, 1000)
+    return found
+
+
+@app.command("doctor", epilog="Example: castore doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Look the repository over: settings, permissions, disk, locks, leftovers, git, remotes, manifests.
+
+    Says what to do about whatever isn't ok. Exits with 1 when there is a problem; warnings alone are none.
+    """
+    from castore import doctor
+
+    checks = list(doctor.examine())
+    problems = sum(check.level == "problem" for check in checks)
+    if as_json:
+        _print_json({"ok": not problems, "checks": [dataclasses.asdict(check) for check in checks]})
+    else:
+        for check in checks:
+            say(f"{check.level:8}{check.subject}: {check.text}")
+            if check.level != "ok":
+                say(f"        {check.advice}")
+    if problems:
+        sys.exit(1)
+
+
+# -- exchange with other programs ------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: castore export best model.safetensors")
+def export(
+    wanted: WantedId,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file: .safetensors, or .pt for torch.load.")],
+    part: Annotated[str, typer.Option(help="Which part of the checkpoint.")] = "model",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the weights of a checkpoint to a file that other programs read."""
+    from castore import interchange
+
+    repo = castore.Repo.open()
+    with _busy("exporting"):
+        found = interchange.export(repo, wanted, out, part=part, force=force)
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "path": str(found.path)})
+    else:
+        say(f"wrote {found.path}: {found.tensors} tensors, {words.size(found.bytes)}, of checkpoint {found.id[:12]}")
+
+
+@app.command("import", epilog="Example: castore import model.safetensors --run imported --metric val_loss=2.3")
+def import_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors, or a .pt or .pth of weights alone.")],
+    run: Annotated[str | None, typer.Option(help="Its run.", show_default="imported")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Training steps behind it.", show_default="0")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="What was measured; may be repeated.")
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Take line, settings, run and step of this one.", show_default=False),
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="Tag; may be repeated.")] = None,
+    note: Annotated[str, typer.Option(help="Note.", show_default=False)] = "",
+    as_json: Json = False,
+) -> None:
+    """Store a file's tensors as a new checkpoint. No code in the file is run.
+
+    With --like it can be compared with that checkpoint, and resumed in its place: say so only if it is so.
+    """
+    from castore import interchange
+
+    repo = castore.Repo.open()
+    metrics = dict(_metric(text) for text in metric or ())
+    _check_line(note, *(tag or ()))
+    with _busy("importing"):
+        saved = interchange.import_file(
+            repo, file, run=run, step=step, metrics=metrics, like=like, tags=tag or (), note=note
+        )
+    if as_json:
+        _print_json({"id": saved.id, "path": str(saved.path), "new_bytes": saved.new_bytes})
+    else:
+        new = words.size(saved.new_bytes)
+        say(f"saved {saved.id}: step {saved.manifest.step:,} of run {saved.manifest.run}, {new} new")
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise errors.UsageError(f"--metric {text} is not NAME=VALUE, such as val_loss=2.3") from None
+
+
+@app.command(epilog="Example: castore add data/books --name books")
+def add(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file, or a folder with all that is in it.")],
+    name: Annotated[str | None, typer.Option(help="Name to list it under.", show_default="that of the path")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="Tag; may be repeated.")] = None,
+    note: Annotated[str, typer.Option(help="Note.", show_default=False)] = "",
+    as_json: Json = False,
+) -> None:
+    """Store any file or folder. What is stored already takes no room: an edit costs a chunk or two.
+
+    Names, permissions, links and empty folders are kept. Folders called .git and .castore are passed over.
+    """
+    from castore import files
+
+    repo = castore.Repo.open()
+    _check_line(note, *(tag or ()))
+    with _meter("add") as meter:
+        found = files.add(repo, path, name=name, tags=tag or (), note=note, progress=meter.show)
+    if as_json:
+        shown = {name: value for name, value in _fields(found).items() if name != "manifest"}
+        _print_json({**shown, "path": str(found.path), "name": found.manifest.run})
+        return
+    for one in found.skipped:
+        say(f"passed  {one}, which is never checked out")
+    say(f"added   {found.id[:12]}, {found.manifest.run}: {_contents(found)}, {words.size(found.new_bytes)} new")
+
+
+@app.command(epilog="Example: castore checkout books:latest data")
+def checkout(
+    wanted: Annotated[
+        str, typer.Argument(metavar="ID", help="First digits of the id of what was added, or latest, or NAME:latest.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put it.", show_default="here")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what was added back, under the name it had; every byte is verified."""
+    from castore import checkout as checkouts
+
+    repo = castore.Repo.open()
+    with _meter("checkout") as meter:
+        found = checkouts.check_out(repo, wanted, folder, force=force, progress=meter.show)
+    if as_json:
+        _print_json({**_fields(found), "paths": [str(one) for one in found.paths]})
+    else:
+        say(f"wrote   {', '.join(map(str, found.paths))}: {_contents(found)}, of {found.id[:12]}")
+
+
+def _contents(found: files.Added | checkouts.CheckedOut) -> str:
+    counts = {"file": found.files, "folder": found.folders, "link": found.links}
+    shown = [f"{count:,} {what}{'' if count == 1 else 's'}" for what, count in counts.items() if count]
+    return ", ".join([*shown, words.size(found.bytes)])
+
+
+def _fields(found: Any) -> dict[str, Any]:
+    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+
+
+def _check_line(*texts: str) -> None:
+    for text in texts:
+        if not text.isprintable():
+            raise errors.UsageError(f"tags and notes are one line of text, unlike {words.printable(text)}")
+
+
+@contextmanager
+def _busy(text: str) -> Iterator[None]:
+    """A terminal on standard error shows that something is under way of which it isn't known how far it is."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich import console
+
+    with console.Console(stderr=True).status(text):
+        yield
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
 
 
-def _describe_rejected(one: castore.Rejected) -> str:
-    return f"{one.id[:12]}, step {one.step:,} of run {one.run}: {'; '.join(one.reasons)}"
-
-
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    texts = (map(str.ljust, row, widths) for row in [heads, *rows])
+    say(*("  ".join(row).rstrip() for row in texts))
 
 
-def _indented(value: Mapping[str, Any]) -> str:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return "\n".join("  " + line.replace('"', "").rstrip(",") for line in text.splitlines()[1:-1])
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _age(span: Any) -> str:
-    seconds = max(0.0, span.total_seconds())
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+def _outline(value: Any, indent: str = "  ") -> Iterator[str]:
+    """JSON as indented lines, for people."""
+    for key, item in value.items() if isinstance(value, Mapping) else (("-", one) for one in value):
+        name = key if key == "-" else f"{key}:"
+        if isinstance(item, Mapping | list) and item:
+            yield f"{indent}{name}"
+            yield from _outline(item, indent + "  ")
+        else:
+            yield f"{indent}{name} {item if isinstance(item, str) else json.dumps(item)}"
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.UsageError(f"can't read {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise errors.UsageError(f"can't read {path}: {reason}") from error
 
 
 if __name__ == "__main__":

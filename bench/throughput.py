@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import castore
 import numpy as np
 import torch
+
+import castore
 from nanecho import config as configs
 from nanecho import data, train
 

@@ -7,8 +7,9 @@
 Importing castore imports neither torch nor NumPy; saving and loading tensors does.
 """
 
-from castore import errors
+from castore import errors, words
 from castore.errors import CastoreError
+from castore.gc import Plan, collect
 from castore.manifest import Line, Manifest, Metric
 from castore.quality import score
 from castore.repo import Repo, Saved, processors
@@ -22,12 +23,15 @@ __all__ = [
     "Manifest",
     "Match",
     "Metric",
+    "Plan",
     "Rejected",
     "Repo",
     "Resolution",
     "Saved",
     "__version__",
+    "collect",
     "errors",
     "processors",
     "score",
+    "words",
 ]

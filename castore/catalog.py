@@ -1,25 +1,23 @@
-"""Manifests in the work tree, and what git says of it. The only module that calls git.
+"""Manifests and pins in the work tree, the git index and git refs.
 
 Resolving looks at the work tree alone: what is checked out is what was reviewed and merged. A manifest on some other
-branch, a pull request's say, makes claims that nobody has agreed to.
+branch, a pull request's say, makes claims that nobody has agreed to. Before anything is deleted, all of them count.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castore import fs, manifest
+from castore import fs, git, manifest
 from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId, UnsupportedVersion
-from castore.ids import ObjectId
+from castore.ids import ObjectId, is_object_id
 from castore.manifest import Manifest
 from castore.quality import Entry, newest_first
 
-_GIT_SECONDS = 10
+_ID_DIGITS = 12  # of an id in the name of a manifest's file
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +37,12 @@ class Listing:
 
 
 class Catalog:
-    """The manifests below ``root``, one file each. Files are only ever added."""
+    """The manifests in ``folder/manifests``, one file each, and the pins in ``folder/pins``, empty files."""
 
-    def __init__(self, root: Path, temporary: Path, *, durable: bool = True) -> None:
-        self.root = root
-        self._temporary = temporary
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+        self.root = folder / "manifests"
+        self._pins = folder / "pins"
+        self._temporary = folder / "tmp"
         self._durable = durable
 
     def listing(self) -> Listing:
@@ -59,6 +58,31 @@ class Catalog:
                 continue  # removed since it was listed
         return Listing(tuple(newest_first(entries)), tuple(broken))
 
+    def find(self, prefix: str) -> Entry:
+        """The one manifest whose id begins with ``prefix``. UnknownId, AmbiguousId, CorruptManifest."""
+        wanted = prefix.lower()
+        # a file's name ends with the first digits of its id, so no other file has to be read
+        paths = {path: path[-_ID_DIGITS - 5 : -5] for path in self._files()[0]}
+        likely = [path for path, start in paths.items() if start.startswith(wanted[:_ID_DIGITS])]
+        matches, damaged = [], []
+        # an empty prefix is a variable that was not set, not a wish for whatever there is
+        for path in likely if wanted else ():
+            try:
+                matches.append(_read(path))
+            except (CorruptManifest, UnsupportedVersion, StorageError) as error:
+                damaged.append(error)
+            except FileNotFoundError:
+                continue
+        matches = [entry for entry in matches if entry.id.startswith(wanted)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise AmbiguousId(prefix, sorted(entry.id for entry in matches))
+        if damaged:
+            raise damaged[0]
+        starts = [start[: max(len(wanted), 8)] for start in paths.values()]
+        raise UnknownId(prefix, difflib.get_close_matches(wanted, starts, n=3, cutoff=0.6))
+
     def add(self, new: Manifest) -> tuple[ObjectId, Path]:
         """Write a manifest, durably. Its appearance is the commit point of a save: its objects must be durable."""
         data = manifest.encode(new)
@@ -70,6 +94,30 @@ class Catalog:
         if not fs.publish(path, data, self._temporary, durable=self._durable) and _bytes(path) != data:
             raise CorruptManifest(str(path), "another file has this manifest's name")
         return own, path
+
+    def forget(self, entry: Entry) -> Path:
+        """Remove a manifest from the work tree. Git's history keeps it, and so does every other branch that has it."""
+        path = self.root / entry.manifest.file_name(entry.id)
+        fs.unlink(path)
+        if self._durable:
+            fs.sync_directory(path.parent)
+        return path
+
+    def pins(self) -> frozenset[ObjectId]:
+        """The ids of manifests that are to be kept whatever the policy says."""
+        return frozenset(ObjectId(file.name) for file in _scan(self._pins) if is_object_id(file.name))
+
+    def pin(self, own: ObjectId) -> Path:
+        """Pin a manifest. A pin is a file, so that branches never conflict over it and one in any of them counts."""
+        fs.make_directory(self._pins)
+        fs.publish(self._pins / own, b"", self._temporary, durable=self._durable)
+        return self._pins / own
+
+    def unpin(self, own: ObjectId) -> bool:
+        """Whether there was a pin in the work tree, which is removed."""
+        pinned = own in self.pins()
+        fs.unlink(self._pins / own)
+        return pinned
 
     def _files(self) -> tuple[list[str], list[Broken]]:
         """The files that should be manifests, and what stands where one should but can't be one.
@@ -92,19 +140,6 @@ class Catalog:
         return found, broken
 
 
-def find(entries: Sequence[Entry], prefix: str) -> Entry:
-    """The one entry whose id begins with ``prefix``. UnknownId with near matches, AmbiguousId."""
-    # an empty prefix is a variable that was not set, not a wish for whatever there is
-    matches = [entry for entry in entries if prefix and entry.id.startswith(prefix.lower())]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise AmbiguousId(prefix, [entry.id for entry in matches])
-    width = max(len(prefix), 8)
-    near = difflib.get_close_matches(prefix.lower(), [entry.id[:width] for entry in entries], n=3, cutoff=0.6)
-    raise UnknownId(prefix, near)
-
-
 def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
     """What is in a folder; nothing when it is gone."""
     try:
@@ -117,42 +152,70 @@ def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _read(path: str) -> Entry:
-    data = _bytes(Path(path))
+    data = _bytes(path)
     own, found = manifest.decode(data, path)
     if not path.endswith("/" + found.file_name(own)):
         raise CorruptManifest(path, f"its content belongs under {found.file_name(own)}: it was changed or moved")
     return Entry(own, found)
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path | str) -> bytes:
     return fs.read(path, manifest.MAX_BYTES)
 
 
-# -- git -------------------------------------------------------------------------------------------------------------
+# -- everything that anybody may still need ------------------------------------------------------------------------
 
 
-def git_root(path: Path) -> Path | None:
-    """The top of the git work tree that ``path`` lies in, if any."""
-    top = _git(path, "rev-parse", "--show-toplevel")
-    return Path(top) if top else None
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """``own``: manifests of the work tree and the index; ``others``: those of each ref that holds further ones."""
+
+    own: tuple[Entry, ...]
+    others: tuple[tuple[str, tuple[Entry, ...]], ...]
+    pins: frozenset[ObjectId]
 
 
-def git_commit(path: Path) -> str | None:
-    """The commit checked out at ``path``, with ``-dirty`` when tracked files differ from it."""
-    head = _git(path, "rev-parse", "--verify", "--quiet", "HEAD")
-    if not head:
-        return None
-    changed = _git(path, "status", "--porcelain", "--untracked-files=no")
-    return f"{head}-dirty" if changed else head
+def roots(catalog: Catalog) -> Roots:
+    """The manifests and pins of the work tree, the index, the tip of every ref, stashes and linked worktrees.
+
+    CorruptManifest, UnsupportedVersion, StorageError or RootsUnreadable when any of it can't be read: then nothing may
+    be deleted.
+    """
+    own = {entry.id: entry for entry in _whole(catalog)}
+    pins = set(catalog.pins())
+    others: dict[str, dict[ObjectId, Entry]] = {}
+    folder = catalog.root.parent
+    if git.is_inside(folder):
+        for beside in git.linked_worktrees(folder):
+            linked = Catalog(beside, durable=False)
+            others[f"worktree {beside.parent}"] = {entry.id: entry for entry in _whole(linked)}
+            pins.update(linked.pins())
+        index = git.index(folder, ROOTS)
+        snapshots = [index, *git.tips(folder, ROOTS)]
+        blobs = git.blobs(folder, [blob for one in snapshots for path, blob in one.files.items() if _is_manifest(path)])
+        read = {blob: manifest.decode(data, f"a manifest in git, blob {blob}") for blob, data in blobs.items()}
+        for one in snapshots:
+            entries = [Entry(*read[blob]) for path, blob in one.files.items() if _is_manifest(path)]
+            (own if one is index else others.setdefault(one.name, {})).update({entry.id: entry for entry in entries})
+            pins.update(ObjectId(name) for path in one.files if is_object_id(name := path.removeprefix("pins/")))
+    # the same manifests on many branches count once, and not at all when the work tree has them too
+    further = {frozenset(entries): (name, tuple(entries.values())) for name, entries in others.items()}
+    return Roots(
+        tuple(own.values()),
+        tuple(source for ids, source in further.items() if not ids <= own.keys()),
+        frozenset(pins),
+    )
 
 
-def _git(path: Path, *arguments: str) -> str | None:
-    """What git prints, without the last newline; None when it fails or isn't installed."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(path), *arguments],
-            capture_output=True, timeout=_GIT_SECONDS, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return os.fsdecode(done.stdout).removesuffix("\n") if done.returncode == 0 else None
+ROOTS = ("manifests", "pins")
+
+
+def _whole(catalog: Catalog) -> tuple[Entry, ...]:
+    listing = catalog.listing()
+    for broken in listing.broken:
+        raise CorruptManifest(str(broken.path), f"{broken.reason}; nothing was deleted")
+    return listing.entries
+
+
+def _is_manifest(path: str) -> bool:
+    return path.startswith("manifests/") and path.partition("?")[0].endswith(".json")

@@ -7,16 +7,17 @@ thread is in memory beside the state itself, whatever its size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from castore import chunking, index
+from castore import chunking, index, remotes
 from castore.errors import CorruptIndex, CorruptionError, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
 from castore.ids import Buffer, ObjectId
 from castore.index import ChunkRef, Index, TensorSpec
 from castore.manifest import Manifest, Part
+from castore.remotes import Remote
 from castore.resolve import PartState
 from castore.store import LocalStore, Writer
 
@@ -106,61 +107,115 @@ def _gather(chunk: chunking.Chunk, sources: Sequence[Source]) -> Buffer:
 
 
 def load_parts(
-    store: LocalStore, own_id: ObjectId, manifest: Manifest, names: Sequence[str], allocate: Allocate, threads: int
+    store: LocalStore,
+    own_id: ObjectId,
+    manifest: Manifest,
+    names: Sequence[str],
+    allocate: Allocate,
+    threads: int,
+    sources: Sequence[Remote] = (),
 ) -> dict[str, tuple[Any, list[Any]]]:
     """For each named part (tree, tensors), every byte verified. The caller holds the shared lock.
 
+    What is missing or damaged is fetched from the first of the remotes ``sources`` that has it, and stored.
     ObjectMissing, CorruptObject and CorruptIndex name the object, the part and the manifest.
     """
     loaded = {}
     with _pool(threads) as pool:
         for name in names:
-            with _naming(name, own_id):
-                found = index.decode(store.read(manifest.parts[name].index))
+            own = manifest.parts[name].index
+            with naming(name, own_id):
+                data, frame = remotes.read(store, sources, own)
+                found = index.decode(data)
                 tensors = [allocate(spec) for spec in found.tensors]
-                _all(_read_chunks(store, pool, found, [view for _, view in tensors]))
+                _all(_read_chunks(store, sources, pool, found, dict(enumerate(view for _, view in tensors))))
+            # last: an index without its chunks would be taken for damage
+            if frame is not None:
+                store.adopt(own, frame, memoryview(bytearray(len(data))))
             loaded[name] = (found.tree, [tensor for tensor, _ in tensors])
     return loaded
 
 
+def load_tensors(
+    store: LocalStore,
+    found: Index,
+    numbers: Iterable[int],
+    allocate: Allocate,
+    threads: int,
+    sources: Sequence[Remote] = (),
+) -> dict[int, Any]:
+    """The chosen tensors of a part by number; no other chunks than theirs are read.
+
+    The caller holds the shared lock. ObjectMissing, CorruptObject.
+    """
+    made = {number: allocate(found.tensors[number]) for number in numbers}
+    with _pool(threads) as pool:
+        _all(_read_chunks(store, sources, pool, found, {number: view for number, (_, view) in made.items()}))
+    return {number: tensor for number, (tensor, _) in made.items()}
+
+
 def _read_chunks(
-    store: LocalStore, pool: ThreadPoolExecutor, found: Index, views: Sequence[memoryview]
+    store: LocalStore,
+    sources: Sequence[Remote],
+    pool: ThreadPoolExecutor,
+    found: Index,
+    views: Mapping[int, memoryview],
 ) -> list[Future[None]]:
+    """Fill the views of the tensors numbered so. A chunk that has no piece of any is read only if all are wanted."""
+
     def fill(chunk: ChunkRef, pieces: Sequence[chunking.Piece]) -> None:
         if len(pieces) == 1 and pieces[0].stop - pieces[0].start == chunk.length:
             piece = pieces[0]
-            store.read_into(chunk.id, views[piece.tensor][piece.start : piece.stop])
+            remotes.read_into(store, sources, chunk.id, views[piece.tensor][piece.start : piece.stop])
             return
         data = memoryview(bytearray(chunk.length))
-        store.read_into(chunk.id, data)
+        remotes.read_into(store, sources, chunk.id, data)
         for piece in pieces:
             length = piece.stop - piece.start
             views[piece.tensor][piece.start : piece.stop] = data[piece.at : piece.at + length]
 
+    every = len(views) == len(found.tensors)
     extents = [(spec.offset, spec.nbytes) for spec in found.tensors]
     covered = chunking.cover(extents, [chunk.length for chunk in found.chunks])
-    return [pool.submit(fill, chunk, pieces) for chunk, pieces in zip(found.chunks, covered, strict=True)]
+    wanted = [[piece for piece in pieces if piece.tensor in views] for pieces in covered]
+    return [
+        pool.submit(fill, chunk, pieces)
+        for chunk, pieces in zip(found.chunks, wanted, strict=True)
+        if pieces or every
+    ]
 
 
 # -- availability ----------------------------------------------------------------------------------------------------
 
 
-def part_states(store: LocalStore, manifest: Manifest) -> dict[str, PartState]:
-    """Where the data of each part is. Looks at the index and at which chunks exist, not at their bytes."""
-    return {name: _part_state(store, part) for name, part in manifest.parts.items()}
+_GONE = PartState("missing", "its data is not in the store")
 
 
-def _part_state(store: LocalStore, part: Part) -> PartState:
+def part_states(store: LocalStore, manifest: Manifest, sources: Sequence[Remote] = ()) -> dict[str, PartState]:
+    """Where the data of each part is. Looks at the index and at which chunks exist, not at their bytes.
+
+    A part is ``remote`` when the remotes ``sources`` have what is missing here. Nothing is fetched into the store.
+    """
+    return {name: _part_state(store, part, sources) for name, part in manifest.parts.items()}
+
+
+def _part_state(store: LocalStore, part: Part, sources: Sequence[Remote]) -> PartState:
+    if not sources and not store.has(part.index):
+        return _GONE  # what most of a long history is
     try:
-        chunks = index.decode_chunks(store.read(part.index))
-        lost = sum(not store.has(chunk.id) for chunk in chunks)
+        data, frame = remotes.read(store, sources, part.index, mend=False)
+        chunks = index.decode_chunks(data)
+        lost = {chunk.id for chunk in chunks if not store.has(chunk.id)}
     except ObjectMissing:
-        return PartState("missing", "its data is not in the store")
+        return _GONE
     except (CorruptionError, StorageError) as error:
         return PartState("missing", str(error))
-    if lost:
-        return PartState("missing", f"{lost} of its {len(chunks)} objects are missing")
-    return PartState("local")
+    if frame is None and not lost:
+        return PartState("local")
+    nowhere = len(lost - remotes.having(sources, lost))
+    if not nowhere:
+        return PartState("remote")
+    return PartState("missing", f"{nowhere} of its {len({chunk.id for chunk in chunks})} objects are missing")
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------
@@ -181,7 +236,7 @@ def _all(futures: Sequence[Future[Any]]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _naming(part: str, manifest: ObjectId) -> Iterator[None]:
+def naming(part: str, manifest: ObjectId) -> Iterator[None]:
     """Add to an object's error where the object belongs."""
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from datetime import timedelta
 from decimal import Decimal
 from typing import Literal
 
@@ -11,6 +12,7 @@ import msgspec
 
 from castore.errors import ConfigError
 from castore.objects import MAX_PLAIN
+from castore.retention import Policy
 
 TEMPLATE = """\
 # castore's settings. A line that is missing means the value shown here.
@@ -32,6 +34,27 @@ on_missing = "error"
 tie_tolerance = 0.0001
 # Whether a checkpoint trained on other data may be resumed (listed as a difference).
 allow_data_change = false
+
+[retention]
+# Whether `castore train` collects garbage after it has saved.
+auto_gc = true
+# Of checkpoints that are comparable, how many of the best are kept, and how many of the newest beside them.
+keep = 10
+keep_latest = 1
+# How many of the newest that are kept can be resumed exactly, beside the best: the rest keep their weights alone.
+keep_optimizer = 2
+# Above this the worst go first, but never the best, the newest or a pinned one; "0" is no limit.
+max_size = "20GB"
+# How long prepared data is used before it is prepared again.
+data_ttl = "168h"
+# Objects that belong to no manifest stay for so long, in case one is on its way.
+grace = "1d"
+
+[remotes]
+# Folders with copies of objects, such as another store on a shared disk, each as a line
+#   name = "path"
+# with a relative path starting in the folder that holds .castore. An object at path/objects/ab/abcd... is fetched when
+# it is missing or damaged here, and verified before it is used.
 """
 
 GITIGNORE = """\
@@ -49,7 +72,10 @@ GITATTRIBUTES = """\
 """
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?")
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _SMALLEST_CHUNK = 1 << 16
+_REMOTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Store(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,15 +91,44 @@ class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_data_change: bool = False
 
 
+class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    auto_gc: bool = True
+    keep: int = 10
+    keep_latest: int = 1
+    keep_optimizer: int = 2
+    max_size: str = "20GB"
+    data_ttl: str = "168h"
+    grace: str = "1d"
+
+    @property
+    def grace_period(self) -> timedelta:
+        return parse_duration(self.grace)
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings. The defaults are those of :data:`TEMPLATE`."""
 
     store: Store = msgspec.field(default_factory=Store)
     resume: Resume = msgspec.field(default_factory=Resume)
+    retention: Retention = msgspec.field(default_factory=Retention)
+    remotes: dict[str, str] = msgspec.field(default_factory=dict)
 
     @property
     def chunk_bytes(self) -> int:
         return parse_size(self.store.chunk_size)
+
+    @property
+    def policy(self) -> Policy:
+        """What gc keeps."""
+        wanted = self.retention
+        return Policy(
+            keep=wanted.keep,
+            keep_latest=wanted.keep_latest,
+            keep_optimizer=wanted.keep_optimizer,
+            max_size=parse_size(wanted.max_size) or None,
+            data_ttl=parse_duration(wanted.data_ttl),
+            tie_tolerance=self.resume.tie_tolerance,
+        )
 
 
 def parse(text: str, path: str = "config.toml") -> Config:
@@ -98,6 +153,17 @@ def parse_size(text: str) -> int:
     return int(Decimal(number) * base ** (" KMGT".index(unit[0].upper()) if unit else 0))
 
 
+def parse_duration(text: str) -> timedelta:
+    """A duration such as ``90s``, ``30min``, ``12h`` or ``7d``; ``0`` is none."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match or not (match[2] or float(match[1]) == 0):
+        raise ValueError(f"{text!r} is not a duration: write 30min, 12h or 7d")
+    seconds = float(match[1]) * _SECONDS[match[2] or "s"]
+    if seconds > 1e10:
+        raise ValueError(f"{text!r} is longer than anything lasts")
+    return timedelta(seconds=seconds)
+
+
 def _check(config: Config) -> None:
     try:
         chunk_bytes = config.chunk_bytes
@@ -111,3 +177,16 @@ def _check(config: Config) -> None:
         raise ValueError("store.lock_timeout is not between 0 and 86400 seconds")
     if not 0 <= config.resume.tie_tolerance <= 1:
         raise ValueError("resume.tie_tolerance is not between 0 and 1")
+    for name, place in config.remotes.items():
+        if not _REMOTE.fullmatch(name):
+            raise ValueError(f"remotes.{name[:80]!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
+        if not place.strip() or "\0" in place:
+            raise ValueError(f"remotes.{name} is not the path of a folder")
+    for name in ("keep", "keep_latest", "keep_optimizer"):
+        if getattr(config.retention, name) < 0:
+            raise ValueError(f"retention.{name} is below 0")
+    for name, parse in (("max_size", parse_size), ("data_ttl", parse_duration), ("grace", parse_duration)):
+        try:
+            parse(getattr(config.retention, name))
+        except ValueError as error:
+            raise ValueError(f"retention.{name}: {error}") from error

@@ -13,6 +13,16 @@ class CastoreError(Exception):
     """Base of everything castore raises on purpose."""
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, with what could steer a terminal or disguise other text written as an escape.
+
+    For whatever comes from a file, a manifest or a branch: its author may be hostile.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in text)
+
+
 # -- the caller asked for something that can't be done: change the call -------------------------------------------
 
 
@@ -46,6 +56,30 @@ class UnsupportedValue(UsageError):
 
 class InvalidManifest(UsageError):
     """A manifest that was about to be written breaks a rule, such as a metric that is not finite."""
+
+
+class UnsupportedFile(UsageError):
+    """A file, folder or link that can't be kept exactly, or one that can't be imported; ``path`` names it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
+
+
+class RefusedPath(UsageError):
+    """Nothing is written there: something is in the way, or it is a place where output never goes."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"won't write {path}: {reason}")
+
+
+class PackageMissing(UsageError):
+    """What was asked for takes a package that isn't installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        self.what, self.package, self.extra = what, package, extra
+        super().__init__(f"{what} needs the package {package}: pip install 'castore[{extra}]'")
 
 
 # -- nothing fits: ask for something else --------------------------------------------------------------------------
@@ -96,6 +130,14 @@ class NothingAvailable(DataMissing):
     """Compatible manifests exist, but the data of none of them can be had."""
 
 
+class RootsUnreadable(DataMissing):
+    """It can't be told which checkpoints are still needed, so nothing may be deleted."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"nothing was deleted, as it can't be told what is still needed: {reason}")
+
+
 # -- bytes are not what they should be: distrust them --------------------------------------------------------------
 
 
@@ -131,6 +173,22 @@ class UnsupportedVersion(CorruptionError):
         super().__init__(f"{what} has format version {version}, which this castore can't read: upgrade castore")
 
 
+class UnsafePath(CorruptionError):
+    """A tree of files holds a path or link that could write where it shouldn't. Nothing of it was written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"the tree holds {path[:200]!r}, {reason}: nothing was written")
+
+
+class InvalidFile(CorruptionError):
+    """A file that was to be imported is damaged, or not what it pretends to be. Nothing of it was saved."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}; nothing was imported")
+
+
 # -- somebody else is at work: wait --------------------------------------------------------------------------------
 
 
@@ -150,6 +208,14 @@ class NothingToDo(CastoreError):
 
 
 # -- the machine failed: free space, mend the disk -----------------------------------------------------------------
+
+
+class FileChanged(CastoreError):
+    """A file was written to while it was read, so that what was read may never have been in it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path} changed while it was read: nothing was added; try again when it is at rest")
 
 
 class StorageError(CastoreError):

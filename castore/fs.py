@@ -20,7 +20,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from castore.errors import Locked, StorageError
@@ -45,8 +45,13 @@ def _reporting(action: str, path: Path) -> Iterator[None]:
 def create_temporary(directory: Path) -> tuple[int, Path]:
     """A new, empty file with a name no other process or thread uses, opened for writing. The caller closes it."""
     path = directory / f"{os.getpid()}-{time.time_ns():x}-{next(_serial)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with _reporting("create", path):
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), path
+        try:
+            return os.open(path, flags, 0o644), path
+        except FileNotFoundError:  # git doesn't keep the folder in a clone
+            os.makedirs(directory, exist_ok=True)
+            return os.open(path, flags, 0o644), path
 
 
 def write(descriptor: int, path: Path, buffers: Sequence[Buffer]) -> int:
@@ -91,10 +96,38 @@ def rename(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
+def link(source: Path, target: Path) -> bool:
+    """Give a file a second name, atomically; False when there is something of that name already."""
+    with _reporting("create", target):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return False
+        return True
+
+
+def symlink(text: str, path: Path) -> None:
+    """Create a symbolic link that says ``text``."""
+    with _reporting("create", path):
+        os.symlink(text, path)
+
+
+def set_mode(path: Path, mode: int, descriptor: int | None = None) -> None:
+    """Set the permissions of a file or folder, by its descriptor if it is open."""
+    with _reporting("set permissions of", path):
+        os.chmod(path if descriptor is None else descriptor, mode)
+
+
 def unlink(path: Path) -> None:
     """Remove a name; a name already gone is fine."""
     with _reporting("remove", path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty folder; one that is gone or still in use is left as it is."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 def make_directory(path: Path) -> bool:
@@ -137,15 +170,21 @@ def publish(path: Path, data: bytes, temporary: Path, *, durable: bool = True) -
         unlink(temp)
 
 
-def read(path: Path, limit: int) -> bytes:
+def read(path: Path | str, limit: int) -> bytes:
     """The whole file. FileNotFoundError when there is none; StorageError when larger than ``limit`` bytes."""
     try:
-        # buffered: it reads on after a short read, which some file systems return and which would look like damage
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, where at most {limit} make sense")
-            return file.read(size)
+            data = os.read(descriptor, size)
+            # some file systems return less than was asked for, which would look like damage
+            while len(data) < size and (more := os.read(descriptor, size - len(data))):
+                data += more
+            return data
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -168,27 +207,39 @@ else:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, exclusive: bool, timeout: float, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+def lock(path: Path, *, exclusive: bool, timeout: float) -> Iterator[None]:
     """Hold a shared or exclusive advisory lock on ``path`` for the length of the block.
 
-    Always on a fresh descriptor: converting a lock isn't atomic, and two threads must not share one. ``waiting`` is
-    called once if the lock is not free at once. Raises Locked after ``timeout`` seconds.
+    Always on a fresh descriptor: converting a lock isn't atomic, and two threads must not share one. Raises Locked
+    after ``timeout`` seconds.
     """
-    with _reporting("open", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open_lock(path, exclusive)
+    if descriptor is None:
+        yield
+        return
     try:
         deadline = time.monotonic() + timeout
-        first = True
         while not _try_lock(descriptor, path, exclusive):
             if time.monotonic() >= deadline:
                 raise Locked(str(path), timeout)
-            if first and waiting is not None:
-                waiting()
-            first = False
             time.sleep(_POLL_SECONDS)
         yield
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path, exclusive: bool) -> int | None:
+    """A fresh descriptor; None on a read-only file system without a lock file, where nobody can delete anything."""
+    with _reporting("open", path):
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if exclusive or error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
 
 
 def _try_lock(descriptor: int, path: Path, exclusive: bool) -> bool:

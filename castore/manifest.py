@@ -26,6 +26,7 @@ _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 PART = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 Scalar = str | int | float | bool | None
+Kind = Literal["checkpoint", "dataset", "files"]
 
 
 class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,10 +60,13 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One checkpoint as committed to git. ``config`` and ``info`` are free-form JSON, recorded and never judged."""
+    """What is committed to git of a checkpoint, a prepared data set or a tree of files.
+
+    Only a checkpoint has a quality and a line. ``config`` and ``info`` are free-form JSON, recorded and never judged.
+    """
 
     version: int = VERSION
-    kind: Literal["checkpoint"] = "checkpoint"
+    kind: Kind = "checkpoint"
     run: str
     step: int
     created: str
@@ -111,6 +115,9 @@ def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
             return object_id(data), manifest
     except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
         _raise_if_newer(data, path)
+        if b"<<<<<<< " in data:
+            reason = "has merge conflict markers, but manifests are never merged: take either side as it is"
+            raise CorruptManifest(path, reason) from error
         raise CorruptManifest(path, f"not a valid manifest: {error}") from error
     raise UnsupportedVersion(path, manifest.version)
 
@@ -142,7 +149,7 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"step {manifest.step} is not between 0 and {MAX_STEP}")
     if not _CREATED.fullmatch(manifest.created):
         raise ValueError(f"created {manifest.created[:40]!r} is not a UTC time with microseconds")
-    datetime.strptime(manifest.created, "%Y-%m-%dT%H:%M:%S.%fZ")  # ValueError for a month of 19
+    datetime.fromisoformat(manifest.created)  # ValueError for a month of 19
     if manifest.parent is not None and not is_object_id(manifest.parent):
         raise ValueError("parent is not an id")
     if not manifest.parts:
@@ -155,11 +162,13 @@ def _check(manifest: Manifest) -> None:
     # before anything is formatted: indented, a deep value grows far beyond its own size
     line = manifest.line
     for value in (manifest.config, manifest.info, line.model, line.evaluation):
-        _check_json(value, 1)
+        _check_json(value)
     _check_quality(manifest)
 
 
 def _check_quality(manifest: Manifest) -> None:
+    if manifest.kind != "checkpoint" and (manifest.metrics or manifest.line != Line()):
+        raise ValueError(f"a manifest of kind {manifest.kind} has neither metrics nor a line")
     for name, value in manifest.metrics.items():
         if not math.isfinite(value):
             raise ValueError(f"metric {name} is {value}, not a finite number")
@@ -172,22 +181,30 @@ def _check_quality(manifest: Manifest) -> None:
             raise ValueError(f"metric {name} has no range: low must be below high")
 
 
-def _check_json(value: Any, depth: int) -> None:
-    """ValueError unless ``value`` survives JSON unchanged."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"key {key!r} is not a string")
-            _check_json(item, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_json(item, depth + 1)
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{value} is not a finite number")
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError("an integer does not fit in 64 bits")
-    elif not isinstance(value, str | int | None):
-        raise ValueError(f"{type(value).__name__} is not a JSON value")
+def _check_json(value: Any) -> None:
+    """ValueError unless ``value`` survives JSON unchanged. A loop, as it looks at every value of every manifest."""
+    left = [(value, 1)]
+    while left:
+        container, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        items = container
+        if isinstance(container, Mapping):
+            items = container.values()
+            for key in container:
+                if not isinstance(key, str):
+                    raise ValueError(f"key {key!r} is not a string")
+        for item in items:
+            kind = type(item)
+            if kind is str or kind is bool or item is None:
+                continue
+            if kind is float:
+                if not math.isfinite(item):
+                    raise ValueError(f"{item} is not a finite number")
+            elif kind is int:
+                if not -(2**63) <= item < 2**63:
+                    raise ValueError("an integer does not fit in 64 bits")
+            elif isinstance(item, Mapping | list | tuple):
+                left.append((item, depth + 1))
+            else:
+                raise ValueError(f"{kind.__name__} is not a JSON value")

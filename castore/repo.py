@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,18 +15,20 @@ from typing import Any
 
 import msgspec
 
-from castore import catalog as catalogs
-from castore import checkpoint, fs, manifest
+from castore import checkpoint, fs, git, manifest
 from castore import config as configs
-from castore.catalog import Catalog
-from castore.errors import InvalidManifest, NotFound, RepoNotFound
+from castore.catalog import Catalog, Listing
+from castore.errors import ConfigError, InvalidManifest, NotFound, RepoNotFound, StorageError, UsageError
 from castore.ids import ObjectId, is_object_id
 from castore.manifest import Line, Manifest
 from castore.quality import Entry
-from castore.resolve import PartState, Requirement, Resolution, resolve
+from castore.remotes import Remote
+from castore.remotes.folder import Folder
+from castore.resolve import Damaged, PartState, Requirement, Resolution, resolve
 from castore.store import LocalStore
 
 FOLDER = ".castore"
+_RELATIVE = ("best", "latest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,9 @@ class Repo:
         self.root = root
         self.config = config
         self.store = LocalStore(root, durable=config.store.fsync)
-        self.catalog = Catalog(root / "manifests", root / "tmp", durable=config.store.fsync)
+        self.catalog = Catalog(root, durable=config.store.fsync)
+        # a relative path starts where the project lives; an absolute one replaces it
+        self.remotes: list[Remote] = [Folder(name, root.parent / path) for name, path in config.remotes.items()]
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
@@ -73,20 +79,25 @@ class Repo:
         start = Path(path).resolve()
         for folder in (start, *start.parents):
             root = folder / FOLDER
-            if (root / "config.toml").is_file():
+            if os.path.isdir(root):
                 break
         else:
             raise RepoNotFound(str(start))
-        data = fs.read(root / "config.toml", 1 << 20)
-        config = configs.parse(data.decode(errors="replace"), str(root / "config.toml"))
-        for name in ("manifests", "objects", "tmp"):  # what git doesn't keep in a fresh clone
-            fs.make_directory(root / name)
-        return cls(root, config)
+        path = root / "config.toml"
+        try:
+            data = fs.read(path, 1 << 20)
+        except FileNotFoundError:
+            # not looked for further up: that would be another repository, with other checkpoints
+            raise ConfigError(str(path), "is missing: `castore init` writes it anew") from None
+        except StorageError as error:
+            raise ConfigError(str(path), f"can't be read: {error}") from error
+        return cls(root, configs.parse(data.decode(errors="replace"), str(path)))
 
     @contextlib.contextmanager
-    def lock(self, *, exclusive: bool = False, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    def lock(self, *, exclusive: bool = False, wait: bool = True) -> Iterator[None]:
         """Keep others from deleting (shared) or from doing anything (exclusive). Locked after the configured time."""
-        with fs.lock(self.root / "lock", exclusive=exclusive, timeout=self.config.store.lock_timeout, waiting=waiting):
+        timeout = self.config.store.lock_timeout if wait else 0.0
+        with fs.lock(self.root / "lock", exclusive=exclusive, timeout=timeout):
             yield
 
     @property
@@ -110,22 +121,25 @@ class Repo:
         config: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
         created: datetime | None = None,
+        kind: manifest.Kind = "checkpoint",
     ) -> Saved:
         """Store a checkpoint: each part any nested state dict. When this returns it survives a power cut.
 
         ``step`` counts completed training steps; ``metrics`` are finite, ``val_loss`` and those that ``line`` declares
-        make the score. ``config`` and ``info`` are JSON, recorded as they are. ``created`` is now unless given.
+        make the score. ``config`` and ``info`` are JSON, recorded as they are. ``created`` is now unless given. Of
+        ``kind`` ``dataset`` it is prepared data, which has neither metrics nor a line.
         Raises UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing became visible.
         """
         draft = Manifest(
+            kind=kind,
             run=run,
-            step=step,
+            step=_whole(step),
             created=manifest.timestamp(created or datetime.now(UTC)),
             parent=self._full_id(parent) if parent else None,
             parts=dict.fromkeys(parts, _PLACEHOLDER),
             line=line or Line(),
             metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
-            tags=sorted(set(tags)),
+            tags=sorted(set(_names(tags, "tags"))),
             note=note,
             config=dict(config or {}),
             info=dict(info or {}),
@@ -145,7 +159,7 @@ class Repo:
         CorruptObject or CorruptIndex naming object, part and manifest: never another checkpoint in its place.
         """
         entry = self.find(wanted)
-        names = list(entry.manifest.parts) if parts is None else list(parts)
+        names = tuple(entry.manifest.parts) if parts is None else _names(parts, "parts")
         for name in names:
             if name not in entry.manifest.parts:
                 have = ", ".join(entry.manifest.parts)
@@ -154,7 +168,7 @@ class Repo:
 
         with self.lock():
             loaded = checkpoint.load_parts(
-                self.store, entry.id, entry.manifest, names, castore.torch.allocate, self.threads
+                self.store, entry.id, entry.manifest, names, castore.torch.allocate, self.threads, self.remotes
             )
         return {name: castore.torch.restore(tree, tensors) for name, (tree, tensors) in loaded.items()}
 
@@ -166,35 +180,61 @@ class Repo:
         config: Mapping[str, Any] | None = None,
         parts: Sequence[str] | None = None,
         allow_data_change: bool | None = None,
+        weights_only: bool = False,
     ) -> Resolution:
         """The checkpoint to use: ``best``, ``latest`` or an id, compatible with ``line`` and available.
 
-        Without a ``line``, that of the newest checkpoint. Deletes nothing, whatever it finds. UnknownId, AmbiguousId.
+        ``run:best`` and ``run:latest`` look at one run. Without a ``line``, that of the newest checkpoint. With
+        ``weights_only``, one of which only the model is left will do when there is no other. Changes nothing, whatever
+        it finds. UnknownId, AmbiguousId.
         """
-        entries = self.catalog.listing().entries
-        if want not in ("best", "latest"):
-            entry = catalogs.find(entries, want)
-            want, entries = entry.id, (entry,)
+        run, _, name = want.rpartition(":")
+        listing = self.catalog.listing() if name in _RELATIVE else Listing((), ())
+        if name in _RELATIVE:
+            want = name
+            entries = [entry for entry in _checkpoints(listing) if run in ("", entry.manifest.run)]
+        else:
+            entry = self.catalog.find(want)
+            if entry.manifest.kind != "checkpoint":
+                raise NotFound(f"{entry.id[:12]} is no checkpoint but {entry.manifest.kind}")
+            want, entries = entry.id, [entry]
         if line is None:
             line = entries[0].manifest.line if entries else Line()
         requirement = Requirement(
             want=want,
             line=line,
-            config=config or {},
-            parts=tuple(parts) if parts is not None else None,
+            config=config,
+            parts=_names(parts, "parts") if parts is not None else None,
+            weights_only=weights_only,
             allow_data_change=self.config.resume.allow_data_change if allow_data_change is None else allow_data_change,
             tie_tolerance=self.config.resume.tie_tolerance,
         )
         with self.lock():
-            return resolve(requirement, entries, self.part_states)
+            found = resolve(requirement, entries, self.part_states)
+        damaged = tuple(Damaged(str(broken.path), broken.reason) for broken in listing.broken)
+        return dataclasses.replace(found, damaged=damaged)
 
-    def find(self, prefix: str) -> Entry:
-        """The checkpoint whose id begins with ``prefix``. UnknownId, AmbiguousId."""
-        return catalogs.find(self.catalog.listing().entries, prefix)
+    def find(self, wanted: str) -> Entry:
+        """The manifest that ``wanted`` names: first digits of its id, or ``best`` and so on as in :meth:`resolve`.
+
+        UnknownId, AmbiguousId, NothingMatches, NothingAvailable.
+        """
+        if wanted.rpartition(":")[2] in _RELATIVE:
+            wanted = self.resolve(wanted).require().id
+        return self.catalog.find(wanted)
+
+    def checkpoints(self) -> list[Entry]:
+        """Every checkpoint of the work tree, newest first."""
+        return _checkpoints(self.catalog.listing())
+
+    def datasets(self, config: Mapping[str, Any]) -> list[Entry]:
+        """Prepared data of the work tree, saved with exactly this ``config``, newest first, whatever its age."""
+        entries = self.catalog.listing().entries
+        return [one for one in entries if one.manifest.kind == "dataset" and one.manifest.config == dict(config)]
 
     def part_states(self, entry: Entry) -> dict[str, PartState]:
         """Where the data of each part of a checkpoint is."""
-        return checkpoint.part_states(self.store, entry.manifest)
+        return checkpoint.part_states(self.store, entry.manifest, self.remotes)
 
     def add_session(self, run: str, started: datetime, summary: Mapping[str, Any]) -> Path:
         """Keep a session's summary as JSON in ``sessions/<run>/``, to be committed beside the manifests."""
@@ -212,10 +252,20 @@ class Repo:
 
     def git_commit(self) -> str | None:
         """The commit checked out where the repository lives, with ``-dirty`` when tracked files differ from it."""
-        return catalogs.git_commit(self.root.parent)
+        return git.commit(self.root.parent)
 
     def _full_id(self, wanted: str) -> ObjectId:
         return ObjectId(wanted) if is_object_id(wanted) else self.find(wanted).id
+
+
+def _checkpoints(listing: Listing) -> list[Entry]:
+    return [entry for entry in listing.entries if entry.manifest.kind == "checkpoint"]
+
+
+def _names(given: Iterable[str], what: str) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise UsageError(f"{what} is a list of names, not the one string {given!r}")
+    return tuple(given)
 
 
 def processors() -> int:
@@ -224,6 +274,13 @@ def processors() -> int:
 
 
 _PLACEHOLDER = manifest.Part(index=ObjectId("0" * 64), bytes=0, stored_bytes=0)
+
+
+def _whole(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError as error:
+        raise InvalidManifest(f"can't record this checkpoint: step is a whole number, not {step!r}") from error
 
 
 def _number(name: str, value: Any) -> float:

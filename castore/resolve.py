@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from castore.errors import NothingAvailable, NothingMatches
+from castore.errors import CorruptManifest, NothingAvailable, NothingMatches, printable
 from castore.ids import ObjectId
 from castore.manifest import Line
 from castore.quality import Entry, newest_first, rank, score
@@ -43,14 +43,16 @@ def availability(parts: Mapping[str, PartState]) -> Availability:
 class Requirement:
     """What a run needs. ``want`` is ``best``, ``latest`` or a full id.
 
-    ``config`` is the run's free-form configuration, for listing differences. ``parts`` are those that must be there;
-    None for all that the checkpoint has.
+    ``config`` is the run's free-form configuration, for listing differences; None to compare none. ``parts`` are those
+    that must be there, all that the checkpoint has when None. When no candidate has them and ``weights_only`` is true,
+    the first that has a model will do.
     """
 
     want: str = "best"
     line: Line = field(default_factory=Line)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
     parts: tuple[str, ...] | None = None
+    weights_only: bool = False
     allow_data_change: bool = False
     tie_tolerance: float = 0.0
 
@@ -80,12 +82,21 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Damaged:
+    """A file that should be a manifest and can't be read as one: what it was may have been better than the match."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Resolution:
     """``match``, or None; and every checkpoint that came before it or could not be used, with reasons."""
 
     want: str
     match: Match | None
     rejected: tuple[Rejected, ...]
+    damaged: tuple[Damaged, ...] = ()
 
     @property
     def unavailable(self) -> tuple[Rejected, ...]:
@@ -93,9 +104,11 @@ class Resolution:
         return tuple(rejected for rejected in self.rejected if rejected.unavailable)
 
     def require(self) -> Match:
-        """The match. NothingAvailable or NothingMatches, with the reasons, when there is none."""
+        """The match. CorruptManifest, NothingAvailable or NothingMatches, with the reasons, when there is none."""
         if self.match is not None:
             return self.match
+        for damaged in self.damaged:
+            raise CorruptManifest(damaged.path, damaged.reason)
         if self.unavailable:
             head = f"{len(self.unavailable)} compatible checkpoint(s), but the data of none can be had"
             raise NothingAvailable(head + _listed(self.unavailable))
@@ -136,8 +149,16 @@ def resolve(
         if not missing:
             match = _match(requirement, entry, availability(parts))
             break
-        unavailable.append(_reject(entry, missing, unavailable=True))
-    return Resolution(requirement.want, match, tuple(unavailable + rejected))
+        unavailable.append((entry, parts, missing))
+    if match is None and requirement.weights_only:
+        usable = (entry for entry, parts, _ in unavailable if availability(parts) != "history")
+        match = next((_match(requirement, entry, "weights-only") for entry in usable), None)
+    passed = [_reject(one, missing, unavailable=True) for one, _, missing in unavailable if not _is(match, one)]
+    return Resolution(requirement.want, match, tuple(passed + rejected))
+
+
+def _is(match: Match | None, entry: Entry) -> bool:
+    return match is not None and match.id == entry.id
 
 
 def _preference(requirement: Requirement, compatible: list[Entry]) -> list[Entry]:
@@ -161,7 +182,7 @@ def _incompatibilities(requirement: Requirement, line: Line) -> list[str]:
 def _match(requirement: Requirement, entry: Entry, available: Availability) -> Match:
     manifest = entry.manifest
     need = requirement.line
-    differences = _differing(requirement.config, manifest.config)
+    differences = [] if requirement.config is None else _differing(requirement.config, manifest.config)
     if need.data != manifest.line.data:
         differences.append(_differs("data", need.data, manifest.line.data))
     differences += [f"evaluation {text}" for text in _differing(need.evaluation, manifest.line.evaluation)]
@@ -201,11 +222,11 @@ _ABSENT = object()
 
 
 def _differs(name: str, here: object, there: object) -> str:
-    return f"{name} is {_short(there)} there, {_short(here)} here"
+    return f"{printable(name)} is {_short(there)} there, {_short(here)} here"
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = printable(str(value))
     is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
     return text[:12] if is_digest else text[:60]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from types import TracebackType
 
 from castore import fs, objects
 from castore.errors import CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
-from castore.ids import Buffer, ObjectId, object_id
+from castore.ids import Buffer, ObjectId, is_object_id, object_id
 
 # fsync waits for the disk, not for the processor: two threads that compute and eight that finish saved fastest on two
 # cores; four or sixteen were slower. The cap on files in flight bounds descriptors, not memory: what is waiting to be
@@ -23,6 +25,14 @@ _IN_FLIGHT = 64
 
 Stamp = tuple[int, int, int]
 """What identifies a file's content without reading it: inode, size, time of modification in ns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object's file: its size in bytes, and when it was written, in seconds since 1970."""
+
+    size: int
+    modified: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +46,16 @@ class Written:
 class LocalStore:
     """Objects at ``root/objects/ab/<id>``. Safe for any number of threads and processes at once.
 
-    Readers and writers hold the repository's shared lock; nothing here deletes, except that a damaged object is moved
-    to ``root/quarantine/``.
+    Readers and writers hold the repository's shared lock. A damaged object is moved to ``root/quarantine/``; what is
+    discarded passes through ``root/trash/``, from where whoever wants it takes it back.
     """
 
     def __init__(self, root: Path, *, durable: bool = True) -> None:
         self.objects = root / "objects"
+        self._folder = str(self.objects)
         self.temporary = root / "tmp"
         self.quarantine = root / "quarantine"
+        self.trash = root / "trash"
         self.durable = durable
         # objects whose content and name this process has seen reach the disk
         self._settled: dict[ObjectId, Stamp] = {}
@@ -59,42 +71,136 @@ class LocalStore:
     def has(self, wanted: ObjectId) -> bool:
         return self._stamp(wanted) is not None
 
-    def read(self, wanted: ObjectId) -> bytes:
-        """The object's plain bytes, verified. ObjectMissing, CorruptObject (and then quarantined)."""
-        frame, stamp = self._frame(wanted)
-        try:
-            out = bytearray(objects.plain_length(wanted, memoryview(frame)))
-            objects.decode_into(wanted, memoryview(frame), memoryview(out))
-        except CorruptObject:
-            self._move_to_quarantine(wanted, stamp)
-            raise
+    def read(self, wanted: ObjectId, *, mend: bool = True) -> bytes:
+        """The object's plain bytes, verified. ObjectMissing, CorruptObject (and then it is moved to quarantine).
+
+        Without ``mend`` nothing is moved, not even back from the trash: this is for looking.
+        """
+        with self._frame(wanted, mend) as frame:
+            out = bytearray(objects.plain_length(wanted, frame))
+            objects.decode_into(wanted, frame, memoryview(out))
         return bytes(out)
+
+    def stored(self) -> dict[ObjectId, Stored]:
+        """Every object that is here. Files of other names are passed over."""
+        found = {}
+        if not self.objects.is_dir():
+            return {}
+        with os.scandir(self.objects) as folders:
+            names = [folder.path for folder in folders if folder.is_dir(follow_symlinks=False)]
+        for name in names:
+            with os.scandir(name) as files:
+                for file in files:
+                    if is_object_id(file.name) and name.endswith(file.name[:2]):
+                        status = file.stat(follow_symlinks=False)
+                        found[ObjectId(file.name)] = Stored(status.st_size, status.st_mtime)
+        return found
+
+    def strays(self) -> list[Path]:
+        """What lies among the objects and is none: of another name, in another's folder, or not a regular file."""
+        found = []
+        for folder in sorted(os.scandir(self.objects), key=lambda one: one.name) if self.objects.is_dir() else ():
+            if not folder.is_dir(follow_symlinks=False) or len(folder.name) != 2:
+                found.append(Path(folder.path))
+                continue
+            with os.scandir(folder) as files:
+                found += [
+                    Path(file.path)
+                    for file in files
+                    if not (is_object_id(file.name) and file.name.startswith(folder.name))
+                    or not file.is_file(follow_symlinks=False)
+                ]
+        return sorted(found)
+
+    def check(self, wanted: ObjectId, scratch: bytearray) -> int:
+        """Read and verify an object where it lies; nothing is moved. Returns its plain length.
+
+        ``scratch`` is used, and grown, instead of new memory. ObjectMissing, CorruptObject.
+        """
+        with self._frame(wanted, mend=False) as frame:
+            length = objects.plain_length(wanted, frame)
+            if len(scratch) < length:
+                scratch.extend(bytes(length - len(scratch)))
+            with memoryview(scratch) as whole, whole[:length] as out:
+                objects.decode_into(wanted, frame, out)
+        return length
+
+    def adopt(self, own: ObjectId, frame: bytes, out: memoryview) -> None:
+        """Store a frame that comes from elsewhere, once it has been verified by decoding it into ``out``.
+
+        CorruptObject or UnsupportedVersion when it isn't what the id names; then nothing was stored. The data is
+        synced, the name isn't: one that a power cut takes is fetched again, and a save that finds the object syncs it.
+        """
+        objects.decode_into(own, memoryview(frame), out)
+        path = self.path(own)
+        fs.make_directory(path.parent)
+        descriptor, temp = fs.create_temporary(self.temporary)
+        try:
+            try:
+                fs.write(descriptor, temp, [frame])
+                if self.durable:
+                    fs.sync(descriptor, temp)
+            finally:
+                fs.close(descriptor, temp)
+            fs.rename(temp, path)
+        except BaseException:
+            fs.unlink(temp)
+            raise
+
+    def discard(self, unwanted: Iterable[ObjectId]) -> None:
+        """Move objects to the trash, in order. The caller holds the exclusive lock."""
+        fs.make_directory(self.trash)
+        for own in unwanted:
+            fs.rename(self.path(own), self.trash / own)
+            self._settled.pop(own, None)
+
+    def empty_trash(self) -> None:
+        """Delete what is in the trash for good; needs no lock, as taking something back is one rename."""
+        if self.trash.is_dir():
+            for name in os.listdir(self.trash):
+                fs.unlink(self.trash / name)
+
+    def _take_back(self, wanted: ObjectId) -> bool:
+        """Whether the object was in the trash and is here again."""
+        if not (self.trash / wanted).exists():
+            return False
+        fs.make_directory(self.path(wanted).parent)
+        try:
+            fs.rename(self.trash / wanted, self.path(wanted))
+        except StorageError as error:
+            if error.errno == errno.ENOENT:  # emptied a moment ago
+                return False
+            raise
+        return True
 
     def read_into(self, wanted: ObjectId, out: memoryview) -> None:
         """Like :meth:`read`, straight into ``out``, which must be exactly as long as the object."""
-        frame, stamp = self._frame(wanted)
-        try:
-            objects.decode_into(wanted, memoryview(frame), out)
-        except CorruptObject:
-            self._move_to_quarantine(wanted, stamp)
-            raise
+        with self._frame(wanted) as frame:
+            objects.decode_into(wanted, frame, out)
 
     def writer(self) -> Writer:
         """A context in which objects are put; they are durable once its :meth:`Writer.commit` has returned."""
         return Writer(self)
 
-    def _frame(self, wanted: ObjectId) -> tuple[bytes, Stamp | None]:
+    @contextlib.contextmanager
+    def _frame(self, wanted: ObjectId, mend: bool = True) -> Iterator[memoryview]:
+        """The object's file. What the block finds to be damaged is moved to quarantine."""
         stamp = self._stamp(wanted)
-        if stamp is not None and stamp[1] > objects.MAX_STORED:
-            self._move_to_quarantine(wanted, stamp)
-            raise CorruptObject(wanted, f"its file has {stamp[1]} bytes, over the limit")
+        if stamp is None and mend and self._take_back(wanted):
+            stamp = self._stamp(wanted)
         try:
-            return fs.read(self.path(wanted), objects.MAX_STORED), stamp
+            if stamp is not None and stamp[1] > objects.MAX_STORED:
+                raise CorruptObject(wanted, f"its file has {stamp[1]} bytes, over the limit")
+            yield memoryview(fs.read(self.path(wanted), objects.MAX_STORED))
         except FileNotFoundError:
             raise ObjectMissing(wanted) from None
+        except CorruptObject:
+            if mend:
+                self._move_to_quarantine(wanted, stamp)
+            raise
 
     def _stamp(self, wanted: ObjectId) -> Stamp | None:
-        return _stamp(self.path(wanted))
+        return _stamp(f"{self._folder}/{wanted[:2]}/{wanted}")
 
     def _move_to_quarantine(self, wanted: ObjectId, stamp: Stamp | None) -> None:
         # only the file that was read: a writer may have put a good one in its place since
@@ -109,7 +215,7 @@ class LocalStore:
                 fs.rename(moved, self.path(wanted))
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _stamp(path: Path | str) -> Stamp | None:
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -177,9 +283,9 @@ class Writer:
     def _is_settled(self, own: ObjectId, length: int) -> bool:
         """Whether a good copy is there. A hit is worth no less than a write: verified once, its directory synced."""
         stamp = self._store._stamp(own)
-        if stamp is None:
+        if stamp is None and not self._store._take_back(own):
             return False
-        if self._store._settled.get(own) == stamp:
+        if stamp and self._store._settled.get(own) == stamp:
             return True
         try:
             self._store.read_into(own, memoryview(bytearray(length)))

@@ -8,6 +8,7 @@ data doesn't: a Parameter comes back as a Tensor, and device and stride as a con
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,11 +52,77 @@ def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     """An uninitialised tensor in main memory, and its bytes."""
     if spec.dtype not in _DTYPES:
         raise CorruptIndex(f"this torch has no element type {spec.dtype}: a newer one wrote it")
+    dtype = _DTYPES[spec.dtype]
     try:
-        tensor = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+        if dtype == torch.complex32:  # torch warns of the type when asked for such a tensor, but not for a view
+            tensor = torch.empty(spec.shape, dtype=torch.int32).view(dtype)
+        else:
+            tensor = torch.empty(spec.shape, dtype=dtype)
     except (RuntimeError, OverflowError) as error:
         raise CorruptIndex(f"can't make a tensor of shape {spec.shape}: {error}") from error
     return tensor, _bytes_of(tensor)
+
+
+def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two dense tensors of one type and shape are equal in every bit: NaN is equal to the same NaN."""
+    return torch.equal(_as_bytes(one), _as_bytes(other))
+
+
+def relative_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
+    """The largest |after - before| of an element over the largest magnitude in either tensor: 0 to 2.
+
+    Both are dense and of one type and shape. None when there is a NaN or an infinity, or for packed bits.
+    """
+    largest = difference = 0.0
+    flat = before.reshape(-1), after.reshape(-1)
+    for start in range(0, before.numel(), _SLICE):
+        pair = [_as_numbers(tensor[start : start + _SLICE]) for tensor in flat]
+        if pair[0] is None or pair[1] is None:
+            return None
+        one, other = pair[0], pair[1]
+        if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
+            return None
+        largest = max(largest, one.abs().max().item(), other.abs().max().item())
+        difference = max(difference, (other - one).abs().max().item())
+    return difference / largest if largest else 0.0
+
+
+_SLICE = 1 << 20  # elements that are compared at a time, in double precision
+
+
+def _as_numbers(tensor: torch.Tensor) -> torch.Tensor | None:
+    try:
+        return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    except (RuntimeError, NotImplementedError, TypeError):  # packed elements are no numbers
+        return None
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in memory of its own; as plain integers, since not every element type can be copied as itself."""
+    bits = _BITS.get(tensor.element_size())
+    return tensor.clone() if bits is None else tensor.view(bits).clone().view(tensor.dtype)
+
+
+def write_pt(state: Any, path: Path) -> None:
+    """Write a state as torch.save does."""
+    torch.save(state, path)
+
+
+def can_read_pt() -> bool:
+    """Whether this torch can be trusted with the files of others: weights_only could be escaped before 2.10."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 10)
+
+
+def read_pt(path: Path) -> Any:
+    """The state in a file that torch.save wrote. No code in it is run; there is no other way of reading one."""
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class TensorSource:
@@ -148,7 +215,5 @@ def _check_storable(tensor: torch.Tensor, key: str) -> None:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor in main memory, which the view keeps alive."""
-    if tensor.numel() == 0:
-        return memoryview(bytearray())
     # not view(-1): what is left of a strided tensor of one element keeps the stride, and can't be seen as bytes
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    return _as_bytes(tensor).numpy().data if tensor.numel() else memoryview(bytearray())

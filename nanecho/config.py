@@ -17,41 +17,46 @@ from castore import errors
 
 Scalar = str | int | float | bool | None
 
+_STEPS = 999_999_999  # what a manifest can record
+_SEEDS = (1 << 63) - 1
+
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Model"""
 
-    n_layer: Annotated[int, Meta(ge=1, description="Layers.")] = 4
-    n_head: Annotated[int, Meta(ge=1, description="Attention heads; they divide --n-embd.")] = 4
-    n_embd: Annotated[int, Meta(ge=1, description="Width of the residual stream.")] = 128
-    block_size: Annotated[int, Meta(ge=1, description="Context, in tokens.")] = 128
+    n_layer: Annotated[int, Meta(ge=1, le=10_000, description="Layers.")] = 4
+    n_head: Annotated[int, Meta(ge=1, le=10_000, description="Attention heads; they divide --n-embd.")] = 4
+    n_embd: Annotated[int, Meta(ge=1, le=1 << 20, description="Width of the residual stream.")] = 128
+    block_size: Annotated[int, Meta(ge=1, le=1 << 20, description="Context, in tokens.")] = 128
     dropout: Annotated[float, Meta(ge=0, lt=1, description="Dropout in training.")] = 0.0
     connection_ratio: Annotated[
         float, Meta(ge=0, le=1, description="Share of connections that are active at first; 1 for a dense model.")
     ] = 0.1
     connection_growth: Annotated[float, Meta(ge=0, le=1, description="What is added to that share each time.")] = 0.05
-    connection_every: Annotated[int, Meta(ge=1, description="Steps between two growths.")] = 500
-    connection_seed: Annotated[int, Meta(ge=0, description="Decides which connections come first.")] = 0
+    connection_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps between two growths.")] = 500
+    connection_seed: Annotated[int, Meta(ge=0, le=_SEEDS, description="Decides which connections come first.")] = 0
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Training"""
 
-    max_iters: Annotated[int, Meta(ge=1, description="Steps of the whole run; the schedule spans them.")] = 10_000
-    batch_size: Annotated[int, Meta(ge=1, description="Sequences in one forward pass.")] = 16
-    grad_accum: Annotated[int, Meta(ge=1, description="Forward passes in one step.")] = 1
-    learning_rate: Annotated[float, Meta(gt=0, description="Highest learning rate.")] = 2e-3
-    min_lr: Annotated[float, Meta(ge=0, description="Learning rate at the end.")] = 1e-4
-    warmup_iters: Annotated[int, Meta(ge=0, description="Steps of linear warm-up.")] = 100
+    max_iters: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps of the whole run, spanned by the schedule.")] = (
+        10_000
+    )
+    batch_size: Annotated[int, Meta(ge=1, le=1 << 20, description="Sequences in one forward pass.")] = 16
+    grad_accum: Annotated[int, Meta(ge=1, le=1 << 20, description="Forward passes in one step.")] = 1
+    learning_rate: Annotated[float, Meta(gt=0, le=1e38, description="Highest learning rate.")] = 2e-3
+    min_lr: Annotated[float, Meta(ge=0, le=1e38, description="Learning rate at the end.")] = 1e-4
+    warmup_iters: Annotated[int, Meta(ge=0, le=_STEPS, description="Steps of linear warm-up.")] = 100
     schedule: Annotated[
         Literal["wsd", "cosine"], Meta(description="After warm-up: wsd stays, then decays; cosine decays all along.")
     ] = "wsd"
     decay_fraction: Annotated[float, Meta(gt=0, le=1, description="wsd: share of the run in which it decays.")] = 0.2
-    weight_decay: Annotated[float, Meta(ge=0, description="Weight decay of matrices.")] = 0.1
+    weight_decay: Annotated[float, Meta(ge=0, le=1e38, description="Weight decay of matrices.")] = 0.1
     beta1: Annotated[float, Meta(ge=0, lt=1, description="AdamW's first decay rate.")] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1, description="AdamW's second decay rate.")] = 0.99
-    grad_clip: Annotated[float, Meta(ge=0, description="Largest norm of the gradient; 0 doesn't clip.")] = 1.0
-    seed: Annotated[int, Meta(ge=0, description="Decides the first weights, the batches and dropout.")] = 1337
+    grad_clip: Annotated[float, Meta(ge=0, le=1e38, description="Largest norm of the gradient; 0 doesn't clip.")] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=_SEEDS, description="Decides first weights, batches and dropout.")] = 1337
 
 
 class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +70,9 @@ class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "byte"
     vocab_size: Annotated[int, Meta(ge=257, le=65536, description="Tokens of the bpe tokenizer.")] = 4096
     val_fraction: Annotated[float, Meta(gt=0, lt=1, description="Share of the data kept for validation.")] = 0.1
-    eval_samples: Annotated[int, Meta(ge=1, description="Sequences that an evaluation reads, always the same.")] = 128
+    eval_samples: Annotated[
+        int, Meta(ge=1, le=1 << 20, description="Sequences read by an evaluation, always the same.")
+    ] = 128
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,7 +83,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Literal["auto", "float32", "bfloat16"], Meta(description="auto computes in bfloat16 where the GPU has it.")
     ] = "auto"
     compile: Annotated[bool, Meta(description="Compile the model first: slow to start, faster after.")] = False
-    threads: Annotated[int, Meta(ge=0, description="Threads of torch; 0 takes one for each processor.")] = 0
+    threads: Annotated[int, Meta(ge=0, le=1024, description="Threads of torch; 0 takes one for each processor.")] = 0
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,14 +92,19 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     run: Annotated[
         str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description="Name under which checkpoints are saved.")
     ] = "main"
-    resume: Annotated[str, Meta(description="best, latest, an id, or none for a fresh start.")] = "best"
-    session_iters: Annotated[int, Meta(ge=0, description="Most steps of this session; 0 goes to --max-iters.")] = 500
-    eval_every: Annotated[int, Meta(ge=1, description="Steps between two evaluations.")] = 100
-    save_every: Annotated[int, Meta(ge=1, description="Steps that a killed session loses at most.")] = 100
+    resume: Annotated[str, Meta(min_length=1, description="best, latest, run:best, an id, or none to start anew.")] = (
+        "best"
+    )
+    session_iters: Annotated[
+        int, Meta(ge=0, le=_STEPS, description="Most steps of this session; 0: to --max-iters.")
+    ] = 500
+    eval_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps between two evaluations.")] = 100
+    save_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps that a killed session loses at most.")] = 100
     min_improvement: Annotated[
-        float, Meta(ge=0, description="By how much the validation loss must fall to save between --save-every.")
+        float,
+        Meta(ge=0, le=1e38, description="Fall of the validation loss that is saved between --save-every."),
     ] = 0.01
-    log_every: Annotated[int, Meta(ge=1, description="Steps between two reports of the training loss.")] = 10
+    log_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps between reports of the training loss.")] = 10
     allow_fresh: Annotated[bool, Meta(description="Start anew when no checkpoint can be resumed.")] = False
     allow_data_change: Annotated[bool, Meta(description="Resume a checkpoint that was trained on other data.")] = False
 
@@ -137,6 +149,18 @@ def options() -> Iterator[Option]:
 
 def make(given: Mapping[str, Scalar], source: str = "options") -> Config:
     """The configuration with ``given`` in place of defaults. UsageError, naming option and limit, for a bad one."""
+    config = _convert(given, source)
+    if config.model.n_embd % config.model.n_head:
+        raise errors.UsageError(
+            f"{source}: n_embd {config.model.n_embd} can't be divided by n_head {config.model.n_head}"
+        )
+    rates = config.training
+    if rates.min_lr > rates.learning_rate:
+        raise errors.UsageError(f"{source}: min_lr {rates.min_lr:g} is above learning_rate {rates.learning_rate:g}")
+    return config
+
+
+def _convert(given: Mapping[str, Scalar], source: str) -> Config:
     groups: dict[str, dict[str, Scalar]] = {group: {} for group in GROUPS}
     where = {field: group for group, struct in GROUPS.items() for field in struct.__struct_fields__}
     for name, value in given.items():
@@ -146,11 +170,11 @@ def make(given: Mapping[str, Scalar], source: str = "options") -> Config:
             raise errors.UsageError(f"{source}: unknown option {name!r}{hint}")
         groups[where[name]][name] = value
     try:
-        config = msgspec.convert(groups, Config)
+        return msgspec.convert(groups, Config)
     except msgspec.ValidationError as error:
-        raise errors.UsageError(f"{source}: {error}".replace("$.", "").replace(" - at ", " for ")) from error
-    _check(config, source)
-    return config
+        reason, _, path = str(error).partition(" - at ")
+        name = path.strip("`").rpartition(".")[2]
+        raise errors.UsageError(f"{source}: {name}: {reason.replace('`', '')}, not {given.get(name)!r}") from error
 
 
 def read_toml(text: str, source: str) -> dict[str, Scalar]:
@@ -159,7 +183,7 @@ def read_toml(text: str, source: str) -> dict[str, Scalar]:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise errors.UsageError(f"{source}: not valid TOML: {error}") from error
-    make(found, source)  # so that an error names the file
+    _convert(found, source)  # so that an error names the file
     return found
 
 
@@ -176,15 +200,6 @@ def critical(model: Model, vocab_size: int) -> dict[str, Scalar]:
     """The parameters that a checkpoint can't be loaded without, for its line."""
     shape = {name: value for name, value in msgspec.structs.asdict(model).items() if name != "dropout"}
     return {**shape, "vocab_size": vocab_size}
-
-
-def _check(config: Config, source: str) -> None:
-    if config.model.n_embd % config.model.n_head:
-        raise errors.UsageError(
-            f"{source}: n_embd {config.model.n_embd} can't be divided by n_head {config.model.n_head}"
-        )
-    if config.training.min_lr > config.training.learning_rate:
-        raise errors.UsageError(f"{source}: min_lr is above learning_rate")
 
 
 def is_optional(kind: Any) -> bool:

@@ -62,24 +62,56 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a corpus is made of: all texts and their two shares, digest -> content. ``name`` says where from."""
+
+    name: str
+    digest: str
+    all: dict[str, bytes]
+    train: dict[str, bytes]
+    val: dict[str, bytes]
+
+
 def load(options: config.Data, block_size: int) -> Corpus:
     """Read, split and tokenize. UsageError when there is too little text."""
+    return checked(tokenize(read(options), options), block_size)
+
+
+def read(options: config.Data) -> Texts:
+    """The texts, split. UsageError when there are none or one can't be read."""
     folder = Path(options.data_dir) if options.data_dir else None
     texts = _unique(_folder_files(folder) if folder else _standard_library())
     if not texts:
         raise errors.UsageError(f"{folder}: no text files in there")
     train, val = split(texts, options.val_fraction)
-    tokenizer = ByteTokenizer() if options.tokenizer == "byte" else train_bpe(list(train.values()), options.vocab_size)
-    corpus = Corpus(
-        name=str(folder) if folder else "the source of Python's standard library",
-        digest=_digest(texts),
-        val_digest=_digest(val),
-        files=(len(train), len(val)),
-        bytes=sum(map(len, texts.values())),
-        train=tokenizer.encode(list(train.values())),
-        val=tokenizer.encode(list(val.values())),
+    name = str(folder) if folder else "the source of Python's standard library"
+    return Texts(name, _digest(texts), texts, train, val)
+
+
+def tokenize(texts: Texts, options: config.Data) -> Corpus:
+    """The texts as tokens, by a tokenizer that is learned from those for training if it has to be."""
+    train, val = list(texts.train.values()), list(texts.val.values())
+    tokenizer = ByteTokenizer() if options.tokenizer == "byte" else train_bpe(train, options.vocab_size)
+    return assemble(texts, tokenizer, tokenizer.encode(train), tokenizer.encode(val))
+
+
+def assemble(texts: Texts, tokenizer: Tokenizer, train: Tokens, val: Tokens) -> Corpus:
+    """The corpus of texts whose tokens are there already."""
+    return Corpus(
+        name=texts.name,
+        digest=texts.digest,
+        val_digest=_digest(texts.val),
+        files=(len(texts.train), len(texts.val)),
+        bytes=sum(map(len, texts.all.values())),
+        train=train,
+        val=val,
         tokenizer=tokenizer,
     )
+
+
+def checked(corpus: Corpus, block_size: int) -> Corpus:
+    """The corpus, which is enough for blocks of this size. UsageError."""
     for name, tokens in (("training", corpus.train), ("validation", corpus.val)):
         if len(tokens) <= block_size:
             raise errors.UsageError(
@@ -95,7 +127,7 @@ def load(options: config.Data, block_size: int) -> Corpus:
 def _folder_files(folder: Path) -> Iterator[bytes]:
     if not folder.is_dir():
         raise errors.UsageError(f"{folder} is not a folder: --data-dir takes one with text files in it")
-    for path, folders, names in os.walk(folder):
+    for path, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and os.path.isfile(os.path.join(path, name)):
@@ -115,7 +147,13 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise errors.UsageError(f"can't read {path}: {error.strerror}") from error
+        _unreadable(error)
+        raise
+
+
+def _unreadable(error: OSError) -> None:
+    # left out silently, it would make another data set
+    raise errors.UsageError(f"can't read {error.filename}: {error.strerror}") from error
 
 
 def _unique(texts: Iterator[bytes]) -> dict[str, bytes]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 import castore
-from nanecho.data import Corpus
+
+if TYPE_CHECKING:
+    from nanecho.data import Corpus
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Data and model are there. ``parameters`` counts weights; tied ones once."""
+    """Data and model are there. ``parameters`` counts weights; tied ones once.
+
+    ``reused`` is the id of the prepared data that was taken from the store; if None, ``reason`` says why none was.
+    """
 
     corpus: Corpus
     parameters: int
     device: str
+    reused: str | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,8 @@ class Began:
     """Where the session begins, at ``step``, and the step at which it is to end.
 
     It resumes from ``match``, or starts anew because of ``fresh``. ``weights_only``: without the optimizer's state.
-    ``later_step`` is that of the furthest comparable checkpoint, when it isn't the match.
+    ``val_loss`` is the match's, if it was measured in the same way. ``later_step`` was reached by a comparable
+    checkpoint with a worse result. ``instead_of``: the best one, from which all that this session would do was done.
     """
 
     step: int
@@ -36,6 +44,7 @@ class Began:
     fresh: str
     weights_only: bool
     later_step: int | None
+    instead_of: castore.Match | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +113,29 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Collected:
+    """Garbage was collected after a save."""
+
+    plan: castore.Plan
+
+
+@dataclass(frozen=True, slots=True)
+class NotCollected:
+    """Garbage could not be collected, which harms nothing: others are at work, or a root can't be read."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     summary: Summary
 
 
-Event = Prepared | Began | Grew | Stepped | Evaluated | Saved | Skipped | Finished
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The error comes next; the summary has what was done until then."""
+
+    summary: Summary
+
+
+Event = Prepared | Began | Grew | Stepped | Evaluated | Saved | Skipped | Collected | NotCollected | Finished | Failed

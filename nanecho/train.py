@@ -19,11 +19,27 @@ from torch.nn import functional
 import castore
 from castore import errors
 from nanecho import config as configs
-from nanecho import data, seeding
+from nanecho import data, prepared, seeding
 from nanecho.config import Config
-from nanecho.events import Began, Evaluated, Event, Finished, Grew, Prepared, Saved, Skipped, Stepped, Summary
+from nanecho.events import (
+    Began,
+    Collected,
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    Grew,
+    NotCollected,
+    Prepared,
+    Saved,
+    Skipped,
+    Stepped,
+    Summary,
+)
 from nanecho.model import GPT, Connections
+from nanecho.resume import RESUMED, choose, last_step
 
+_SAVES_PER_GC = 10
 _RECORDED_REJECTIONS = 20  # a manifest stays small however many checkpoints there are
 
 
@@ -41,6 +57,12 @@ class Diverged(errors.CastoreError):
 # -- the session -----------------------------------------------------------------------------------------------------
 
 
+_NOT_BEGUN = Began(
+    step=0, last=0, resolution=None, match=None, val_loss=None, fresh="", weights_only=False, later_step=None,
+    instead_of=None,
+)  # fmt: skip
+
+
 @dataclass(slots=True, kw_only=True)
 class Session:
     """What a session is made of, and everything that changes in it. ``best_loss`` is the lowest that was saved."""
@@ -53,7 +75,7 @@ class Session:
     connections: Connections
     started: str
     environment: dict[str, Any]
-    began: Began = field(init=False)
+    began: Began = _NOT_BEGUN
     step: int = 0
     best_loss: float | None = None
     final_loss: float | None = None
@@ -79,19 +101,38 @@ def train(
     note: str = "",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Event]:
-    """One session: resume, train, evaluate, save. Ends with Finished.
+    """One session: resume, train, evaluate, save. Ends with Finished, or with Failed and an error.
 
     ``stop`` is asked after every step; the name of a signal makes the session save and end. ``started`` is a UTC
     time, for the record. NothingToDo when the checkpoint is at ``max_iters`` already; NothingMatches or
     NothingAvailable when there are checkpoints, but none to resume from; Diverged.
     """
     device = _prepare_torch(config)
-    corpus = data.load(config.data, config.model.block_size)
+    corpus, origin = prepared.prepare(repo, config.data, config.model.block_size, started)
     windows = data.evaluation_windows(corpus.val, config.model.block_size, config.data.eval_samples)
     line = make_line(config, corpus, len(windows))
     session = fresh_session(repo, config, corpus, device, started)
-    yield Prepared(corpus, sum(weight.numel() for weight in session.model.parameters()), str(device))
+    parameters = sum(weight.numel() for weight in session.model.parameters())
+    yield Prepared(corpus, parameters, str(device), origin.reused, origin.reason)
 
+    try:
+        yield from _session(repo, session, line, windows, stop, tags, note, clock)
+    except errors.CastoreError as error:
+        yield Failed(_summary(session, f"error: {str(error).splitlines()[0]}"))
+        raise
+
+
+def _session(
+    repo: castore.Repo,
+    session: Session,
+    line: castore.Line,
+    windows: npt.NDArray[np.int64],
+    stop: Callable[[], str],
+    tags: Sequence[str],
+    note: str,
+    clock: Callable[[], float],
+) -> Iterator[Event]:
+    config = session.config
     began = session.began = _begin(repo, line, session)
     yield began
     if began.last <= session.step:
@@ -141,8 +182,19 @@ def train(
         session.parent = saved.id
         session.checkpoints.append(saved.id)
         yield Saved(session.step, saved, tuple(reasons))
+        often = len(session.checkpoints) % _SAVES_PER_GC == 0
+        if repo.config.retention.auto_gc and (often or session.step == began.last):
+            yield _collect(repo, session)
     stopped = stopping or ("max-iters" if session.step == config.training.max_iters else "session-iters")
     yield Finished(_summary(session, stopped))
+
+
+def _collect(repo: castore.Repo, session: Session) -> Event:
+    in_use = {one for one in (session.parent, session.began.match and session.began.match.id) if one}
+    try:
+        return Collected(castore.collect(repo, in_use=in_use, wait=False))
+    except errors.CastoreError as error:
+        return NotCollected(str(error).splitlines()[0])
 
 
 def _reasons_to_save(config: Config, step: int, last: int, stopping: str) -> list[str]:
@@ -264,86 +316,64 @@ def fresh_session(
 
 def _optimizer(options: configs.Training, model: GPT, device: torch.device) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); matrices decay, norms don't."""
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(_groups(options, model), lr=options.learning_rate, betas=_betas(options), fused=fused)
+
+
+def _groups(options: configs.Training, model: GPT) -> list[dict[str, Any]]:
     weights = list(model.parameters())
-    groups = [
+    return [
         {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=fused)
+
+
+def _betas(options: configs.Training) -> tuple[float, float]:
+    return options.beta1, options.beta2
 
 
 def _begin(repo: castore.Repo, line: castore.Line, session: Session) -> Began:
     """Put the session where it is to begin."""
     config = session.config
-    choice = _choose(repo, config, line)
+    choice = choose(repo, config, line)
     match = choice.match
-    val_loss = later = None
     if match:
+        _load(repo, match, session)
         manifest = repo.find(match.id).manifest
-        state = repo.load(match.id, parts=["model"] if choice.weights_only else None)
-        session.model.load_state_dict(state["model"])
-        val_loss = session.best_loss = manifest.metrics.get("val_loss")
-        if not choice.weights_only:
-            session.optimizer.load_state_dict(state["optimizer"])
-            session.best_loss = state["trainer"]["best_loss"]
+        # losses that were measured on something else say nothing here
+        if manifest.line != line:
+            session.best_loss = None
         session.step, session.parent = match.step, match.id
         session.connections.advance(max(0, match.step - 1))
-        steps = [entry.manifest.step for entry in repo.catalog.listing().entries if entry.manifest.line == line]
-        later = max(steps, default=0) if max(steps, default=0) > match.step else None
-    last = config.training.max_iters
-    if config.run.session_iters:
-        last = min(last, session.step + config.run.session_iters)
     return Began(
         step=session.step,
-        last=last,
+        last=last_step(config, session.step),
         resolution=choice.resolution,
         match=match,
-        val_loss=val_loss,
+        val_loss=manifest.metrics.get("val_loss") if match and manifest.line == line else None,
         fresh=choice.fresh,
-        weights_only=choice.weights_only,
-        later_step=later,
+        weights_only=match is not None and match.availability == "weights-only",
+        later_step=choice.later_step,
+        instead_of=choice.instead_of,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    """What to begin with: a match, or the reason for a fresh start."""
-
-    resolution: castore.Resolution | None = None
-    match: castore.Match | None = None
-    weights_only: bool = False
-    fresh: str = ""
-
-
-def _choose(repo: castore.Repo, config: Config, line: castore.Line) -> _Choice:
-    """NothingMatches or NothingAvailable when there are checkpoints, none fits, and starting anew isn't allowed."""
-    if config.run.resume == "none":
-        return _Choice(fresh="as --resume none asks for")
-
-    def resolve(parts: list[str] | None) -> castore.Resolution:
-        return repo.resolve(
-            config.run.resume,
-            line,
-            config=configs.recorded(config),
-            parts=parts,
-            allow_data_change=config.run.allow_data_change or None,
-        )
-
-    resolution = resolve(None)
-    if resolution.match:
-        return _Choice(resolution=resolution, match=resolution.match)
-    if resolution.unavailable and (weights := resolve(["model"])).match:
-        return _Choice(resolution=resolution, match=weights.match, weights_only=True)
-    if not resolution.rejected:
-        return _Choice(resolution=resolution, fresh="there is no checkpoint yet")
-    if config.run.allow_fresh or repo.config.resume.on_missing == "fresh":
-        why = "--allow-fresh" if config.run.allow_fresh else 'on_missing = "fresh" in config.toml'
-        return _Choice(resolution=resolution, fresh=f"no checkpoint can be resumed, and {why} allows that")
+def _load(repo: castore.Repo, match: castore.Match, session: Session) -> None:
+    whole = match.availability != "weights-only"
+    state = repo.load(match.id, parts=RESUMED if whole else ["model"])
     try:
-        return _Choice(resolution=resolution, match=resolution.require())
-    except (errors.NothingMatches, errors.NothingAvailable) as error:
-        raise type(error)(f"{error}\n  to start anew instead: --allow-fresh, or --resume none") from None
+        session.model.load_state_dict(state["model"])
+        if whole:
+            session.optimizer.load_state_dict(state["optimizer"])
+            session.best_loss = state["trainer"]["best_loss"]
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise errors.NothingMatches(f"checkpoint {match.id[:12]} is not one of nanecho's: {reason}") from error
+    # a state brings its own options, but it is this session's that count
+    for group, fresh in zip(
+        session.optimizer.param_groups, _groups(session.config.training, session.model), strict=True
+    ):
+        group.update(weight_decay=fresh["weight_decay"], betas=_betas(session.config.training))
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
@@ -390,6 +420,8 @@ def _resolution(began: Began) -> dict[str, Any] | None:
         "differences": list(began.match.differences) if began.match else [],
         "rejected": [{"id": one.id, "reasons": list(one.reasons)} for one in rejected[:_RECORDED_REJECTIONS]],
         "rejected_count": len(rejected),
+        "damaged": [one.path.rpartition("/manifests/")[2] for one in began.resolution.damaged[:_RECORDED_REJECTIONS]],
+        "instead_of": began.instead_of.id if began.instead_of else None,
     }
 
 
@@ -440,7 +472,7 @@ def _prepare_torch(config: Config) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(wanted)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()  # a device without memory, such as meta, fails here
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise errors.UsageError(f"--device {wanted}: {str(error).splitlines()[0]}") from error
     torch.set_num_threads(config.machine.threads or castore.processors())

@@ -15,7 +15,7 @@ from castore import Repo
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=60, database=None, print_blob=True)
 hypothesis.settings.load_profile("suite")
 
-FAST = '[store]\nchunk_size = "64KiB"\nthreads = 2\nfsync = false\nlock_timeout = 0.2\n'
+FAST = '[store]\nchunk_size = "64KiB"\nthreads = 2\nfsync = false\nlock_timeout = 0.2\n[retention]\nauto_gc = false\n'
 
 
 @pytest.fixture

@@ -12,94 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from project import TINY, Project
 
+from castore import Line, Repo
 from castore.index import decode_chunks
 from castore.store import LocalStore
-
-PROGRAM = str(Path(sys.executable).with_name("castore"))
-
-TINY = [
-    "--n-layer",
-    "1",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "16",
-    "--block-size",
-    "16",
-    "--batch-size",
-    "2",
-    "--eval-samples",
-    "4",
-    "--threads",
-    "1",
-    "--warmup-iters",
-    "2",
-    "--session-iters",
-    "4",
-    "--eval-every",
-    "2",
-    "--save-every",
-    "2",
-    "--min-improvement",
-    "0",
-    "--log-every",
-    "1",
-]
-
-
-class Project:
-    """A git repository with some text, and the program run in it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.git("init", "-q")
-        (root / "texts").mkdir()
-        for i in range(6):
-            (root / "texts" / f"{i}.txt").write_text("".join(f"{j} bottles of beer number {i}\n" for j in range(40)))
-        # no colour and no width of whoever runs the tests
-        self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("COLUMNS", "FORCE_COLOR", "CI", "GITHUB_ACTIONS")
-        } | {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100"}
-
-    def git(self, *arguments: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
-        return subprocess.run(
-            ["git", *identity, *arguments], cwd=self.root, check=True, capture_output=True, text=True
-        ).stdout
-
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.root} | options
-        return subprocess.Popen([PROGRAM, *arguments], text=True, env=self.environment, **options)
-
-    def run(self, *arguments: str, code: int = 0, **options: Any) -> str:
-        """What the program prints on standard output, or on standard error when it is to fail."""
-        process = self.start(*arguments, **options)
-        out, err = process.communicate()
-        assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
-        return err if code else out
-
-    def train(self, *arguments: str, code: int = 0) -> str:
-        return self.run("train", "--data-dir", "texts", *TINY, *arguments, code=code)
-
-    def json(self, *arguments: str, code: int = 0) -> Any:
-        return json.loads(self.run(*arguments, "--json", code=code))
-
-    def training(self, *arguments: str) -> subprocess.Popen[str]:
-        """A session far too long to end by itself, at a moment at which it has saved something."""
-        process = self.start(
-            "train", "--data-dir", "texts", *TINY, "--session-iters", "0", "--max-iters", "1000000", *arguments
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("saved"):
-                return process
-        raise AssertionError(process.communicate()[1])
 
 
 @pytest.fixture
@@ -129,7 +48,7 @@ def copied(trained: Project, tmp_path: Path) -> Project:
 
 def test_train_makes_a_repository_at_the_git_root_and_says_so(project: Project) -> None:
     out = project.train(*["--session-iters", "1"], code=0)
-    assert out.splitlines()[0].startswith(f"made {project.root}/.castore")
+    assert out.splitlines()[0].startswith(f"made    {project.root}/.castore")
     assert "fresh   starting at step 0: there is no checkpoint yet" in out
     tracked = project.git("add", "-A", "--dry-run", ".castore")
     assert ".castore/config.toml" in tracked
@@ -198,13 +117,13 @@ def test_a_killed_session_loses_at_most_save_every_steps(project: Project) -> No
 
 def test_two_sessions_at_once_both_save(project: Project) -> None:
     project.run("init")
-    both = [project.start("train", "--data-dir", "texts", *TINY, "--run", run) for run in ("a", "b")]
+    both = [project.start("train", "--data-dir", "texts", *TINY, "--run", run, "--resume", "none") for run in ("a", "b")]
     for process in both:
         assert process.communicate()[1] == ""
         assert process.returncode == 0
     found = project.json("log")
     assert sorted((entry["run"], entry["step"]) for entry in found) == [("a", 2), ("a", 4), ("b", 2), ("b", 4)]
-    assert {entry["availability"] for entry in found} == {"full"}
+    assert "history" not in {entry["availability"] for entry in found}
 
 
 def test_the_summary_is_printed_as_json_and_kept(project: Project) -> None:
@@ -319,6 +238,75 @@ def test_a_broken_manifest_is_told_and_hides_no_other(copied: Project) -> None:
     assert broken.read_text() == "{}"
 
 
+def test_text_from_a_manifest_reaches_the_terminal_as_text_alone(copied: Project) -> None:
+    evil = "\x1b]0;gone\x07 \x9b31m \u202e\nmatch   deadbeef"
+    repo = Repo.open(copied.root)
+    line = Line(model={"n_embd": evil, evil: 1}, tokenizer=evil)
+    metrics = {"val_loss": 0.001, evil: 1.0}
+    own = repo.save(
+        {"model": {}}, run="evil", step=9, metrics=metrics, line=line, tags=[evil], note=evil, config={evil: [evil]}
+    ).id
+    shown = copied.run("log") + copied.run("show", own) + copied.run("resolve", own)
+    shown += copied.train("--resume", own, code=3)
+    shown += copied.start("train", "--data-dir", "texts", *TINY, "--session-iters", "1").communicate()[0]
+    assert "gone" in shown
+    assert all(one.isprintable() for one in shown.replace("\n", ""))
+    assert "\nmatch   deadbeef" not in shown
+
+
+def test_a_reader_that_goes_away_costs_nothing_of_what_was_trained(project: Project) -> None:
+    process = project.training("--save-every", "1000000", "--eval-every", "1")
+    assert process.stdout is not None
+    process.stdout.close()
+    with process:  # closes the other pipes
+        assert process.wait() == 128 + signal.SIGPIPE
+    assert "SIGPIPE" in project.json("show", "latest")["info"]["saved_because"]
+
+
+def test_a_session_that_fails_leaves_a_summary_that_says_why(copied: Project) -> None:
+    process = copied.start("train", "--data-dir", "texts", *TINY, "--max-iters", "4", "--json")
+    out, err = process.communicate()
+    assert process.returncode == 7, err
+    summary = json.loads(out)
+    assert summary["stopped"].startswith("error: nothing to train")
+    assert json.loads(Path(summary["path"]).read_text())["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--note", "two\nlines"],
+        ["--tag", "\x1b[1m"],
+        ["--seed", "9" * 30],
+        ["--learning-rate", "inf"],
+        ["--resume", ""],
+    ],
+)
+def test_what_can_not_be_recorded_is_refused_before_anything_is_trained(copied: Project, arguments: list[str]) -> None:
+    before = copied.json("log")
+    copied.train(*arguments, code=2)
+    assert copied.json("log") == before
+
+
+def test_a_store_that_may_not_be_written_can_be_read(copied: Project) -> None:
+    before = copied.json("log")
+    subprocess.run(["mount", "--bind", "-o", "ro", ".castore", ".castore"], cwd=copied.root, check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", ".castore"], cwd=copied.root, check=True)
+        assert copied.json("log") == before
+        assert copied.json("resolve")["match"]["step"] == 4
+        assert "can't" in copied.train(code=1)
+    finally:
+        subprocess.run(["umount", ".castore"], cwd=copied.root, check=True)
+
+
+def test_a_missing_configuration_is_not_taken_for_no_repository(copied: Project) -> None:
+    (copied.root / ".castore" / "config.toml").unlink()
+    assert "config.toml: is missing: `castore init`" in copied.train(code=2)
+    copied.run("init")
+    assert len(copied.json("log")) == 2
+
+
 # -- looking ---------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +360,10 @@ def test_init_is_repeatable_and_prints_where(project: Project) -> None:
 
 # -- help and start-up -----------------------------------------------------------------------------------------------
 
-COMMANDS = ("init", "train", "log", "show", "resolve")
+COMMANDS = (
+    "init", "train", "log", "show", "resolve", "gc", "pin", "unpin", "forget",
+    "verify", "stats", "diff", "doctor", "export", "import", "add", "checkout",
+)  # fmt: skip
 
 
 def test_help_names_every_command_and_exit_code(project: Project) -> None:

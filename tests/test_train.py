@@ -41,7 +41,8 @@ def session(repo: Repo, texts: Path) -> Session:
     def run(**options: Any) -> list[events.Event]:
         stop = options.pop("stop", lambda: "")
         config = configs.make({"data_dir": str(texts), **TINY, **options})
-        return list(trainer.train(repo, config, started="2026-01-01T00:00:00.000000Z", stop=stop))
+        opened = Repo.open(repo.root.parent)
+        return list(trainer.train(opened, config, started="2026-01-01T00:00:00.000000Z", stop=stop))
 
     return run
 
@@ -110,7 +111,7 @@ def test_nothing_left_to_train_is_an_error_and_not_a_session_of_zero_steps(repo:
 
 def test_latest_goes_on_from_the_newest_and_best_from_the_best(session: Session) -> None:
     first = summary(session(session_iters=40, save_every=40))
-    worse = summary(session(session_iters=4, learning_rate=0.3, min_lr=0.3, grad_clip=0.0, save_every=4))
+    worse = summary(session(session_iters=4, learning_rate=2.0, min_lr=2.0, grad_clip=0.0, save_every=4))
     assert worse.final_loss is not None
     assert first.final_loss is not None
     assert worse.final_loss > first.final_loss
@@ -156,6 +157,74 @@ def test_other_data_is_told_by_its_content_and_allowed_on_request(session: Sessi
     (began,) = only(events.Began, session(data_dir=str(moved), allow_data_change=True))
     assert began.step == 8
     assert any(text.startswith("data is") for text in began.match.differences)
+
+
+def test_a_session_that_would_only_repeat_an_earlier_one_goes_on_from_its_end(repo: Repo, session: Session) -> None:
+    good = summary(session(session_iters=20, save_every=20, eval_every=20))
+    bad = {"learning_rate": 2.0, "min_lr": 2.0, "grad_clip": 0.0}
+    worse = summary(session(**bad))
+    assert (worse.start_step, worse.final_step) == (20, 24)
+    found = session(**bad)
+    (began,) = only(events.Began, found)
+    assert (began.step, began.instead_of.id) == (24, good.checkpoints[-1])
+    assert summary(found).final_step == 28
+    info = repo.find(summary(found).checkpoints[-1]).manifest.info
+    assert info["session"]["resolution"]["instead_of"] == good.checkpoints[-1]
+    # with other options it is no repetition
+    (began,) = only(events.Began, session(session_iters=1, save_every=100, eval_every=100))
+    assert (began.step, began.later_step) == (20, 28)
+
+
+def test_options_of_the_optimizer_are_this_session_s_and_not_the_checkpoint_s(repo: Repo, session: Session) -> None:
+    session()
+    changed = summary(session(weight_decay=0.7, beta1=0.5))
+    groups = repo.load(changed.checkpoints[-1], parts=["optimizer"])["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.7, (0.5, 0.99)), (0.0, (0.5, 0.99))]
+
+
+def test_a_loss_measured_on_other_data_is_not_compared_with(session: Session, texts: Path) -> None:
+    session(session_iters=40, save_every=40)
+    for path in texts.iterdir():
+        path.write_text(path.read_text()[::-1])
+    found = session(allow_data_change=True)
+    assert (summary(found).start_step, summary(found).start_loss) == (40, None)
+    assert only(events.Saved, found)[0].reasons[0] == "first"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"<<<<<<< HEAD\n" + data])
+def test_a_damaged_manifest_never_leads_to_a_silent_fresh_start(
+    repo: Repo, session: Session, damage: Callable[[bytes], bytes]
+) -> None:
+    session(session_iters=2)
+    (path,) = repo.root.glob("manifests/main/*.json")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(errors.CorruptManifest, match=str(path)):
+        session()
+    (began,) = only(events.Began, session(allow_fresh=True))
+    assert began.resolution.damaged[0].path == str(path)
+
+
+def test_a_checkpoint_that_is_not_of_this_trainer_is_passed_over_or_told(repo: Repo, session: Session) -> None:
+    first = summary(session())
+    line = repo.find(first.checkpoints[-1]).manifest.line
+    partial = repo.save({"model": {}}, run="other", step=9, metrics={"val_loss": 0.0}, line=line)
+    (began,) = only(events.Began, session())
+    assert began.match.id == first.checkpoints[-1]
+    assert began.resolution.rejected[0].reasons[0] == "optimizer: this checkpoint has no such part"
+    with pytest.raises(errors.NothingMatches, match="is not one of nanecho's"):
+        session(resume=partial.id)
+
+
+def test_garbage_is_collected_after_saving_when_the_settings_say_so(repo: Repo, session: Session) -> None:
+    config = repo.root / "config.toml"
+    config.write_text(config.read_text().replace("auto_gc = false", "auto_gc = true\nkeep = 1\nkeep_optimizer = 1"))
+    repo = Repo.open(repo.root.parent)
+    found = session()
+    (collected,) = only(events.Collected, found)
+    assert collected.plan.delete
+    kept = [entry.id for entry in repo.checkpoints() if repo.part_states(entry)["model"].where == "local"]
+    assert kept[0] == summary(found).checkpoints[-1]
+    assert len(kept) <= 2
 
 
 # -- what can't be had -----------------------------------------------------------------------------------------------
@@ -219,7 +288,7 @@ def test_a_skipped_save_says_why_and_has_no_id(repo: Repo, session: Session) -> 
     assert re.fullmatch(r"\d\.\d{4} is not 5 below \d\.\d{4}", skipped[0].reason)
     assert summary(found).skipped
     saved = [event.saved.id for event in only(events.Saved, found)]
-    assert [entry.id for entry in reversed(repo.catalog.listing().entries)] == saved
+    assert [entry.id for entry in reversed(repo.checkpoints())] == saved
 
 
 def test_checkpoints_are_made_on_improvement_every_so_often_and_at_the_end(session: Session) -> None:
@@ -307,7 +376,7 @@ def test_evaluation_expects_the_next_token_and_no_other(repo: Repo, texts: Path)
         ({"n_layer": 0}, "n_layer"),
         ({"n_embd": 30, "n_head": 4}, "can't be divided by n_head 4"),
         ({"schedule": "linear"}, "schedule"),
-        ({"min_lr": 1.0}, "min_lr is above learning_rate"),
+        ({"min_lr": 1.0}, "min_lr 1 is above learning_rate 0.002"),
     ],
 )
 def test_a_wrong_option_is_named(given: dict[str, Any], says: str) -> None:

@@ -1,0 +1,145 @@
+"""Delete what no kept checkpoint needs: plan, then apply.
+
+Planning reads every root (see :func:`castore.catalog.roots`) and fails when one can't be read, so what isn't known to
+be dispensable stays. Applying moves objects into trash/, while nobody else is at work, and then empties it; until an
+object is gone for good, a save or a load that wants it takes it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from castore import catalog, index
+from castore.errors import CorruptionError, RootsUnreadable
+from castore.ids import ObjectId
+from castore.quality import Entry
+from castore.repo import Repo
+from castore.retention import Decision, Policy, Source, decide, kept_parts
+from castore.store import Stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What gc does, or would do. ``delete`` has the stored size of each object that goes; indexes come first.
+
+    ``young`` counts objects that no manifest refers to and that are too new to go. Sizes are in stored bytes.
+    """
+
+    decisions: tuple[Decision, ...]
+    delete: Mapping[ObjectId, int]
+    kept_bytes: int
+    young: int
+
+    def goes(self, decision: Decision) -> tuple[str, ...]:
+        """The parts of a manifest that were in the store and go."""
+        parts = decision.entry.manifest.parts
+        return tuple(name for name in parts if name not in decision.parts and parts[name].index in self.delete)
+
+    @property
+    def freed_bytes(self) -> int:
+        return sum(self.delete.values())
+
+
+def collect(
+    repo: Repo,
+    policy: Policy | None = None,
+    *,
+    grace: timedelta | None = None,
+    in_use: Collection[str] = (),
+    dry_run: bool = False,
+    wait: bool = True,
+    now: datetime | None = None,
+) -> Plan:
+    """Apply ``policy`` (that of config.toml unless given) and return what was done.
+
+    Objects that no manifest refers to stay until they are older than ``grace``. With ``dry_run`` nothing is touched.
+    Locked when others are at work, for longer than the configured time if ``wait``; RootsUnreadable, CorruptionError or
+    StorageError when it can't be told what is needed: then nothing was deleted.
+    """
+    policy = policy or repo.config.policy
+    grace = repo.config.retention.grace_period if grace is None else grace
+    with repo.lock(exclusive=not dry_run, wait=wait):
+        found = plan(repo, policy, grace=grace, in_use=in_use, now=now or datetime.now(UTC))
+        if not dry_run:
+            repo.store.discard(found.delete)
+    if not dry_run:
+        repo.store.empty_trash()
+    return found
+
+
+def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str], now: datetime) -> Plan:
+    """What :func:`collect` would do. The caller holds the lock."""
+    roots = catalog.roots(repo.catalog)
+    stored = repo.store.stored()
+    if stored and not roots.own and not roots.others:
+        raise RootsUnreadable(f"there are {len(stored)} objects, but not one manifest")
+    contents = _Contents(repo, stored)
+    decisions = decide(
+        Source("the work tree", roots.own),
+        [Source(name, entries) for name, entries in roots.others],
+        policy,
+        contents,
+        now=now,
+        pinned=roots.pins,
+        in_use=frozenset(in_use),
+    )
+    live: set[ObjectId] = set()
+    for entry, part in kept_parts(decisions):
+        contents.require(entry, part)
+        live.update(contents(entry, part))
+    dropped: set[ObjectId] = set()
+    for decision in decisions:
+        for part in decision.entry.manifest.parts:
+            if part not in decision.parts:
+                dropped.update(contents(decision.entry, part))
+    oldest = now.timestamp() - grace.total_seconds()
+    going = [own for own in stored if own not in live and (own in dropped or stored[own].modified <= oldest)]
+    going.sort(key=lambda own: own not in contents.indexes)
+    return Plan(
+        decisions=decisions,
+        delete={own: stored[own].size for own in going},
+        kept_bytes=sum(stored[own].size for own in live),
+        young=len(stored) - len(going) - len(live),
+    )
+
+
+class _Contents:
+    """The objects of a part that are in the store; each index is read once."""
+
+    def __init__(self, repo: Repo, stored: Mapping[ObjectId, Stored]) -> None:
+        self._repo = repo
+        self._stored = stored
+        self._parts: dict[ObjectId, dict[ObjectId, int]] = {}
+        self._damaged: dict[ObjectId, CorruptionError] = {}
+
+    @property
+    def indexes(self) -> Collection[ObjectId]:
+        """The indexes that were asked about."""
+        return self._parts.keys()
+
+    def __call__(self, entry: Entry, part: str) -> Mapping[ObjectId, int]:
+        own = entry.manifest.parts[part].index
+        if own not in self._parts:
+            self._parts[own] = self._read(own)
+        return self._parts[own]
+
+    def require(self, entry: Entry, part: str) -> None:
+        """CorruptionError when the index of a part that is kept can't be read: what it needs isn't known then."""
+        own = entry.manifest.parts[part].index
+        self(entry, part)
+        if own in self._damaged:
+            raise self._damaged[own]
+
+    def _read(self, own: ObjectId) -> dict[ObjectId, int]:
+        if own not in self._stored:
+            return {}  # dropped before, or never fetched
+        found = {own: self._stored[own].size}
+        try:
+            chunks = index.decode_chunks(self._repo.store.read(own, mend=False))
+        except CorruptionError as error:
+            self._damaged[own] = error
+            return found
+        found.update((chunk.id, self._stored[chunk.id].size) for chunk in chunks if chunk.id in self._stored)
+        return found

@@ -1,0 +1,113 @@
+"""Tokenized text as an artifact of the store, so that a second session on the same data starts without tokenizing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import castore
+from castore import errors
+from nanecho import config, data
+from nanecho.data import Corpus, Texts, Tokenizer, Tokens
+
+RUN = "datasets"
+_PART = "data"
+_VERSION = 1  # to be raised with any change to nanecho.data after which the same texts give other tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a corpus is from: the prepared data ``reused``, or tokenized now because of ``reason``."""
+
+    reused: str | None
+    reason: str
+
+
+def prepare(repo: castore.Repo, options: config.Data, block_size: int, started: str) -> tuple[Corpus, Origin]:
+    """The corpus and its origin; the same one, reused or not. What is tokenized now is kept for the next session.
+
+    Prepared data older than ``retention.data_ttl``, damaged or gone is prepared again. UsageError as of data.load.
+    """
+    texts = data.read(options)
+    recorded = _recorded(texts, options)
+    reasons: list[str] = []
+    created = None
+    for entry in repo.datasets(recorded):
+        age = datetime.fromisoformat(started) - datetime.fromisoformat(entry.manifest.created)
+        if age >= repo.config.policy.data_ttl:
+            reasons.append(f"{entry.id[:12]} is older than data_ttl = {repo.config.retention.data_ttl}")
+            break
+        try:
+            found = _restore(texts, options, repo.load(entry.id, [_PART])[_PART])
+        except castore.CastoreError as error:
+            reasons.append(f"{entry.id[:12]} can't be had: {error}")
+            # the same bytes at the same time are the same manifest, which so has its data again
+            created = created or datetime.fromisoformat(entry.manifest.created)
+        else:
+            return data.checked(found, block_size), Origin(entry.id, "")
+    corpus = data.checked(data.tokenize(texts, options), block_size)
+    reasons = reasons or ["these texts, so split and tokenized, are new here"]
+    try:
+        _keep(repo, corpus, recorded, created)
+    except castore.CastoreError as error:
+        reasons.append(f"not kept: {error}")
+    return corpus, Origin(None, "; ".join(reasons))
+
+
+def _recorded(texts: Texts, options: config.Data) -> dict[str, Any]:
+    """All that the tokens are a function of."""
+    found = {
+        "version": _VERSION,
+        "source": texts.digest,
+        "tokenizer": options.tokenizer,
+        "val_fraction": options.val_fraction,
+    }
+    return found | ({"vocab_size": options.vocab_size} if options.tokenizer == "bpe" else {})
+
+
+def _keep(repo: castore.Repo, corpus: Corpus, recorded: dict[str, Any], created: datetime | None) -> None:
+    import torch
+
+    train, val = torch.from_numpy(corpus.train), torch.from_numpy(corpus.val)
+    info = {"val_digest": corpus.val_digest, "tokenizer_digest": corpus.tokenizer.digest, "bytes": corpus.bytes}
+    repo.save(
+        {_PART: {"train": train, "val": val, "tokenizer": corpus.tokenizer.definition}},
+        kind="dataset",
+        run=RUN,
+        step=0,
+        config=recorded,
+        info=info | {"files": list(corpus.files), "tokens": [len(train), len(val)]},
+        created=created,
+    )
+
+
+def _restore(texts: Texts, options: config.Data, state: Any) -> Corpus:
+    """CorruptIndex unless the state is what :func:`_keep` saves."""
+    match state:
+        case {"train": train, "val": val, "tokenizer": str(definition)}:
+            tokenizer = _tokenizer(options.tokenizer, definition)
+            return data.assemble(texts, tokenizer, _tokens(train, tokenizer), _tokens(val, tokenizer))
+    raise errors.CorruptIndex("it holds no tokens")
+
+
+def _tokenizer(name: str, definition: str) -> Tokenizer:
+    if name == "byte":
+        return data.ByteTokenizer()
+    try:
+        return data.BPETokenizer(definition)
+    except ImportError:
+        raise errors.UsageError("the tokenizers library is missing") from None
+    except Exception as error:  # the library raises nothing more precise
+        raise errors.CorruptIndex(f"its tokenizer can't be read: {error}") from error
+
+
+def _tokens(tensor: Any, tokenizer: Tokenizer) -> Tokens:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint16 or tensor.dim() != 1:
+        raise errors.CorruptIndex("it holds no tokens")
+    found: Tokens = tensor.numpy()
+    if len(found) and int(found.max()) >= tokenizer.vocab_size:
+        raise errors.CorruptIndex("it holds tokens that its tokenizer doesn't have")
+    return found

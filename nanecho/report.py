@@ -1,0 +1,78 @@
+"""A training session in words: its events and its summary as lines of text. Imports no torch."""
+
+from __future__ import annotations
+
+import castore
+from castore import words
+from nanecho import events
+
+
+def describe(event: events.Event) -> list[str]:
+    """An event in words, as lines."""
+    match event:
+        case events.Prepared(corpus, parameters, device, reused, reason):
+            return [
+                f"data    {corpus.name}: {words.size(corpus.bytes)} in {sum(corpus.files)} files, "
+                f"{corpus.files[1]} of them for validation; {corpus.tokenizer.name} tokenizer",
+                f"        prepared before: {reused[:12]}" if reused else f"        prepared now: {reason}",
+                f"model   {parameters:,} parameters on {device}",
+            ]
+        case events.Began():
+            return _describe_begin(event)
+        case events.Grew(step, density):
+            return [f"grow    {density:.1%} of the connections are active after step {step:,}"]
+        case events.Stepped(step, loss, rate, speed):
+            return [f"step    {step:,}  loss {loss:.4f}  learning rate {rate:.2e}  {speed:,.0f} tokens/s"]
+        case events.Evaluated(step, loss, accuracy):
+            return [f"eval    {step:,}  validation loss {loss:.4f}  {accuracy:.1%} of tokens right"]
+        case events.Saved(_, saved, reasons):
+            return [f"saved   {saved.id[:12]}  {words.size(saved.new_bytes)} new  ({', '.join(reasons)})"]
+        case events.Collected(plan) if plan.delete:
+            return [f"gc      {len(plan.delete)} objects, {words.size(plan.freed_bytes)} deleted"]
+        case events.NotCollected(reason):
+            return [f"gc      left for later: {reason}"]
+        case events.Skipped(step, reason):
+            return [f"skipped a checkpoint at step {step:,}: {reason}"]
+    return []
+
+
+def _describe_begin(event: events.Began) -> list[str]:
+    rejected = event.resolution.rejected if event.resolution else ()
+    lines = [f"WARNING {one.path}: {one.reason}" for one in (event.resolution.damaged if event.resolution else ())]
+    lines += [f"no      {describe_rejected(one)}" for one in rejected[:10]]
+    if len(rejected) > 10:
+        lines.append(f"no      and {len(rejected) - 10} more: `castore resolve` lists them")
+    if not event.match:
+        return [*lines, f"fresh   starting at step 0: {event.fresh}"]
+    loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
+    want = event.resolution.want if event.resolution else ""
+    if event.instead_of:
+        best = f"{event.instead_of.id[:12]}, step {event.instead_of.step:,}"
+        lines.append(f"note    {best}, is the best, but from it this session was trained before: going on from its end")
+        want = "its furthest descendant"
+    lines.append(f"resume  {event.match.id[:12]}, step {event.step:,} of run {event.match.run}{loss} ({want[:24]})")
+    lines += [f"differs {text}" for text in event.match.differences]
+    if event.weights_only:
+        lines.append("WARNING only the weights can be had: the optimizer starts anew, so the loss may jump")
+    if event.later_step:
+        lines.append(
+            f"note    step {event.later_step:,} was reached, with a worse result: --resume latest goes on there"
+        )
+    return lines
+
+
+def describe_summary(summary: events.Summary) -> list[str]:
+    """What a session did, as lines."""
+    was = "" if summary.start_loss is None else f"{summary.start_loss:.4f} -> "
+    loss = "" if summary.final_loss is None else f"; validation loss {was}{summary.final_loss:.4f}"
+    steps = f"step {summary.start_step:,} -> {summary.final_step:,} in {summary.seconds:.0f} s"
+    speed = f"{summary.tokens_per_second:,.0f} tokens/s"
+    lines = [f"done    {steps}{loss}; {speed}; {summary.connection_density:.1%} connected; {summary.stopped}"]
+    if summary.stopped == "session-iters":
+        lines.append("        run the same command again to go on from the best checkpoint")
+    return lines
+
+
+def describe_rejected(one: castore.Rejected) -> str:
+    """A checkpoint that is passed over, and why."""
+    return f"{one.id[:12]}, step {one.step:,} of run {one.run}: {'; '.join(one.reasons)}"

@@ -1,0 +1,97 @@
+"""Which checkpoint a session begins with, and why. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import castore
+from castore import errors
+from nanecho import config as configs
+from nanecho.config import Config
+
+RESUMED = ("model", "optimizer", "trainer")
+"""The parts of a checkpoint that a session needs to go on as if it had never stopped."""
+
+
+def last_step(config: Config, step: int) -> int:
+    """Where a session that begins at ``step`` is to end."""
+    last = config.training.max_iters
+    return min(last, step + config.run.session_iters) if config.run.session_iters else last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What to begin with: a match, or the reason for a fresh start."""
+
+    resolution: castore.Resolution | None = None
+    match: castore.Match | None = None
+    fresh: str = ""
+    later_step: int | None = None
+    instead_of: castore.Match | None = None
+
+
+def choose(repo: castore.Repo, config: Config, line: castore.Line) -> Choice:
+    """CorruptManifest, NothingMatches or NothingAvailable when none can be resumed and starting anew isn't allowed."""
+    want = config.run.resume
+    if want == "none":
+        return Choice(fresh="as --resume none asks for")
+
+    def resolve(want: str) -> castore.Resolution:
+        return repo.resolve(
+            want,
+            line,
+            config=configs.recorded(config),
+            parts=RESUMED,
+            allow_data_change=config.run.allow_data_change or None,
+            weights_only=True,
+        )
+
+    resolution = resolve(want)
+    if resolution.match:
+        if want.rpartition(":")[2] != "best":
+            return Choice(resolution=resolution, match=resolution.match)
+        return _go_on(repo, config, line, resolution, resolve)
+    if not resolution.rejected and not resolution.damaged:
+        return Choice(resolution=resolution, fresh="there is no checkpoint yet")
+    if config.run.allow_fresh or repo.config.resume.on_missing == "fresh":
+        why = "--allow-fresh" if config.run.allow_fresh else 'on_missing = "fresh" in config.toml'
+        return Choice(resolution=resolution, fresh=f"no checkpoint can be resumed, and {why} allows that")
+    try:
+        return Choice(resolution=resolution, match=resolution.require())
+    except (errors.NothingMatches, errors.NothingAvailable) as error:
+        raise type(error)(f"{error}\n  to start anew instead: --allow-fresh, or --resume none") from None
+
+
+def _go_on(
+    repo: castore.Repo,
+    config: Config,
+    line: castore.Line,
+    resolution: castore.Resolution,
+    resolve: Callable[[str], castore.Resolution],
+) -> Choice:
+    """The best one, unless this whole session has been trained from it before: then where that led to.
+
+    Training is a function of the checkpoint and the options, so a session from the same checkpoint with the same
+    options would only repeat what is there, and so would the next, for ever.
+    """
+    best = resolution.match
+    assert best is not None
+    comparable = [entry for entry in repo.checkpoints() if entry.manifest.line == line]
+    reached = {best.id}
+    descendants = []
+    for entry in sorted(comparable, key=lambda entry: (entry.manifest.created, entry.manifest.step)):
+        if entry.manifest.parent in reached and entry.manifest.config == configs.recorded(config):
+            reached.add(entry.id)
+            descendants.append(entry)
+    furthest = max(descendants, key=lambda entry: entry.manifest.step, default=None)
+    if furthest and best.step < last_step(config, best.step) <= furthest.manifest.step:
+        instead = resolve(furthest.id)
+        if instead.match and instead.match.availability == "full":
+            return Choice(resolution=resolution, match=instead.match, instead_of=best)
+    later = [
+        entry.manifest.step
+        for entry in comparable
+        if entry.manifest.step > best.step and (castore.score(entry.manifest) or 0) < (best.score or 0)
+    ]
+    return Choice(resolution=resolution, match=best, later_step=max(later, default=None))

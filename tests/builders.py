@@ -1,0 +1,83 @@
+"""What several test modules make and compare."""
+
+from __future__ import annotations
+
+import array
+import os
+import random
+import stat
+import struct
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from castore.manifest import Manifest, Part, encode
+from castore.quality import Entry
+
+
+def manifest(step: int = 1, **fields: Any) -> Manifest:
+    made = {
+        "run": "ci",
+        "created": f"2026-01-02T03:04:05.{int(step) % 1_000_000:06d}Z",
+        "parts": {"model": Part(index="ab" * 32, bytes=10, stored_bytes=9)},
+    }
+    return Manifest(step=step, **{**made, **fields})
+
+
+def entry(step: int = 1, **fields: Any) -> Entry:
+    from castore.ids import object_id
+
+    made = manifest(step, **fields)
+    return Entry(object_id(encode(made)), made)
+
+
+def parts(seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    big = torch.randn(50_000, generator=generator)
+    model = {"big": big, "small": torch.randn(3, 5, generator=generator), "tied": big, "step": torch.tensor(seed)}
+    return {"model": model, "trainer": {"seed": seed, "betas": (0.9, 0.95), "order": [3, 1, None], 7: b"\0"}}
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of the dense tensor, by way of NumPy's copy of plain integers."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return tensor.view(_BITS.get(tensor.element_size(), tensor.dtype)).numpy().tobytes()
+
+
+def exact(value: Any) -> Any:
+    """A value that compares equal for values equal in every bit and type, and for those alone."""
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.dtype, tuple(value.shape), bits(value)
+    if kind is float:
+        return kind, struct.pack("<d", value)
+    if kind is complex:
+        return kind, struct.pack("<dd", value.real, value.imag)
+    if kind in (list, tuple):
+        return kind, [exact(item) for item in value]
+    if kind in (dict, OrderedDict):
+        return kind, [(exact(key), exact(item)) for key, item in value.items()]
+    return kind, value
+
+
+def trained(count: int, seed: int = 0) -> bytes:
+    """float32 numbers spread as trained weights are."""
+    rng = random.Random(seed)
+    return array.array("f", [rng.gauss(0, 0.02) for _ in range(count)]).tobytes()
+
+
+def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file below ``root`` with its inode, time of change and content."""
+    found = {}
+    for folder, _, files in os.walk(root):
+        for file in files:
+            path = Path(folder, file)
+            status = path.lstat()
+            content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
+            found[str(path.relative_to(root))] = (status.st_ino, status.st_mtime_ns, content)
+    return found

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import parts, tree
+
+from castore import Repo, fs
+from castore.doctor import Check, examine
+from castore.errors import RepoNotFound
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def found(repo: Repo) -> dict[str, Check]:
+    """The checks by subject, of which there is one each."""
+    checks = list(examine(repo.root.parent))
+    assert len({check.subject for check in checks}) == len(checks)
+    assert all(check.advice for check in checks if check.level != "ok")
+    return {check.subject: check for check in checks}
+
+
+@pytest.fixture
+def committed(repo: Repo) -> Repo:
+    """A repository with a checkpoint, all of it committed."""
+    git(repo.root.parent, "init", "-q")
+    repo.save(parts(1), run="ci", step=1)
+    git(repo.root.parent, "add", ".castore")
+    git(repo.root.parent, "commit", "-q", "-m", "x")
+    return repo
+
+
+def test_a_healthy_repository_is_ok_in_every_respect_and_left_as_it_is(committed: Repo) -> None:
+    before = tree(committed.root)
+    checks = found(committed)
+    # the disk of whoever runs the tests may be full or far away
+    assert {one.subject for one in checks.values() if one.level != "ok"} <= {"space", "file system"}
+    assert {"settings", "permissions", "hard links", "locks", "space", "lock", "leftovers", "git", "remotes"} <= set(
+        checks
+    )
+    assert checks["git"].text.startswith("3 files of .castore")
+    assert tree(committed.root) == before
+
+
+def test_no_repository_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RepoNotFound):
+        list(examine(tmp_path))
+
+
+def test_wrong_settings_are_a_problem_and_the_rest_is_still_checked(committed: Repo) -> None:
+    (committed.root / "config.toml").write_text("[store]\nthreads = -1\n")
+    checks = found(committed)
+    assert checks["settings"].level == "problem"
+    assert "threads" in checks["settings"].text
+    assert checks["manifests"].level == "ok"
+
+
+@pytest.mark.parametrize("name", ["objects", "tmp", "manifests"])
+def test_a_folder_that_is_none_is_a_problem(repo: Repo, name: str) -> None:
+    for file in (repo.root / name).iterdir():
+        file.unlink()
+    (repo.root / name).rmdir()
+    (repo.root / name).write_text("")
+    check = found(repo)["permissions"]
+    assert (check.level, str(repo.root / name) in check.text) == ("problem", True)
+
+
+def hold(root: str, exclusive: bool, ready: Any, done: Any) -> None:
+    with fs.lock(Path(root, "lock"), exclusive=exclusive, timeout=1):
+        ready.set()
+        done.wait(60)
+
+
+@pytest.mark.parametrize(("exclusive", "says"), [(True, "as gc does"), (False, "others save or load")])
+def test_who_holds_the_lock_is_told(repo: Repo, start: Callable[..., Any], exclusive: bool, says: str) -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    ready, done = context.Event(), context.Event()
+    process = start(hold, str(repo.root), exclusive, ready, done)
+    ready.wait(60)
+    check = found(repo)["lock"]
+    done.set()
+    assert check.level == "warning"
+    assert says in check.text
+    if os.path.exists("/proc/locks"):
+        assert check.text.endswith(f"process {process.pid}")
+    process.join()
+    assert found(repo)["lock"].level == "ok"
+
+
+@pytest.mark.parametrize("name", ["tmp", "trash", "quarantine"])
+def test_leftovers_are_told_with_their_size(repo: Repo, name: str) -> None:
+    (repo.root / name).mkdir(exist_ok=True)
+    (repo.root / name / "x").write_bytes(bytes(2_000_000))
+    check = found(repo)[f"{name}/"]
+    assert (check.level, check.text) == ("warning", "1 files, 2.0 MB")
+
+
+def test_outside_of_git_is_a_warning(repo: Repo) -> None:
+    assert (found(repo)["git"].level, "git init" in found(repo)["git"].advice) == ("warning", True)
+
+
+def test_uncommitted_manifests_are_a_warning(committed: Repo) -> None:
+    committed.save(parts(2), run="ci", step=2)
+    check = found(committed)["git"]
+    assert check.level == "warning"
+    assert "1 files of .castore are not committed, .castore/manifests/ci/000000002-" in check.text
+
+
+def test_an_ignored_repository_is_a_problem(repo: Repo) -> None:
+    git(repo.root.parent, "init", "-q")
+    (repo.root.parent / ".gitignore").write_text(".castore/\n")
+    check = found(repo)["git"]
+    assert check.level == "problem"
+    assert "is ignored" in check.text
+
+
+def test_tracked_data_is_a_problem(committed: Repo) -> None:
+    git(committed.root.parent, "add", "-f", ".castore/objects")
+    checks = [one for one in examine(committed.root) if one.subject == "git"]
+    assert [one.level for one in checks] == ["ok", "problem"]
+    assert "git rm -r --cached" in checks[1].advice
+
+
+def test_git_that_fails_is_a_problem(committed: Repo) -> None:
+    (committed.root.parent / ".git" / "HEAD").write_text("nonsense")
+    assert found(committed)["git"].level == "problem"
+
+
+def test_a_remote_that_is_not_there_is_a_warning(repo: Repo) -> None:
+    (repo.root / "config.toml").write_text('[remotes]\nnear = "near"\nfar = "/nowhere/at/all"\n')
+    (repo.root.parent / "near" / "objects").mkdir(parents=True)
+    checks = found(repo)
+    assert (checks["remote near"].level, checks["remote far"].level) == ("ok", "warning")
+
+
+def test_a_damaged_manifest_is_a_problem(committed: Repo) -> None:
+    (path,) = committed.catalog.root.glob("*/*.json")
+    path.write_text("{}")
+    check = found(committed)["manifests"]
+    assert (check.level, str(path) in check.text) == ("problem", True)

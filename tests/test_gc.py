@@ -1,0 +1,494 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import exact
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+import castore
+from castore import Repo, errors, fs
+from castore.ids import ObjectId
+from castore.retention import Policy
+
+ONE = Policy(keep=1, keep_latest=0, keep_optimizer=1)
+
+
+def parts(seed: int, size: int = 4000) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(size, generator=generator)
+    return {
+        "model": {"weights": weights, "frozen": torch.arange(30_000)},
+        "optimizer": {"first": weights * 0.1, "second": torch.rand(size, generator=generator)},
+        "trainer": {"step": seed},
+    }
+
+
+def save(repo: Repo, step: int, loss: float, **options: Any) -> str:
+    return repo.save(parts(step), run="main", step=step, metrics={"val_loss": loss}, **options).id
+
+
+def where(repo: Repo, own: str) -> dict[str, str]:
+    return {name: state.where for name, state in repo.part_states(repo.catalog.find(own)).items()}
+
+
+def path_of(repo: Repo, own: str) -> Path:
+    return repo.catalog.root / repo.catalog.find(own).manifest.file_name(ObjectId(own))
+
+
+def objects(repo: Repo) -> set[str]:
+    return set(repo.store.stored())
+
+
+WHOLE = {"model": "local", "optimizer": "local", "trainer": "local"}
+WEIGHTS = {"model": "local", "optimizer": "missing", "trainer": "missing"}
+GONE = {"model": "missing", "optimizer": "missing", "trainer": "missing"}
+
+
+def test_what_is_kept_loads_bit_exact_and_the_rest_is_history(repo: Repo) -> None:
+    ids = [save(repo, step, 10 - step) for step in range(6)]
+    plan = castore.collect(repo, Policy(keep=3, keep_latest=1, keep_optimizer=1))
+    assert [where(repo, own) for own in ids] == [GONE, GONE, GONE, WEIGHTS, WEIGHTS, WHOLE]
+    assert exact(repo.load(ids[5])) == exact(parts(5))
+    assert exact(repo.load(ids[3], parts=["model"])) == exact({"model": parts(3)["model"]})
+    assert len(repo.checkpoints()) == 6
+    assert plan.freed_bytes == sum(plan.delete.values()) > 0
+    assert plan.kept_bytes == sum(one.size for one in repo.store.stored().values())
+    assert not any(repo.store.trash.iterdir())
+
+
+def test_a_dry_run_plans_the_same_and_touches_nothing(repo: Repo) -> None:
+    for step in range(4):
+        save(repo, step, 10 - step)
+    before = objects(repo)
+    planned = castore.collect(repo, ONE, dry_run=True)
+    assert objects(repo) == before
+    assert castore.collect(repo, ONE) == planned
+    assert objects(repo) == before - set(planned.delete)
+
+
+def test_fifty_checkpoints_shrink_to_less_than_half_of_ten_raw_ones(repo: Repo) -> None:
+    """The bar: at most 45 % of what ten full raw checkpoints take."""
+    size = 300_000
+    for step in range(50):
+        state = parts(step, size)
+        del state["model"]["frozen"]  # what is shared would flatter the figure
+        repo.save(state, run="main", step=step, metrics={"val_loss": 1 / (step + 1)})
+    castore.collect(repo, Policy(keep=10, keep_optimizer=2))
+    stored = sum(one.size for one in repo.store.stored().values())
+    assert stored <= 0.45 * 10 * 3 * 4 * size
+    loadable = [entry for entry in repo.checkpoints() if where(repo, entry.id)["model"] == "local"]
+    assert [entry.manifest.step for entry in loadable] == list(range(49, 39, -1))
+
+
+# -- what counts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def git(repo: Repo) -> Callable[..., str]:
+    """Runs git where the repository lives, which has one commit."""
+
+    def run(*arguments: str, cwd: Path | None = None) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=cwd or repo.root.parent, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    run("init", "-q", "-b", "main")
+    run("add", ".castore")
+    run("commit", "-qm", "begin")
+    return run
+
+
+Git = Callable[..., str]
+
+
+def on_branch(git: Git, path: Path) -> None:
+    git("checkout", "-qb", "side")
+    git("add", str(path))
+    git("commit", "-qm", "side")
+    git("checkout", "-q", "main")
+
+
+def on_remote_branch(git: Git, path: Path) -> None:
+    on_branch(git, path)
+    git("update-ref", "refs/remotes/origin/side", "side")
+    git("branch", "-qD", "side")
+
+
+def on_tag(git: Git, path: Path) -> None:
+    on_branch(git, path)
+    git("tag", "-am", "a tag", "kept", "side")
+    git("branch", "-qD", "side")
+
+
+def on_stash(git: Git, path: Path) -> None:
+    git("add", str(path))
+    git("stash", "push", "-q")
+
+
+def on_older_stash_of_untracked_files(git: Git, path: Path) -> None:
+    git("stash", "push", "-q", "--include-untracked", "--", str(path))
+    (path.parent / "x").write_text("x")
+    git("stash", "push", "-q", "--include-untracked", "--", str(path.parent / "x"))
+
+
+def in_index(git: Git, path: Path) -> None:
+    git("add", str(path))
+    path.unlink()
+
+
+def in_linked_worktree(git: Git, path: Path) -> None:
+    root = Path(git("rev-parse", "--show-toplevel").strip())
+    git("worktree", "add", "-q", "--detach", str(root / "linked"))
+    moved = root / "linked" / path.relative_to(root)
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(moved)
+
+
+def in_head_of_a_linked_worktree(git: Git, path: Path) -> None:
+    on_branch(git, path)
+    root = Path(git("rev-parse", "--show-toplevel").strip())
+    git("worktree", "add", "-q", "--detach", str(root / "linked"), "side")
+    git("branch", "-qD", "side")
+    shutil.rmtree(root / "linked" / ".castore")
+
+
+def on_detached_head(git: Git, path: Path) -> None:
+    git("checkout", "-q", "--detach")
+    git("add", str(path))
+    git("commit", "-qm", "detached")
+    path.unlink()
+    git("rm", "-q", "--cached", str(path))
+
+
+def nowhere(git: Git, path: Path) -> None:  # noqa: ARG001
+    path.unlink()
+
+
+PLACES = [
+    on_branch, on_remote_branch, on_tag, on_stash, on_older_stash_of_untracked_files, in_index, in_linked_worktree,
+    in_head_of_a_linked_worktree, on_detached_head,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [*PLACES, nowhere])
+def test_a_manifest_counts_wherever_git_has_it(repo: Repo, git: Git, place: Callable[[Git, Path], None]) -> None:
+    line = castore.Line(data="other")
+    own = save(repo, 1, 5.0, line=line)
+    save(repo, 2, 1.0)
+    path = path_of(repo, own)
+    data = path.read_bytes()
+    place(git, path)
+    assert own not in [entry.id for entry in repo.checkpoints()]
+    castore.collect(repo, ONE, grace=timedelta())
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    assert where(repo, own) == (GONE if place is nowhere else WHOLE)
+
+
+def test_a_pin_counts_on_any_branch(repo: Repo, git: Git) -> None:
+    own = save(repo, 1, 5.0)
+    save(repo, 2, 1.0)
+    git("checkout", "-qb", "side")
+    repo.catalog.pin(ObjectId(own))
+    git("add", ".castore/pins")
+    git("commit", "-qm", "pin")
+    git("checkout", "-q", "main")
+    assert repo.catalog.pins() == frozenset()
+    castore.collect(repo, ONE)
+    assert where(repo, own) == WHOLE
+    git("branch", "-qD", "side")
+    castore.collect(repo, ONE)
+    assert where(repo, own) == GONE
+
+
+def test_claims_on_another_branch_never_make_anything_of_the_work_tree_go(repo: Repo, git: Git) -> None:
+    mine = [save(repo, step, 5.0 - step) for step in range(3)]
+    boasts = [save(repo, 100 + i, 0.0) for i in range(5)]
+    git("checkout", "-qb", "pull-request")
+    for own in boasts:
+        git("add", str(path_of(repo, own)))
+    git("commit", "-qm", "best ever")
+    git("checkout", "-q", "main")
+    castore.collect(repo, Policy(keep=2, keep_latest=1))
+    assert [where(repo, own)["model"] for own in mine] == ["missing", "local", "local"]
+
+
+def test_what_nobody_refers_to_waits_for_its_time(repo: Repo) -> None:
+    kept = save(repo, 2, 1.0)
+    own = save(repo, 1, 5.0)
+    path_of(repo, own).unlink()
+    plan = castore.collect(repo)
+    assert (len(plan.delete), plan.young > 0) == (0, True)
+    two_days_ago = time.time() - 2 * 86400
+    for one in objects(repo):
+        os.utime(repo.store.path(ObjectId(one)), (two_days_ago, two_days_ago))
+    assert castore.collect(repo).delete
+    assert exact(repo.load(kept)) == exact(parts(2))
+    assert castore.collect(repo, grace=timedelta()).young == 0
+
+
+# -- what can't be told ----------------------------------------------------------------------------------------------
+
+
+def broken_in_work_tree(repo: Repo, git: Git) -> None:  # noqa: ARG001
+    next(iter(repo.catalog.root.glob("*/*.json"))).write_text("{")
+
+
+def broken_on_branch(repo: Repo, git: Git) -> None:
+    path = repo.catalog.root / "main" / "000000009-0123456789ab.json"
+    path.write_text("{}")
+    on_branch(git, path)
+
+
+def newer_on_branch(repo: Repo, git: Git) -> None:
+    path = repo.catalog.root / "main" / "000000009-0123456789ab.json"
+    path.write_text('{"version": 99}')
+    on_branch(git, path)
+
+
+def blob_missing(repo: Repo, git: Git) -> None:
+    path = next(iter(repo.catalog.root.glob("*/*.json")))
+    on_branch(git, path)
+    blob = git("rev-parse", f"side:{path.relative_to(repo.root.parent)}").strip()
+    (repo.root.parent / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+
+
+def tree_missing(repo: Repo, git: Git) -> None:
+    path = next(iter(repo.catalog.root.glob("*/*.json")))
+    on_branch(git, path)
+    tree = git("rev-parse", "side:.castore").strip()
+    (repo.root.parent / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
+
+
+def git_broken(repo: Repo, git: Git) -> None:  # noqa: ARG001
+    (repo.root.parent / ".git" / "HEAD").write_text("nonsense")
+
+
+def git_index_broken(repo: Repo, git: Git) -> None:  # noqa: ARG001
+    (repo.root.parent / ".git" / "index").write_bytes(b"DIRC but not really")
+
+
+def no_manifest_at_all(repo: Repo, git: Git) -> None:  # noqa: ARG001
+    shutil.rmtree(repo.catalog.root / "main")
+
+
+def kept_index_damaged(repo: Repo, git: Git) -> None:  # noqa: ARG001
+    best = repo.resolve("best").require().id
+    path = repo.store.path(repo.catalog.find(best).manifest.parts["model"].index)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        broken_in_work_tree, broken_on_branch, newer_on_branch, blob_missing, tree_missing, git_broken,
+        git_index_broken, no_manifest_at_all, kept_index_damaged,
+    ],
+)  # fmt: skip
+def test_nothing_goes_when_it_can_not_be_told_what_is_needed(
+    repo: Repo, git: Git, harm: Callable[[Repo, Git], None]
+) -> None:
+    for step in range(3):
+        save(repo, step, 5.0 - step)
+    harm(repo, git)
+    before = objects(repo)
+    for dry_run in (True, False):
+        with pytest.raises((errors.RootsUnreadable, errors.CorruptionError)):
+            castore.collect(repo, ONE, grace=timedelta(), dry_run=dry_run)
+    assert objects(repo) == before
+
+
+def test_git_that_is_not_there_is_no_reason_to_delete(
+    repo: Repo, git: Git, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert git("rev-parse", "HEAD")
+    save(repo, 1, 5.0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(errors.RootsUnreadable, match="git"):
+        castore.collect(repo, ONE)
+
+
+def test_a_shallow_clone_is_as_good_as_a_full_one(repo: Repo, git: Git, tmp_path: Path) -> None:
+    own = save(repo, 1, 5.0)
+    git("add", ".castore")
+    git("commit", "-qm", "one")
+    git("clone", "-q", "--depth", "1", f"file://{repo.root.parent}", str(tmp_path / "clone"))
+    clone = Repo.open(tmp_path / "clone")
+    shutil.copytree(repo.root / "objects", clone.root / "objects")
+    castore.collect(clone, ONE)
+    assert exact(clone.load(own)) == exact(parts(1))
+
+
+# -- the trash, and others at work -----------------------------------------------------------------------------------
+
+
+def test_a_load_takes_back_from_the_trash_what_it_wants(repo: Repo) -> None:
+    own = save(repo, 1, 5.0)
+    repo.store.discard(sorted(repo.store.stored()))
+    assert where(repo, own) == GONE
+    assert exact(repo.load(own)) == exact(parts(1))
+    repo.store.empty_trash()
+    assert exact(repo.load(own)) == exact(parts(1))
+
+
+def test_a_save_takes_back_from_the_trash_what_it_needs(repo: Repo) -> None:
+    save(repo, 1, 5.0)
+    before = objects(repo)
+    repo.store.discard(sorted(before, key=str))  # type: ignore[arg-type]
+    again = repo.save(parts(1), run="again", step=1, metrics={"val_loss": 5.0})
+    assert again.new_objects == 0
+    assert objects(repo) == before
+    repo.store.empty_trash()
+    assert exact(Repo.open(repo.root.parent).load(again.id)) == exact(parts(1))
+
+
+@pytest.mark.parametrize("at", range(10))
+def test_a_gc_that_is_cut_short_leaves_no_half_part(repo: Repo, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    ids = [save(repo, step, 5.0 - step) for step in range(3)]
+    left = [at]
+    rename = fs.rename
+
+    def cut(source: Path, target: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(fs, "rename", cut)
+    with pytest.raises(KeyboardInterrupt):
+        castore.collect(repo, ONE)
+    monkeypatch.undo()
+    for own in ids:
+        for part, state in repo.part_states(repo.catalog.find(own)).items():
+            # all or nothing: an index goes before what it lists
+            assert state.where == "local" or state.reason == "its data is not in the store", part
+    castore.collect(repo, ONE)
+    assert [where(repo, own) for own in ids] == [GONE, GONE, WHOLE]
+    assert not any(repo.store.trash.iterdir())
+
+
+def write_for_a_while(path: Path, run: str, seconds: float) -> None:
+    repo = Repo.open(path)
+    deadline = time.monotonic() + seconds
+    step = 0
+    while time.monotonic() < deadline:
+        step += 1
+        state = {"model": {"own": torch.full((9000,), step * 1.0), "shared": torch.arange(30_000) + step % 3}}
+        saved = repo.save(state, run=run, step=step, metrics={"val_loss": 1 / step}, tags=["soak"])
+        assert exact(repo.load(saved.id)) == exact(state)
+
+
+def collect_for_a_while(path: Path, seconds: float) -> None:
+    repo = Repo.open(path)
+    deadline = time.monotonic() + seconds
+    policy = Policy(keep=2, keep_latest=8, keep_optimizer=9)
+    while time.monotonic() < deadline:
+        castore.collect(repo, policy, grace=timedelta())
+
+
+def test_writers_and_gc_at_once_lose_nothing(tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
+    """Each writer loads what it has just saved; bench/soak.py does this for a minute with eight of them."""
+    Repo.init(tmp_path)
+    config = tmp_path / ".castore" / "config.toml"
+    config.write_text('[store]\nchunk_size = "64KiB"\nthreads = 1\nfsync = false\n')
+    running = [start(write_for_a_while, tmp_path, f"run{i}", 4.0) for i in range(3)]
+    running.append(start(collect_for_a_while, tmp_path, 4.0))
+    for process in running:
+        process.join()
+        assert process.exitcode == 0
+    repo = Repo.open(tmp_path)
+    plan = castore.collect(repo, Policy(keep=2, keep_latest=8, keep_optimizer=9), grace=timedelta())
+    assert len(repo.checkpoints()) > 10
+    for decision in plan.decisions:
+        if decision.parts:
+            repo.load(decision.entry.id, parts=decision.parts)
+
+
+class Model(RuleBasedStateMachine):
+    """A repository against a dict: whatever gc says it keeps loads bit-exact, at any time."""
+
+    saved = Bundle("saved")
+
+    @initialize()
+    def begin(self) -> None:
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        Repo.init(self.folder.name)
+        config = Path(self.folder.name, ".castore", "config.toml")
+        config.write_text('[store]\nchunk_size = "64KiB"\nthreads = 1\nfsync = false\n')
+        self.repo = Repo.open(self.folder.name)
+        self.state: dict[str, dict[str, Any]] = {}
+        self.promised: dict[str, tuple[str, ...]] = {}
+        self.step = 0
+
+    @rule(target=saved, seed=st.integers(0, 4), loss=st.sampled_from([0.5, 1.0, 2.0]), line=st.sampled_from("ab"))
+    def save(self, seed: int, loss: float, line: str) -> str:
+        self.step += 1
+        own = self.repo.save(
+            parts(seed), run="r", step=self.step, metrics={"val_loss": loss}, line=castore.Line(data=line)
+        ).id
+        self.state[own] = parts(seed)
+        self.promised[own] = tuple(parts(seed))
+        return own
+
+    @rule(own=saved)
+    def pin(self, own: str) -> None:
+        self.repo.catalog.pin(ObjectId(own))
+
+    @rule(own=saved)
+    def unpin(self, own: str) -> None:
+        self.repo.catalog.unpin(ObjectId(own))
+
+    @rule(target=saved, own=consumes(saved))
+    def forget(self, own: str) -> Any:
+        self.repo.catalog.forget(self.repo.catalog.find(own))
+        self.promised.pop(own)
+        return multiple()
+
+    @rule(
+        keep=st.integers(0, 3), latest=st.integers(0, 2), optimizer=st.integers(0, 2),
+        max_size=st.sampled_from([None, 0, 60_000, 300_000]), grace=st.sampled_from([0, 86400]),
+    )  # fmt: skip
+    def collect(self, keep: int, latest: int, optimizer: int, max_size: int | None, grace: int) -> None:
+        policy = Policy(keep=keep, keep_latest=latest, keep_optimizer=optimizer, max_size=max_size)
+        if not self.promised:
+            return
+        plan = castore.collect(self.repo, policy, grace=timedelta(seconds=grace))
+        kept = {decision.entry.id: decision.parts for decision in plan.decisions}
+        assert kept.keys() == self.promised.keys()
+        self.promised = {
+            own: tuple(part for part in self.promised[own] if part in kept[ObjectId(own)]) for own in self.promised
+        }
+
+    @rule()
+    def reopen(self) -> None:
+        self.repo = Repo.open(self.folder.name)
+
+    @invariant()
+    def everything_promised_loads(self) -> None:
+        for own, names in getattr(self, "promised", {}).items():
+            wanted = {name: self.state[own][name] for name in names}
+            assert exact(self.repo.load(own, parts=names)) == exact(wanted)
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from castore import Repo
+
+MIB = 1 << 20
+STATE, LIMIT = 600 * MIB, 256 * MIB
+
+SAVE = """
+import sys, torch, castore
+def memory(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+# a large tensor, many small ones, and one that is not dense: each takes another way
+state = {"noise": torch.empty(90 << 20).normal_(std=0.02), "zeros": torch.zeros(40 << 20, dtype=torch.int16),
+         "small": [torch.ones(1000) for _ in range(2000)], "view": torch.empty(6000, 6000).normal_().T}
+state["zeros"] += 1
+before = memory("VmRSS")
+size = sum(t.numel() * t.element_size() for t in [state["noise"], state["zeros"], state["view"], *state["small"]])
+saved = castore.Repo.open(sys.argv[1]).save({"model": state}, run="ci", step=1)
+print(saved.id, size, memory("VmHWM") - before)
+"""
+LOAD = """
+import sys, torch, castore
+def memory(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+before = memory("VmRSS")
+state = castore.Repo.open(sys.argv[1]).load(sys.argv[2])["model"]
+size = sum(t.numel() * t.element_size() for t in [state["noise"], state["zeros"], state["view"], *state["small"]])
+print(sys.argv[2], size, memory("VmHWM") - before - size)
+"""
+
+
+def run(script: str, *arguments: str) -> tuple[str, int, int]:
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    own, size, extra = done.stdout.split()
+    return own, int(size), int(extra)
+
+
+def test_saving_and_loading_take_little_memory_beside_the_state_itself(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path)
+    (repo.root / "config.toml").write_text('[store]\nchunk_size = "4MiB"\nthreads = 8\nfsync = false\n')
+    own, size, extra = run(SAVE, str(tmp_path))
+    assert size > 0.95 * STATE
+    assert extra < LIMIT
+    _, loaded, extra = run(LOAD, str(tmp_path), own)
+    assert loaded == size
+    assert extra < LIMIT
