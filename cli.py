@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import msgspec
 import typer
+from typer.core import TyperCommand
 
 import castore
 from castore import config as settings
@@ -44,12 +45,28 @@ EXIT_CODES: tuple[tuple[type[castore.CastoreError], int], ...] = (
     (errors.NothingToDo, 7),
 )
 
+
+class GroupedHelp(TyperCommand):
+    """Help in which options stand in the groups that they were given."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
 app = typer.Typer(
     name="castore",
     help="Training checkpoints that outlive the machine: stored once, verified always, resumed from the best.",
     epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 nothing matches, 4 data missing, 5 corruption found, "
     "6 locked, 7 nothing to do.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: the other kind takes 120 ms more to print
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -124,7 +141,10 @@ def init(
     path: Annotated[Path, typer.Argument(help="Where the project lives.", show_default="here")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Make .castore/ with its settings; one that is there keeps all it has."""
+    """Make .castore/ with its settings.
+
+    One that is there keeps all it has.
+    """
     repo = castore.Repo.init(path)
     if as_json:
         _print_json({"root": str(repo.root)})
@@ -148,7 +168,10 @@ def train(
     ] = False,
     **options: configs.Scalar,
 ) -> None:
-    """Train nanecho for a session: resume from the best checkpoint, learn, save."""
+    """Train a session from the best checkpoint on, and save.
+
+    What is trained is nanecho, a small GPT. A session that is stopped saves first.
+    """
     given = {name: value for name, value in options.items() if _is_given(ctx, name)}
     config = configs.make({**(configs.read_toml(_text(file), str(file)) if file else {}), **given})
     for text in (note, *(tag or ())):
@@ -193,7 +216,8 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-app.command(epilog="Example: castore train --resume best --data-dir books --session-iters 1000")(_with_options(train))
+_EXAMPLE = "Example: castore train --resume best --data-dir books --session-iters 1000"
+app.command(epilog=_EXAMPLE, cls=GroupedHelp)(_with_options(train))
 
 
 class _Received:
@@ -308,15 +332,16 @@ def log(
     kind: Annotated[_Kind, typer.Option(help="Prepared data and added files are listed on request.")] = "checkpoint",
     as_json: Json = False,
 ) -> None:
-    """List the checkpoints, newest first; with --graph the children above what they were resumed from."""
+    """List the checkpoints, newest first.
+
+    With --graph, children stand above what they were resumed from.
+    """
     repo = castore.Repo.open()
     listing = repo.catalog.listing()
     for broken in listing.broken:
         say(f"castore: {broken.path}: {broken.reason}", out=sys.stderr)
     entries = [
-        entry
-        for entry in listing.entries
-        if run in (None, entry.manifest.run) and kind in ("all", entry.manifest.kind)
+        entry for entry in listing.entries if run in (None, entry.manifest.run) and kind in ("all", entry.manifest.kind)
     ][:limit]
     if as_json:
         _print_json([_entry_json(repo, entry) for entry in entries])
@@ -388,7 +413,7 @@ def show(
     wanted: WantedId,
     as_json: Json = False,
 ) -> None:
-    """Show all that a checkpoint's manifest says, and where its data is."""
+    """Show all that is known of a checkpoint."""
     repo = castore.Repo.open()
     entry = repo.find(wanted)
     found = entry.manifest
@@ -551,7 +576,7 @@ def unpin(wanted: WantedId, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: castore forget 3f2a91")
 def forget(wanted: WantedId, as_json: Json = False) -> None:
-    """Remove a manifest from the work tree, so that the next gc may delete its data.
+    """Remove a manifest, so that gc may delete its data.
 
     In git it is history: commit the removal. Until then the index and every branch that has it still count.
     """
@@ -576,7 +601,7 @@ def verify_command(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read everything in the store again and check it: objects, indexes and manifests.
+    """Read all that is stored again, and check it.
 
     Exits with 5 when something is wrong that wasn't repaired. Files that merely lie among the objects are told too,
     but they harm nothing: they don't count. Without --repair nothing is moved or changed.
@@ -661,7 +686,7 @@ def _meter(text: str) -> Iterator[_Meter]:
 
 @app.command("stats", epilog="Example: castore stats --json")
 def stats_command(as_json: Json = False) -> None:
-    """Say what the store holds, what sharing and compression save, and what gc would free.
+    """Say what is stored, what it takes, and what gc would free.
 
     Raw is what plain copies would take. What several parts or runs share counts in each of them.
     """
@@ -717,7 +742,7 @@ def diff_command(
     after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     as_json: Json = False,
 ) -> None:
-    """Say what differs from checkpoint A to checkpoint B: settings, metrics and every tensor.
+    """Compare two checkpoints: settings, metrics, tensors.
 
     The change of a tensor is the largest difference of two elements, relative to the largest magnitude in either.
     Parts whose data was dropped can't be compared, which is said. Tensors in equal chunks are equal without reading.
@@ -803,7 +828,7 @@ def _value_json(one: diff.Value) -> dict[str, Any]:
 
 @app.command("doctor", epilog="Example: castore doctor")
 def doctor_command(as_json: Json = False) -> None:
-    """Look the repository over: settings, permissions, disk, locks, leftovers, git, remotes, manifests.
+    """Look the repository over, and say what to do.
 
     Says what to do about whatever isn't ok. Exits with 1 when there is a problem; warnings alone are none.
     """
@@ -833,7 +858,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the weights of a checkpoint to a file that other programs read."""
+    """Write a checkpoint's weights to a file for other programs."""
     from castore import interchange
 
     repo = castore.Repo.open()
@@ -925,7 +950,7 @@ def checkout(
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what was added back, under the name it had; every byte is verified."""
+    """Write added files back, every byte verified."""
     from castore import checkout as checkouts
 
     repo = castore.Repo.open()

@@ -1,6 +1,6 @@
 """Time `castore log` and `castore resolve` over many manifests, start-up included.
 
-    python bench/catalog.py          # 1,000 and 10,000 manifests, median of five runs
+python bench/catalog.py          # 1,000 and 10,000 manifests, median of five runs
 """
 
 from __future__ import annotations

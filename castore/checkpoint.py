@@ -179,9 +179,7 @@ def _read_chunks(
     covered = chunking.cover(extents, [chunk.length for chunk in found.chunks])
     wanted = [[piece for piece in pieces if piece.tensor in views] for pieces in covered]
     return [
-        pool.submit(fill, chunk, pieces)
-        for chunk, pieces in zip(found.chunks, wanted, strict=True)
-        if pieces or every
+        pool.submit(fill, chunk, pieces) for chunk, pieces in zip(found.chunks, wanted, strict=True) if pieces or every
     ]
 
 

@@ -173,7 +173,8 @@ def publish(path: Path, data: bytes, temporary: Path, *, durable: bool = True) -
 def read(path: Path | str, limit: int) -> bytes:
     """The whole file. FileNotFoundError when there is none; StorageError when larger than ``limit`` bytes."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # not blocking: a pipe under an object's name would be waited for for ever
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             size = os.fstat(descriptor).st_size
             if size > limit:

@@ -19,6 +19,8 @@ from castore.repo import Repo
 from castore.retention import Decision, Policy, Source, decide, kept_parts
 from castore.store import Stored
 
+_LEFTOVER_AGE = timedelta(hours=1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -60,10 +62,12 @@ def collect(
     """
     policy = policy or repo.config.policy
     grace = repo.config.retention.grace_period if grace is None else grace
+    now = now or datetime.now(UTC)
     with repo.lock(exclusive=not dry_run, wait=wait):
-        found = plan(repo, policy, grace=grace, in_use=in_use, now=now or datetime.now(UTC))
+        found = plan(repo, policy, grace=grace, in_use=in_use, now=now)
         if not dry_run:
             repo.store.discard(found.delete)
+            repo.store.remove_leftovers((now - _LEFTOVER_AGE).timestamp())
     if not dry_run:
         repo.store.empty_trash()
     return found

@@ -82,7 +82,7 @@ class LocalStore:
         return bytes(out)
 
     def stored(self) -> dict[ObjectId, Stored]:
-        """Every object that is here. Files of other names are passed over."""
+        """Every object that is here. Files of other names are passed over, and what is no regular file."""
         found = {}
         if not self.objects.is_dir():
             return {}
@@ -91,7 +91,8 @@ class LocalStore:
         for name in names:
             with os.scandir(name) as files:
                 for file in files:
-                    if is_object_id(file.name) and name.endswith(file.name[:2]):
+                    is_own = is_object_id(file.name) and name.endswith(file.name[:2])
+                    if is_own and file.is_file(follow_symlinks=False):
                         status = file.stat(follow_symlinks=False)
                         found[ObjectId(file.name)] = Stored(status.st_size, status.st_mtime)
         return found
@@ -159,6 +160,17 @@ class LocalStore:
         if self.trash.is_dir():
             for name in os.listdir(self.trash):
                 fs.unlink(self.trash / name)
+
+    def remove_leftovers(self, older_than: float) -> None:
+        """Delete what killed processes left in tmp/: files last written before ``older_than``, in seconds since 1970.
+
+        The caller holds the exclusive lock, so no save is under way; what is younger may be of who needs no lock.
+        """
+        for name in os.listdir(self.temporary) if self.temporary.is_dir() else ():
+            path = self.temporary / name
+            with contextlib.suppress(FileNotFoundError):
+                if os.lstat(path).st_mtime < older_than and not path.is_dir():
+                    fs.unlink(path)
 
     def _take_back(self, wanted: ObjectId) -> bool:
         """Whether the object was in the trash and is here again."""

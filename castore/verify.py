@@ -107,11 +107,9 @@ class _Verification:
             for broken in listing.broken:
                 yield Finding(kind="manifest", reason=broken.reason, path=broken.path)
         self._sizes = {own: found.size for own, found in self._store.stored().items()}
-        strays = self._store.strays() if chosen is None else []
-        yield from (Finding(kind="stray", reason="not an object, and never read", path=path) for path in strays)
-        for path in strays:
-            if path == self._store.path(ObjectId(path.name)):  # a link or a pipe under an object's name
-                self._sizes.pop(ObjectId(path.name), None)
+        if chosen is None:
+            for path in self._store.strays():
+                yield Finding(kind="stray", reason="not an object, and never read", path=path)
         indexes = self._indexes(entries)
         if chosen is None:
             yield from self._inconsistent(entries)

@@ -117,7 +117,9 @@ def test_a_killed_session_loses_at_most_save_every_steps(project: Project) -> No
 
 def test_two_sessions_at_once_both_save(project: Project) -> None:
     project.run("init")
-    both = [project.start("train", "--data-dir", "texts", *TINY, "--run", run, "--resume", "none") for run in ("a", "b")]
+    both = [
+        project.start("train", "--data-dir", "texts", *TINY, "--run", run, "--resume", "none") for run in ("a", "b")
+    ]
     for process in both:
         assert process.communicate()[1] == ""
         assert process.returncode == 0
@@ -368,7 +370,7 @@ COMMANDS = (
 
 def test_help_names_every_command_and_exit_code(project: Project) -> None:
     out = project.run("--help")
-    assert [line.split()[1] for line in out.splitlines() if re.match(r"│ [a-z]+  ", line)] == list(COMMANDS)
+    assert [line.split()[0] for line in out.splitlines() if re.match(r"  [a-z]+  ", line)] == list(COMMANDS)
     assert "7 nothing to do" in out
     assert re.fullmatch(r"castore \d+\.\d+\.\d+\n", project.run("--version"))
 
@@ -382,7 +384,7 @@ def test_every_command_has_help_with_an_example_and_json(project: Project, comma
 
 def test_train_groups_its_options(project: Project) -> None:
     out = project.run("train", "--help")
-    assert re.findall(r"╭─ (\w+) ─", out) == ["Options", "Run", "Training", "Model", "Data", "Machine"]
+    assert re.findall(r"^(\w+):$", out, re.MULTILINE) == ["Options", "Run", "Training", "Model", "Data", "Machine"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["log"], ["log", "--json"], ["resolve"], ["train", "--help"]])

@@ -241,6 +241,19 @@ def test_what_nobody_refers_to_waits_for_its_time(repo: Repo) -> None:
     assert castore.collect(repo, grace=timedelta()).young == 0
 
 
+def test_what_killed_processes_left_in_tmp_goes_and_what_is_fresh_stays(repo: Repo) -> None:
+    save(repo, 1, 5.0)
+    old, fresh = repo.store.temporary / "1-old", repo.store.temporary / "2-fresh"
+    for path in (old, fresh):
+        path.write_bytes(b"half an object")
+    two_hours_ago = time.time() - 7200
+    os.utime(old, (two_hours_ago, two_hours_ago))
+    castore.collect(repo, dry_run=True)
+    assert old.exists()
+    castore.collect(repo)
+    assert (old.exists(), fresh.exists()) == (False, True)
+
+
 # -- what can't be told ----------------------------------------------------------------------------------------------
 
 

@@ -428,3 +428,25 @@ def test_an_old_torch_reads_no_pt_of_others(repo: Repo, tmp_path: Path, monkeypa
         interchange.import_file(repo, tmp_path / "x.pt")
     monkeypatch.setattr(torch, "__version__", "3.0.0a0+git123")
     interchange.import_file(repo, tmp_path / "x.pt")
+
+
+def test_torch_itself_runs_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands behind the check of names."""
+    import castore.torch
+
+    monkeypatch.chdir(tmp_path)
+    make, _ = PICKLES["runs a command"]
+    with pytest.raises(pickle.UnpicklingError):
+        castore.torch.read_pt(archive(tmp_path / "x.pt", make()))
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_what_was_read_is_independent_of_the_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    model = {"a": torch.arange(100_000.0)}
+    save_file(model, path) if suffix == "safetensors" else torch.save(model, path)
+    state, _ = interchange.read(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert exact(state) == exact(model)

@@ -13,7 +13,7 @@ import pytest
 from builders import exact, parts, tree
 
 from castore import Repo, gc, index, objects
-from castore.errors import CastoreError, Locked, UnknownId
+from castore.errors import CastoreError, Locked, ObjectMissing, UnknownId
 from castore.ids import ObjectId, object_id
 from castore.retention import Policy
 from castore.verify import Finding, Need, verify
@@ -110,6 +110,8 @@ def test_looking_changes_nothing_whatever_it_finds(repo: Repo) -> None:
     assert len(found(repo, own)) == 3
     with pytest.raises(CastoreError):
         found(repo, "latest")
+    with pytest.raises(ObjectMissing):
+        repo.store.read(index_of(repo, own, "optimizer"), mend=False)
     assert tree(repo.root) == before
 
 
