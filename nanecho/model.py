@@ -132,7 +132,7 @@ class Connections:
     def __init__(self, model: GPT, shape: config.Model) -> None:
         self._shape = shape
         self._weights = [weight for name, weight in model.named_parameters() if name.endswith(GROWING)]
-        self._masks: list[Tensor] = []
+        self._inactive: list[Tensor] = []
         self.ratio = -1.0
         self.density = 0.0
 
@@ -147,24 +147,22 @@ class Connections:
             for i, weight in enumerate(self._weights)
         ]
         self.density = sum(int(one.sum()) for one in active) / sum(len(one) for one in active)
-        self._masks = (
-            []
-            if all(one.all() for one in active)
-            else [
-                torch.from_numpy(one).view(weight.shape).to(weight.device)
-                for one, weight in zip(active, self._weights, strict=True)
-            ]
-        )
+        self._inactive = [
+            torch.from_numpy(~one).view(weight.shape).to(weight.device)
+            for one, weight in zip(active, self._weights, strict=True)
+        ]
+        if all(one.all() for one in active):
+            self._inactive = []  # a dense model masks nothing
         return True
 
     def zero_inactive(self) -> None:
         """For a fresh model: what is not connected yet is zero."""
         with torch.no_grad():
-            for weight, mask in zip(self._weights, self._masks, strict=False):
-                weight.mul_(mask)
+            for weight, inactive in zip(self._weights, self._inactive, strict=False):
+                weight.masked_fill_(inactive, 0.0)
 
     def mask_gradients(self) -> None:
         """After the backward pass, before the gradient is clipped or used."""
-        for weight, mask in zip(self._weights, self._masks, strict=False):
+        for weight, inactive in zip(self._weights, self._inactive, strict=False):
             if weight.grad is not None:
-                weight.grad.mul_(mask)
+                weight.grad.masked_fill_(inactive, 0.0)

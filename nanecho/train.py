@@ -211,8 +211,9 @@ def _reasons_to_save(config: Config, step: int, last: int, stopping: str) -> lis
 def train_step(session: Session, forward: Callable[[Tensor], Tensor]) -> float:
     """Make one step; returns the training loss before it. Diverged, with the weights as they were."""
     options = session.config.training
-    # dropout as a function of the step, so that no state of a generator has to be saved
-    torch.manual_seed(seeding.key("dropout", options.seed, session.step) >> 1)
+    if session.config.model.dropout:
+        # a function of the step, so that no state of a generator has to be saved
+        torch.manual_seed(seeding.key("dropout", options.seed, session.step) >> 1)
     session.model.train()
     total = 0.0
     for i in range(options.grad_accum):
