@@ -28,6 +28,7 @@ from typer.core import TyperCommand
 import castore
 from castore import config as settings
 from castore import errors, git, manifest, resolve, words
+from castore.ids import ObjectId
 from castore.quality import Entry
 from nanecho import config as configs
 
@@ -423,7 +424,7 @@ def show(
         return
     states = repo.part_states(entry)
     score = castore.score(found)
-    say(f"checkpoint {entry.id}")
+    say(f"{found.kind:10} {entry.id}")
     say(f"run        {found.run}, step {found.step:,}, {found.created}")
     say(f"parent     {found.parent or 'none'}")
     say(f"score      {'none' if score is None else f'{score:.6f}'}")
@@ -568,20 +569,42 @@ def pin(wanted: WantedId, as_json: Json = False) -> None:
 def unpin(wanted: WantedId, as_json: Json = False) -> None:
     """Take a pin back. A pin in another branch still counts."""
     repo = castore.Repo.open()
-    entry = repo.find(wanted)
-    if not repo.catalog.unpin(entry.id):
-        raise errors.NotFound(f"{entry.id[:12]} isn't pinned in the work tree")
-    _print_json({"id": entry.id}) if as_json else say(f"unpinned {entry.id[:12]}")
+    own = _pin_or_id(repo, wanted)
+    if not repo.catalog.unpin(own):
+        raise errors.NotFound(f"{own[:12]} isn't pinned in the work tree")
+    _print_json({"id": own}) if as_json else say(f"unpinned {own[:12]}")
+
+
+def _pin_or_id(repo: castore.Repo, wanted: str) -> ObjectId:
+    """What ``wanted`` names among the manifests, or else among the pins: one may outlive its manifest."""
+    try:
+        return repo.find(wanted).id
+    except (errors.UnknownId, errors.CorruptionError):
+        pins = sorted(own for own in repo.catalog.pins() if wanted and own.startswith(wanted.lower()))
+        if not pins:
+            raise
+        if len(pins) > 1:
+            raise errors.AmbiguousId(wanted, pins) from None
+        return pins[0]
 
 
 @app.command(epilog="Example: castore forget 3f2a91")
-def forget(wanted: WantedId, as_json: Json = False) -> None:
+def forget(
+    wanted: WantedId,
+    force: Annotated[bool, typer.Option("--force", help="Even if it was never committed, and is lost then.")] = False,
+    as_json: Json = False,
+) -> None:
     """Remove a manifest, so that gc may delete its data.
 
     In git it is history: commit the removal. Until then the index and every branch that has it still count.
     """
     repo = castore.Repo.open()
-    path = repo.catalog.forget(repo.find(wanted))
+    entry = repo.find(wanted)
+    if entry.id in repo.catalog.pins():
+        raise errors.UsageError(f"{entry.id[:12]} is pinned: `castore unpin {entry.id[:12]}` first")
+    if not force and not git.is_committed(repo.catalog.root / entry.manifest.file_name(entry.id)):
+        raise errors.UsageError(f"{entry.id[:12]} isn't in git's last commit: commit it, or lose it with --force")
+    path = repo.catalog.forget(entry)
     _print_json({"path": str(path)}) if as_json else say(
         f"removed {path}: commit that, and `castore gc` deletes its data"
     )
@@ -771,17 +794,22 @@ def _describe_part(part: diff.Part) -> Iterator[str]:
     yield f"{part.name}: {part.state}{f' (tensors: {told})' if told else ''}"
     for one in part.tensors:
         if one.state == "changed" and one.before == one.after:
-            change = "not finite, or no numbers" if one.change is None else f"by at most {one.change:.3g}"
-            yield f"  changed {one.key}  {one.before}  {change}"
+            yield f"  changed {one.key}  {one.before}  {_describe_change(one.change)}"
         elif one.state != "equal":
             yield f"  {one.state:7} {one.key}  {' -> '.join(filter(None, (one.before, one.after)))}"
     for value in part.values:
         yield f"  {_describe_value(value)}"
 
 
+def _describe_change(change: float | None) -> str:
+    if change is None:
+        return "not finite, or no numbers"
+    return f"by at most {change:.3g}" if change else "by nothing that counts, such as the sign of a zero"
+
+
 def _describe_value(one: diff.Value) -> str:
     before, after = (_shortened(value, 80) for value in (one.before, one.after))
-    return f"{one.key}: {before} -> {after}"
+    return f"{one.key or 'the whole'}: {before} -> {after}"
 
 
 def _shortened(value: Any, limit: int) -> str:
@@ -789,6 +817,8 @@ def _shortened(value: Any, limit: int) -> str:
 
     if isinstance(value, diff.Absent):
         return "absent"
+    if isinstance(value, type):
+        return value.__name__
     if isinstance(value, str | bytes):
         value = value[: limit + 1]
     elif isinstance(value, int) and value.bit_length() > 4096:  # Python refuses to print it
@@ -834,7 +864,7 @@ def doctor_command(as_json: Json = False) -> None:
     """
     from castore import doctor
 
-    checks = list(doctor.examine())
+    checks = list(doctor.examine(datetime.now(UTC)))
     problems = sum(check.level == "problem" for check in checks)
     if as_json:
         _print_json({"ok": not problems, "checks": [dataclasses.asdict(check) for check in checks]})
@@ -909,9 +939,11 @@ def import_command(
 def _metric(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
+        if name:
+            return name, float(value)
     except ValueError:
-        raise errors.UsageError(f"--metric {text} is not NAME=VALUE, such as val_loss=2.3") from None
+        pass
+    raise errors.UsageError(f"--metric {text} is not NAME=VALUE, such as val_loss=2.3")
 
 
 @app.command(epilog="Example: castore add data/books --name books")
@@ -959,7 +991,8 @@ def checkout(
     if as_json:
         _print_json({**_fields(found), "paths": [str(one) for one in found.paths]})
     else:
-        say(f"wrote   {', '.join(map(str, found.paths))}: {_contents(found)}, of {found.id[:12]}")
+        paths = ", ".join(map(str, found.paths)) or "nothing, as the tree is empty"
+        say(f"wrote   {paths}: {_contents(found)}, of {found.id[:12]}")
 
 
 def _contents(found: files.Added | checkouts.CheckedOut) -> str:
@@ -994,7 +1027,16 @@ def _busy(text: str) -> Iterator[None]:
 
 
 def _print_json(value: Any) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except UnicodeEncodeError:  # a path that is not UTF-8
+        text = json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False)
+    print("\n".join(line if line.isprintable() else _escaped(line) for line in text.split("\n")))
+
+
+def _escaped(text: str) -> str:
+    """JSON that says the same without what could steer a terminal or disguise other text."""
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
 
 
 def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

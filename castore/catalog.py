@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,11 +169,15 @@ def _bytes(path: Path | str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """``own``: manifests of the work tree and the index; ``others``: those of each ref that holds further ones."""
+    """``own``: manifests of the work tree and the index; ``others``: those of each ref that holds further ones.
+
+    ``pins`` are those of the work tree and the index, ``other_pins`` those of everything else.
+    """
 
     own: tuple[Entry, ...]
     others: tuple[tuple[str, tuple[Entry, ...]], ...]
     pins: frozenset[ObjectId]
+    other_pins: frozenset[ObjectId] = frozenset()
 
 
 def roots(catalog: Catalog) -> Roots:
@@ -182,29 +187,42 @@ def roots(catalog: Catalog) -> Roots:
     be deleted.
     """
     own = {entry.id: entry for entry in _whole(catalog)}
-    pins = set(catalog.pins())
+    pins, other_pins = set(catalog.pins()), set[ObjectId]()
     others: dict[str, dict[ObjectId, Entry]] = {}
     folder = catalog.root.parent
     if git.is_inside(folder):
-        for beside in git.linked_worktrees(folder):
-            linked = Catalog(beside, durable=False)
-            others[f"worktree {beside.parent}"] = {entry.id: entry for entry in _whole(linked)}
-            pins.update(linked.pins())
-        index = git.index(folder, ROOTS)
-        snapshots = [index, *git.tips(folder, ROOTS)]
-        blobs = git.blobs(folder, [blob for one in snapshots for path, blob in one.files.items() if _is_manifest(path)])
-        read = {blob: manifest.decode(data, f"a manifest in git, blob {blob}") for blob, data in blobs.items()}
+        inside, (top, *linked) = git.worktrees(folder)
+        for path in linked:
+            beside = Catalog(path / inside, durable=False)
+            others[f"worktree {path}"] = {entry.id: entry for entry in _whole(beside)}
+            other_pins.update(beside.pins())
+        mine = git.index(top, inside, ROOTS)
+        snapshots = [mine, *(git.index(path, inside, ROOTS) for path in linked), *git.tips(folder, ROOTS)]
+        read = _from_git(folder, snapshots)
         for one in snapshots:
-            entries = [Entry(*read[blob]) for path, blob in one.files.items() if _is_manifest(path)]
-            (own if one is index else others.setdefault(one.name, {})).update({entry.id: entry for entry in entries})
-            pins.update(ObjectId(name) for path in one.files if is_object_id(name := path.removeprefix("pins/")))
+            entries = {read[blob].id: read[blob] for path, blob in one.files.items() if _is_manifest(path)}
+            (own if one is mine else others.setdefault(one.name, {})).update(entries)
+            (pins if one is mine else other_pins).update(_pinned(one))
     # the same manifests on many branches count once, and not at all when the work tree has them too
     further = {frozenset(entries): (name, tuple(entries.values())) for name, entries in others.items()}
     return Roots(
         tuple(own.values()),
         tuple(source for ids, source in further.items() if not ids <= own.keys()),
         frozenset(pins),
+        frozenset(other_pins),
     )
+
+
+def _from_git(folder: Path, snapshots: Sequence[git.Snapshot]) -> dict[str, Entry]:
+    """The manifest in each blob."""
+    places = {blob: f"{one.name}:{path}" for one in snapshots for path, blob in one.files.items() if _is_manifest(path)}
+    blobs = git.blobs(folder, places, manifest.MAX_BYTES)
+    return {blob: Entry(*manifest.decode(data, places[blob])) for blob, data in blobs.items()}
+
+
+def _pinned(snapshot: git.Snapshot) -> set[ObjectId]:
+    names = (path.removeprefix("pins/").partition("?")[0] for path in snapshot.files if path.startswith("pins/"))
+    return {ObjectId(name) for name in names if is_object_id(name)}
 
 
 ROOTS = ("manifests", "pins")

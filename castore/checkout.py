@@ -150,6 +150,8 @@ def _check_disk(tree: _Stored, folder: Path, force: bool) -> None:
                 raise RefusedPath(str(folder / path), "it is no folder there, and links are not followed")
         elif paths.is_folder(status):
             raise RefusedPath(str(folder / path), "it is a folder there")
+        elif status is not None and not paths.is_replaceable(status):
+            raise RefusedPath(str(folder / path), "it is neither a file nor a link there")
         elif status is not None:
             taken.append(path)
     if taken and not force:

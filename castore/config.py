@@ -59,10 +59,10 @@ grace = "1d"
 
 GITIGNORE = """\
 # config.toml and manifests/ belong in git; data does not
-/objects/
-/tmp/
-/trash/
-/quarantine/
+/objects
+/tmp
+/trash
+/quarantine
 /lock
 """
 

@@ -33,7 +33,7 @@ ABSENT = Absent()
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value, not a tensor, that differs; ABSENT where there is none."""
+    """A value, not a tensor, that differs; ABSENT where there is none. Of containers of different types, the types."""
 
     key: str
     before: Any
@@ -111,6 +111,10 @@ def _line(manifest: Manifest) -> dict[str, Any]:
 
 def _values(before: Any, after: Any) -> Iterator[Value]:
     """The leaves that differ, by key."""
+    kinds, others = dict(_containers(before, "")), dict(_containers(after, ""))
+    for key in kinds:
+        if others.get(key, kinds[key]) is not kinds[key]:
+            yield Value(key, kinds[key], others[key])
     a, b = _flat(before), _flat(after)
     for key in {**a, **b}:
         one, other = a.get(key, ABSENT), b.get(key, ABSENT)
@@ -123,14 +127,24 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {key: value for key, value in _walk(tree, "") if type(value) is not TensorRef}
 
 
-def _walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    items: Iterable[tuple[str, Any]]
+def _items(value: Any, key: str) -> list[tuple[str, Any]]:
+    """What is in a container, by path; nothing for a leaf."""
     if isinstance(value, dict):
-        items = [(join_key(key, name), item) for name, item in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(f"{key}[{i}]", item) for i, item in enumerate(value)]
-    else:
-        items = ()
+        return [(join_key(key, name), item) for name, item in value.items()]
+    return [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list | tuple) else []
+
+
+def _containers(value: Any, key: str) -> Iterator[tuple[str, type]]:
+    """The type of every container that isn't empty."""
+    items = _items(value, key)
+    if items:
+        yield key, type(value)
+    for name, item in items:
+        yield from _containers(item, name)
+
+
+def _walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    items = _items(value, key)
     if not items:
         yield key, value
     for name, item in items:

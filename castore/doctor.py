@@ -7,12 +7,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from castore import fs, git
+from castore import catalog, fs, git
 from castore.config import Config
-from castore.errors import ConfigError, Locked, StorageError
+from castore.errors import ConfigError, CorruptionError, Locked, RootsUnreadable, StorageError
 from castore.remotes.folder import Folder
 from castore.repo import FOLDER, Repo
 from castore.stats import heap
@@ -35,7 +36,7 @@ class Check:
     advice: str = ""
 
 
-def examine(path: str | os.PathLike[str] = ".") -> Iterator[Check]:
+def examine(now: datetime, path: str | os.PathLike[str] = ".") -> Iterator[Check]:
     """Check the repository at or above ``path``, one thing after another. RepoNotFound.
 
     Makes a few small files in tmp/ and removes them again; everything else is left as it is.
@@ -55,7 +56,8 @@ def examine(path: str | os.PathLike[str] = ".") -> Iterator[Check]:
         "leftovers": _leftovers(repo),
         "git": _git(repo.root),
         "remotes": _remotes(repo),
-        "manifests": _manifests(repo),
+        "manifests": _manifests(repo, now),
+        "gc": _gc(repo),
     }
     for subject, checks in sections.items():
         try:
@@ -221,7 +223,7 @@ def _git(root: Path) -> Iterator[Check]:
     else:
         yield Check("git", "ok", f"{len(known)} files of {FOLDER} are committed")
     if tracked:
-        advice = f"run `git rm -r --cached {' '.join(f'{FOLDER}/{name}' for name in _DATA)}` for those that it has"
+        advice = f"run `git rm -r --cached --ignore-unmatch {' '.join(f'{FOLDER}/{name}' for name in _DATA)}`"
         yield Check("git", "problem", f"git tracks {len(tracked)} files of data, {tracked[0]} say", advice)
 
 
@@ -236,13 +238,35 @@ def _remotes(repo: Repo) -> Iterator[Check]:
         yield Check("remotes", "ok", "none are set: what is lost here can't be fetched again")
 
 
-def _manifests(repo: Repo) -> Iterator[Check]:
+def _manifests(repo: Repo, now: datetime) -> Iterator[Check]:
     listing = repo.catalog.listing()
     for broken in listing.broken:
         advice = "restore it from git, or remove it: until then gc deletes nothing"
         yield Check("manifests", "problem", f"{broken.path}: {broken.reason}", advice)
     if not listing.broken:
         yield Check("manifests", "ok", f"{len(listing.entries)}, all of them valid")
+
+
+    future = [one for one in listing.entries if datetime.fromisoformat(one.manifest.created) > now + _AHEAD]
+    if future:
+        advice = "set the clock that is wrong; until then these count as the newest"
+        text = f"{len(future)} manifests were created more than a day from now, {future[0].id[:12]} say"
+        yield Check("clock", "warning", text, advice)
+
+
+_AHEAD = timedelta(days=1)
+
+
+def _gc(repo: Repo) -> Iterator[Check]:
+    """Whether all can be read that gc must know of, in the work tree and in git."""
+    try:
+        catalog.roots(repo.catalog)
+    except (RootsUnreadable, CorruptionError) as error:
+        reason = error.reason if isinstance(error, RootsUnreadable) else error
+        advice = "mend that, in the work tree or in whatever branch, tag or stash it is: until then no data goes"
+        yield Check("gc", "problem", f"gc would refuse: {reason}", advice)
+    else:
+        yield Check("gc", "ok", "can tell what is still needed")
 
 
 def _megabytes(count: int) -> str:

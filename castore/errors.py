@@ -150,7 +150,8 @@ class CorruptObject(CorruptionError):
 
     def __init__(self, object_id: str, reason: str, part: str = "", manifest: str = "") -> None:
         self.object_id, self.reason, self.part, self.manifest = object_id, reason, part, manifest
-        super().__init__(f"object {object_id[:12]} is damaged ({reason}){_where(part, manifest)}")
+        next_step = "`castore verify --repair` looks for a good copy"
+        super().__init__(f"object {object_id[:12]} is damaged ({reason}){_where(part, manifest)}: {next_step}")
 
 
 class CorruptIndex(CorruptionError):

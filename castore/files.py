@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from castore import index, manifest, paths
-from castore.errors import FileChanged, NotFound, PackageMissing, StorageError, UnsupportedFile
+from castore.errors import FileChanged, NotFound, PackageMissing, StorageError, UnknownId, UnsupportedFile
 from castore.ids import ObjectId
 from castore.index import ChunkRef, Index, TensorRef, TensorSpec
 from castore.manifest import Manifest, Part
@@ -73,7 +73,11 @@ def find(repo: Repo, wanted: str) -> Entry:
     """The files that ``wanted`` names: first digits of an id, ``latest``, or ``NAME:latest``. NotFound, AmbiguousId."""
     run, _, name = wanted.rpartition(":")
     if name != "latest":
-        entry = repo.catalog.find(wanted)
+        try:
+            entry = repo.catalog.find(wanted)
+        except UnknownId as error:
+            hint = f"did you mean {', '.join(error.near)}?" if error.near else "`castore log --kind files` lists them"
+            raise NotFound(f"no files {wanted!r}; {hint}") from error
         if entry.manifest.kind != KIND:
             raise NotFound(f"{entry.id[:12]} is no files but a {entry.manifest.kind}: `castore log --kind files`")
         return entry

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from castore import catalog, index
-from castore.errors import CorruptionError, RootsUnreadable
+from castore.errors import CorruptionError, CorruptObject, RootsUnreadable
 from castore.ids import ObjectId
 from castore.quality import Entry
 from castore.repo import Repo
@@ -64,6 +64,8 @@ def collect(
     grace = repo.config.retention.grace_period if grace is None else grace
     now = now or datetime.now(UTC)
     with repo.lock(exclusive=not dry_run, wait=wait):
+        if not dry_run:
+            repo.store.restore_trash()  # of a gc that was cut short: what is kept now must not be emptied with the rest
         found = plan(repo, policy, grace=grace, in_use=in_use, now=now)
         if not dry_run:
             repo.store.discard(found.delete)
@@ -87,6 +89,7 @@ def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str
         contents,
         now=now,
         pinned=roots.pins,
+        pinned_elsewhere=roots.other_pins,
         in_use=frozenset(in_use),
     )
     live: set[ObjectId] = set()
@@ -135,6 +138,9 @@ class _Contents:
         self(entry, part)
         if own in self._damaged:
             raise self._damaged[own]
+        if own not in self._stored and self._repo.store.is_quarantined(own):
+            reason = "in quarantine, so it isn't known what it needs; nothing was deleted: `castore verify --repair` "
+            raise CorruptObject(own, reason + "or `castore forget` helps", part, entry.id)
 
     def _read(self, own: ObjectId) -> dict[ObjectId, int]:
         if own not in self._stored:

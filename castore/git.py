@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,17 @@ from castore.errors import RootsUnreadable
 
 _SECONDS = 10
 _LONG_SECONDS = 300
+
+# What git sets for hooks and aliases (`git rev-parse --local-env-vars`): with it, git would answer for another
+# repository or index than the one that the folder lies in.
+_LOCAL = frozenset(
+    (
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CEILING_DIRECTORIES", "GIT_COMMON_DIR", "GIT_DIR", "GIT_GRAFT_FILE",
+        "GIT_IMPLICIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_INTERNAL_SUPER_PREFIX", "GIT_NAMESPACE",
+        "GIT_NO_REPLACE_OBJECTS", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_QUARANTINE_PATH", "GIT_REPLACE_REF_BASE",
+        "GIT_SHALLOW_FILE", "GIT_WORK_TREE",
+    )
+)  # fmt: skip
 
 
 def root(path: Path) -> Path | None:
@@ -51,13 +62,22 @@ class Snapshot:
 
 def is_inside(path: Path) -> bool:
     """Whether ``path`` lies in a git work tree, told without git: it may be that git fails."""
-    return bool(os.environ.get("GIT_DIR")) or any((folder / ".git").exists() for folder in (path, *path.parents))
+    real = path.resolve()  # a linked .castore lies where its data does
+    return bool(os.environ.get("GIT_DIR")) or any((folder / ".git").exists() for folder in (real, *real.parents))
 
 
-def index(folder: Path, names: Sequence[str]) -> Snapshot:
-    """What the index has of ``folder``'s sub-folders ``names``, every side of a conflict included."""
-    out = _demand(folder, "ls-files", "--stage", "-z", "--", *names)
-    return Snapshot("the index", _files(out, blob_field=1, prefix=""))
+def index(top: Path, inside: str, names: Sequence[str]) -> Snapshot:
+    """What the index of the work tree ``top`` has of ``inside``'s sub-folders ``names``, all sides of a conflict."""
+    out = _demand(top, "ls-files", "--stage", "-z", "--full-name", "--", *(f"{inside}/{name}" for name in names))
+    files = _files(out, blob_field=1, prefix=f"{inside}/")
+    # what `git add --intent-to-add` announces has no content yet
+    return Snapshot(f"the index of {top}", {path: blob for path, blob in files.items() if blob not in _EMPTY})
+
+
+_EMPTY = (
+    "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391",
+    "473a0f4c3be8a93681a267e3b1e9a7dcda1185436fe141f7749120a303721813",
+)  # the empty blob, by SHA-1 and by SHA-256
 
 
 def tips(folder: Path, names: Sequence[str]) -> list[Snapshot]:
@@ -76,39 +96,71 @@ def tips(folder: Path, names: Sequence[str]) -> list[Snapshot]:
 
 
 def _tips(folder: Path) -> list[tuple[str, str]]:
-    """(name, commit)."""
-    form = "%(objecttype) %(objectname) %(*objecttype) %(*objectname) %(refname:short)"
+    """(name, commit or tree)."""
     found = []
-    for line in _demand(folder, "for-each-ref", f"--format={form}").splitlines():
-        kind, own, peeled_kind, peeled, name = line.split(" ", 4)
-        if "commit" in (kind, peeled_kind):
-            found.append((name, own if kind == "commit" else peeled))
+    refs = _lines(_demand(folder, "for-each-ref", "--format=%(objectname) %(refname:short)"))
+    # to the end of the chain: a tag may be of a tag
+    for ref, line in zip(refs, _check(folder, [f"{ref.partition(' ')[0]}^{{}}" for ref in refs]), strict=True):
+        own, _, name = ref.partition(" ")
+        final, _, kind = line.rpartition(" ")[0].partition(" ")
+        if kind not in ("commit", "tree", "blob"):
+            raise RootsUnreadable(f"git can't read {name} ({own}): fetch it first, or delete the ref")
+        if kind != "blob":
+            found.append((name, final))
     if head := _ask(folder, "rev-parse", "--verify", "--quiet", "HEAD"):
         found.append(("HEAD", head))
     # a stash is a commit whose further parents are the index and the untracked files of that moment
-    for line in _demand(folder, "stash", "list", "--format=%gd %H %P").splitlines():
+    for line in _lines(_demand(folder, "stash", "list", "--format=%gd %H %P")):
         name, own, _, *more = line.split(" ")
         found += [(name, one) for one in (own, *more)]
-    for line in _demand(folder, "worktree", "list", "--porcelain").splitlines():
+    for line in _lines(_demand(folder, "worktree", "list", "--porcelain")):
         if line.startswith("HEAD ") and line[5:].strip("0"):
             found.append(("a linked worktree", line[5:]))
+    return found + _under_way(Path(_demand(folder, "rev-parse", "--absolute-git-dir").removesuffix("\n")))
+
+
+def _under_way(git_dir: Path) -> list[tuple[str, str]]:
+    """Commits that a merge, a pick or a rebase holds on to without a ref."""
+    found = []
+    for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REBASE_HEAD", "rebase-merge/autostash", "rebase-apply/autostash"):
+        try:
+            found += [(name, line.split()[0]) for line in _lines((git_dir / name).read_text())]
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise RootsUnreadable(f"can't read {git_dir / name}: {error}") from error
     return found
 
 
-def linked_worktrees(folder: Path) -> list[Path]:
-    """Where ``folder`` is in the other worktrees of its repository, for those in which it exists."""
-    top = _demand(folder, "rev-parse", "--show-toplevel").removesuffix("\n")
-    inside = folder.resolve().relative_to(Path(top).resolve())
+def _lines(out: str) -> list[str]:
+    # not splitlines(): a branch may be called what that takes for the end of a line
+    return [line for line in out.split("\n") if line]
+
+
+def worktrees(folder: Path) -> tuple[str, list[Path]]:
+    """Where ``folder`` lies in its work tree, and the tops of all work trees of its repository, its own first."""
+    top = Path(_demand(folder, "rev-parse", "--show-toplevel").removesuffix("\n")).resolve()
     out = _demand(folder, "worktree", "list", "--porcelain", "-z")
     paths = [Path(line[9:]) for line in out.split("\0") if line.startswith("worktree ")]
-    return [path / inside for path in paths if path.resolve() != Path(top).resolve() and (path / inside).is_dir()]
+    others = [path for path in paths if path.resolve() != top and (path / ".git").exists()]
+    return str(folder.resolve().relative_to(top)), [top, *others]
 
 
-def blobs(folder: Path, wanted: Iterable[str]) -> dict[str, bytes]:
-    """The content of each blob. RootsUnreadable when one isn't there, as in a partial clone."""
-    ids = list(dict.fromkeys(wanted))
+def blobs(folder: Path, wanted: Mapping[str, str], limit: int) -> dict[str, bytes]:
+    """The content of each blob; ``wanted`` has where each is found, to name it.
+
+    RootsUnreadable when one isn't there, as in a partial clone, or is larger than ``limit`` bytes.
+    """
+    ids = list(wanted)
     if not ids:
         return {}
+    for line in _check(folder, ids):
+        own, _, length = line.partition(" blob ")
+        if not length:
+            one = line.partition(" ")[0]
+            raise RootsUnreadable(f"git has no blob {one} of {wanted.get(one)} (a partial clone?): fetch it first")
+        if int(length) > limit:
+            raise RootsUnreadable(f"{wanted[own]} has {length} bytes, more than a manifest can have: remove it")
     out = memoryview(_demand_bytes(folder, ["cat-file", "--batch"], "\n".join(ids).encode() + b"\n"))
     found = {}
     at = 0
@@ -116,11 +168,17 @@ def blobs(folder: Path, wanted: Iterable[str]) -> dict[str, bytes]:
         end = bytes(out[at : at + 200]).index(b"\n")
         header = bytes(out[at : at + end]).decode().split(" ")
         if len(header) != 3 or header[1] != "blob":
-            raise RootsUnreadable(f"git has no blob {one} (a partial clone?): fetch it first")
+            raise RootsUnreadable(f"git has no blob {one} of {wanted[one]}: fetch it first")
         size, start = int(header[2]), at + end + 1
         found[one] = bytes(out[start : start + size])
         at = start + size + 1
     return found
+
+
+def _check(folder: Path, names: Sequence[str]) -> list[str]:
+    """What each name is: "object kind size", or something else."""
+    given = "".join(f"{name}\n" for name in names).encode()
+    return _lines(os.fsdecode(_demand_bytes(folder, ["cat-file", "--batch-check"], given)))
 
 
 def _files(out: str, *, blob_field: int, prefix: str) -> dict[str, str]:
@@ -143,12 +201,13 @@ def _demand(folder: Path, *arguments: str) -> str:
 def _demand_bytes(folder: Path, arguments: Sequence[str], given: bytes = b"") -> bytes:
     """What git prints; RootsUnreadable when it fails."""
     try:
-        done = _run(folder, arguments, given=given, seconds=_LONG_SECONDS)
+        # the name of a folder may look like a pattern
+        done = _run(folder, ["--literal-pathspecs", *arguments], given=given, seconds=_LONG_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RootsUnreadable(f"git {arguments[0]} failed: {error}") from error
     if done.returncode:
-        said = os.fsdecode(done.stderr).strip().splitlines()
-        raise RootsUnreadable(f"git {arguments[0]} failed: {said[-1] if said else f'exit {done.returncode}'}")
+        said = _lines(os.fsdecode(done.stderr)) or [f"exit {done.returncode}"]
+        raise RootsUnreadable(f"git {arguments[0]} failed: {next((one for one in said if 'fatal:' in one), said[-1])}")
     return done.stdout
 
 
@@ -156,7 +215,8 @@ def _run(
     path: Path, arguments: Sequence[str], *, seconds: int, given: bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
     # a promisor remote isn't asked: what is here decides; and no lock is taken for a look
-    environment = os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    environment = {name: value for name, value in os.environ.items() if name not in _LOCAL}
+    environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     return subprocess.run(
         ["git", "-C", str(path), "-c", "core.quotePath=false", *arguments],
         input=given, capture_output=True, timeout=seconds, check=False, env=environment,
@@ -181,3 +241,8 @@ def tracked(folder: Path, names: Sequence[str]) -> list[str] | None:
     """Files below ``folder``'s sub-folders ``names`` that git tracks; None when it fails."""
     out = _ask(folder, "ls-files", "-z", "--", *names)
     return None if out is None else [path for path in out.split("\0") if path]
+
+
+def is_committed(path: Path) -> bool:
+    """Whether the commit that is checked out has a file ``path``; False when git fails, too."""
+    return _ask(path.parent, "cat-file", "-e", f"HEAD:./{path.name}") is not None

@@ -94,6 +94,8 @@ def _check_free(out: Path, force: bool) -> None:
     found = paths.status(out)
     if paths.is_folder(found) or not out.name:
         raise RefusedPath(str(out), "it is a folder")
+    if found is not None and not paths.is_replaceable(found):
+        raise RefusedPath(str(out), "it is no regular file")
     if found is not None and not force:
         raise RefusedPath(str(out), "it exists: --force replaces it")
     if not paths.is_folder(paths.status(Path(os.path.realpath(out.parent)))):

@@ -93,5 +93,10 @@ def status(path: Path) -> os.stat_result | None:
         raise StorageError("look at", str(path), error) from error
 
 
+def is_replaceable(found: os.stat_result) -> bool:
+    """Whether it is a regular file or a link: a device or a pipe is no output of anybody's, and its place matters."""
+    return stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)
+
+
 def is_folder(found: os.stat_result | None) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode)

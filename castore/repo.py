@@ -193,6 +193,9 @@ class Repo:
         if name in _RELATIVE:
             want = name
             entries = [entry for entry in _checkpoints(listing) if run in ("", entry.manifest.run)]
+            if run and not entries:
+                runs = sorted({entry.manifest.run for entry in _checkpoints(listing)})
+                raise NotFound(f"no checkpoint of run {run!r}" + (f"; runs: {', '.join(runs)}" if runs else ""))
         else:
             entry = self.catalog.find(want)
             if entry.manifest.kind != "checkpoint":

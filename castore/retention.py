@@ -63,37 +63,51 @@ def decide(
     *,
     now: datetime,
     pinned: AbstractSet[ObjectId] = frozenset(),
+    pinned_elsewhere: AbstractSet[ObjectId] = frozenset(),
     in_use: AbstractSet[str] = frozenset(),
 ) -> tuple[Decision, ...]:
     """One decision for every manifest of every source, newest first.
 
     Of each line: the best ``keep`` by score and the newest ``keep_latest``; beside them whatever is pinned or in use.
     Their optimizer and trainer parts stay for the best one, the newest ``keep_optimizer`` of those kept, and those
-    pinned or in use. ``max_size`` then lets go worst-first, but never of the best, the newest, the pinned or the used;
-    what only ``others`` have goes first, or else they could make something go after all.
+    pinned or in use. ``max_size`` then lets go worst-first, but never of the best, the newest, the pinned or the used.
+    What ``others`` keep, or pin, gets the room that is left: it can't make anything of ``own`` go.
     """
-    drafts: dict[ObjectId, _Draft] = {}
-    for source in (own, *others):
-        for entry in source.entries:
-            if entry.id not in drafts:
-                drafts[entry.id] = _Draft(entry, foreign=source is not own)
-        _judge_source(source, policy, drafts, now, f" on {source.name}" if source is not own else "")
-    for ids, reason in ((pinned, "pinned"), (in_use, "in use")):
-        for own_id in ids:
-            if draft := drafts.get(ObjectId(own_id)):
-                draft.hold(reason, every_part=True, protect=True)
+    mine = {entry.id: _Draft(entry) for entry in own.entries}
+    _judge_source(own, policy, mine, now, "")
+    _hold(mine, pinned, "pinned")
+    _hold(mine, in_use, "in use")
+    theirs = {entry.id: _Draft(entry) for source in (own, *others) for entry in source.entries}
+    for source in others:
+        _judge_source(source, policy, theirs, now, f" on {source.name}")
+    _hold(theirs, pinned_elsewhere, "pinned elsewhere")
     if policy.max_size is not None:
-        _shrink(list(drafts.values()), policy.max_size, contents)
-    ordered = newest_first(draft.entry for draft in drafts.values())
-    return tuple(drafts[entry.id].decision() for entry in ordered)
+        used = _shrink(list(mine.values()), policy.max_size, contents, {})
+        _shrink(list(theirs.values()), policy.max_size, contents, used)
+    ordered = newest_first(draft.entry for draft in theirs.values())
+    return tuple(_decision(mine.get(entry.id), theirs[entry.id]) for entry in ordered)
+
+
+def _hold(drafts: Mapping[ObjectId, _Draft], ids: AbstractSet[str], reason: str) -> None:
+    for own_id in ids:
+        if draft := drafts.get(ObjectId(own_id)):
+            draft.hold(reason, every_part=True, protect=True)
+
+
+def _decision(mine: _Draft | None, theirs: _Draft) -> Decision:
+    kept = [draft for draft in (mine, theirs) if draft is not None and draft.kept]
+    wanted = {part for draft in kept for part in draft.parts()}
+    reasons = tuple(reason for draft in kept for reason in draft.reasons)
+    why_not = (mine.why_not if mine else "") or theirs.why_not
+    parts = tuple(part for part in theirs.entry.manifest.parts if part in wanted)
+    return Decision(theirs.entry, parts, reasons if kept else (why_not,))
 
 
 class _Draft:
     """A decision in the making."""
 
-    def __init__(self, entry: Entry, *, foreign: bool) -> None:
+    def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self.foreign = foreign
         self.kept = False
         self.whole = False
         self.protected = False
@@ -113,9 +127,6 @@ class _Draft:
             return ()
         return tuple(name for name in names if self.whole or name not in RESUME_PARTS)
 
-    def decision(self) -> Decision:
-        return Decision(self.entry, self.parts(), tuple(self.reasons) if self.kept else (self.why_not,))
-
 
 def _judge_source(source: Source, policy: Policy, drafts: Mapping[ObjectId, _Draft], now: datetime, where: str) -> None:
     lines: dict[bytes, list[Entry]] = {}
@@ -125,7 +136,7 @@ def _judge_source(source: Source, policy: Policy, drafts: Mapping[ObjectId, _Dra
         elif entry.manifest.kind == "dataset":
             _judge_dataset(drafts[entry.id], policy, now)
         else:
-            drafts[entry.id].hold("added by hand: `castore forget` lets it go", every_part=True, protect=True)
+            drafts[entry.id].hold("added by hand: `castore forget` lets it go", every_part=True, protect=not where)
     for entries in lines.values():
         _judge_line(entries, policy, drafts, where)
 
@@ -157,33 +168,44 @@ def _judge_dataset(draft: _Draft, policy: Policy, now: datetime) -> None:
     draft.why_not = f"prepared data older than {limit:.0f} h"
 
 
-def _shrink(drafts: Sequence[_Draft], max_size: int, contents: Contents) -> None:
-    """Let go of whole manifests until what is left fits."""
-    held = {id(draft): [contents(draft.entry, part) for part in draft.parts()] for draft in drafts}
-    holders: Counter[ObjectId] = Counter()
-    sizes: dict[ObjectId, int] = {}
-    for parts in held.values():
+def _shrink(
+    drafts: Sequence[_Draft], max_size: int, contents: Contents, used: Mapping[ObjectId, int]
+) -> dict[ObjectId, int]:
+    """Let go of whole manifests, worst first, until what is left fits beside ``used``. Returns all that is used then.
+
+    One that frees nothing, since its data is gone already or others that stay need all of it, stays too.
+    """
+    sizes = dict(used)
+    holders: Counter[ObjectId] = Counter(used.keys())
+    held: dict[ObjectId, Counter[ObjectId]] = {}
+    for draft in drafts:
+        parts = [contents(draft.entry, part) for part in draft.parts()]
+        held[draft.entry.id] = Counter(own for objects in parts for own in objects)
+        holders.update(held[draft.entry.id])
         for objects in parts:
-            holders.update(objects.keys())
             sizes.update(objects)
     total = sum(sizes.values())
+    let_go = []
     for draft in sorted((one for one in drafts if one.kept and not one.protected), key=_eviction_order):
         if total <= max_size:
-            return
-        mine = Counter(own for objects in held[id(draft)] for own in objects)
-        freed = sum(sizes[own] for own, count in mine.items() if holders[own] == count)
-        if not freed:
-            continue  # its data is gone already, or others need all of it
+            break
+        mine = held[draft.entry.id]
         holders.subtract(mine)
-        total -= freed
-        draft.kept = False
-        draft.why_not = "evicted to fit max_size"
+        total -= sum(sizes[own] for own in mine if not holders[own])
+        let_go.append(draft)
+    for draft in let_go:
+        if all(holders[own] for own in held[draft.entry.id]):
+            holders.update(held[draft.entry.id])
+        else:
+            draft.kept = False
+            draft.why_not = "evicted to fit max_size"
+    return {own: size for own, size in sizes.items() if holders[own] > 0}
 
 
-def _eviction_order(draft: _Draft) -> tuple[bool, bool, int, str, ObjectId]:
-    """First what no manifest of the work tree claims, then what can be made again, then the worst, then the oldest."""
+def _eviction_order(draft: _Draft) -> tuple[bool, int, str, ObjectId]:
+    """First what can be made again, then the worst, then the oldest."""
     manifest = draft.entry.manifest
-    return not draft.foreign, manifest.kind != "dataset", -draft.depth, manifest.created, draft.entry.id
+    return manifest.kind != "dataset", -draft.depth, manifest.created, draft.entry.id
 
 
 def kept_parts(decisions: Iterable[Decision]) -> list[tuple[Entry, str]]:

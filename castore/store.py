@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -100,17 +101,16 @@ class LocalStore:
     def strays(self) -> list[Path]:
         """What lies among the objects and is none: of another name, in another's folder, or not a regular file."""
         found = []
-        for folder in sorted(os.scandir(self.objects), key=lambda one: one.name) if self.objects.is_dir() else ():
+        for folder in _scan(self.objects) if self.objects.is_dir() else ():
             if not folder.is_dir(follow_symlinks=False) or len(folder.name) != 2:
                 found.append(Path(folder.path))
                 continue
-            with os.scandir(folder) as files:
-                found += [
-                    Path(file.path)
-                    for file in files
-                    if not (is_object_id(file.name) and file.name.startswith(folder.name))
-                    or not file.is_file(follow_symlinks=False)
-                ]
+            found += [
+                Path(file.path)
+                for file in _scan(folder.path)
+                if not (is_object_id(file.name) and file.name.startswith(folder.name))
+                or not file.is_file(follow_symlinks=False)
+            ]
         return sorted(found)
 
     def check(self, wanted: ObjectId, scratch: bytearray) -> int:
@@ -151,21 +151,40 @@ class LocalStore:
     def discard(self, unwanted: Iterable[ObjectId]) -> None:
         """Move objects to the trash, in order. The caller holds the exclusive lock."""
         fs.make_directory(self.trash)
+        _refuse_link(self.trash)
         for own in unwanted:
             fs.rename(self.path(own), self.trash / own)
             self._settled.pop(own, None)
 
     def empty_trash(self) -> None:
         """Delete what is in the trash for good; needs no lock, as taking something back is one rename."""
-        if self.trash.is_dir():
-            for name in os.listdir(self.trash):
-                fs.unlink(self.trash / name)
+        for path in self._in_trash():
+            fs.unlink(path)
+
+    def restore_trash(self) -> None:
+        """Take everything back from the trash. The caller holds the exclusive lock."""
+        for path in self._in_trash():
+            if is_object_id(path.name) and not self.has(ObjectId(path.name)):
+                self._take_back(ObjectId(path.name))
+
+    def _in_trash(self) -> list[Path]:
+        """Files alone: what else lies there came from somebody else."""
+        if not self.trash.is_dir():
+            return []
+        _refuse_link(self.trash)
+        with os.scandir(self.trash) as files:
+            return [Path(file.path) for file in files if not file.is_dir(follow_symlinks=False)]
+
+    def is_quarantined(self, wanted: ObjectId) -> bool:
+        """Whether a damaged copy of the object was moved away."""
+        return any(self.quarantine.glob(f"{wanted}-*"))
 
     def remove_leftovers(self, older_than: float) -> None:
         """Delete what killed processes left in tmp/: files last written before ``older_than``, in seconds since 1970.
 
         The caller holds the exclusive lock, so no save is under way; what is younger may be of who needs no lock.
         """
+        _refuse_link(self.temporary)
         for name in os.listdir(self.temporary) if self.temporary.is_dir() else ():
             path = self.temporary / name
             with contextlib.suppress(FileNotFoundError):
@@ -211,6 +230,14 @@ class LocalStore:
                 self._move_to_quarantine(wanted, stamp)
             raise
 
+    def set_aside(self, wanted: ObjectId) -> None:
+        """Move what stands in an object's place and is no regular file, if anything is, to quarantine."""
+        path = self.path(wanted)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                fs.make_directory(self.quarantine)
+                fs.rename(path, self.quarantine / f"{wanted}-{time.time_ns():x}")
+
     def _stamp(self, wanted: ObjectId) -> Stamp | None:
         return _stamp(f"{self._folder}/{wanted[:2]}/{wanted}")
 
@@ -225,6 +252,20 @@ class LocalStore:
             fs.rename(self.path(wanted), moved)
             if _stamp(moved) != stamp:  # the good one came between the look and the move
                 fs.rename(moved, self.path(wanted))
+
+
+def _refuse_link(folder: Path) -> None:
+    # one that came with a branch could lead to files that are not castore's to delete
+    if folder.is_symlink():
+        raise StorageError("delete in", str(folder), OSError(errno.ELOOP, "it is a symbolic link: remove that"))
+
+
+def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            return list(items)
+    except OSError as error:
+        raise StorageError("read", str(folder), error) from error
 
 
 def _stamp(path: Path | str) -> Stamp | None:

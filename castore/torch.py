@@ -83,8 +83,21 @@ def relative_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
         if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
             return None
         largest = max(largest, one.abs().max().item(), other.abs().max().item())
-        difference = max(difference, (other - one).abs().max().item())
+        exact = _difference(*(tensor[start : start + _SLICE] for tensor in flat))
+        difference = max(difference, (other - one).abs().max().item() if exact is None else exact)
     return difference / largest if largest else 0.0
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    """The largest difference of two elements of 64-bit integers, which double precision may take for equal."""
+    if one.dtype not in (torch.int64, torch.uint64):
+        return None
+    # flipping the first bit of unsigned ones makes them signed and moves both equally
+    a, b = (part if part.dtype == torch.int64 else part.view(torch.int64) ^ -(1 << 63) for part in (one, other))
+    # each half's difference is exact in double precision, and their sum is rounded once
+    high = ((b >> 32) - (a >> 32)).double() * 2.0**32
+    low = ((b & 0xFFFFFFFF) - (a & 0xFFFFFFFF)).double()
+    return (high + low).abs().max().item()
 
 
 _SLICE = 1 << 20  # elements that are compared at a time, in double precision

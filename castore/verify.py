@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from castore import index, remotes
 from castore.errors import CorruptIndex, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
-from castore.ids import ObjectId
+from castore.ids import ObjectId, is_object_id
 from castore.index import ChunkRef
 from castore.quality import Entry
 from castore.repo import Repo
@@ -94,6 +94,8 @@ class _Verification:
         self._scratch = threading.local()
         self._needs: dict[ObjectId, _Needs] = {}
         self._sizes: dict[ObjectId, int] = {}
+        # objects in whose place something stands that is no regular file
+        self._displaced: set[ObjectId] = set()
         folder = repo.store.quarantine
         self._quarantined = {name[:64] for name in os.listdir(folder)} if folder.is_dir() else set()
         # indexes that can be mended, until it is known whether their chunks can be had
@@ -107,15 +109,19 @@ class _Verification:
             for broken in listing.broken:
                 yield Finding(kind="manifest", reason=broken.reason, path=broken.path)
         self._sizes = {own: found.size for own, found in self._store.stored().items()}
-        if chosen is None:
-            for path in self._store.strays():
+        for path in self._store.strays():
+            if is_object_id(path.name) and path == self._store.path(ObjectId(path.name)):
+                self._displaced.add(ObjectId(path.name))
+            elif chosen is None:
                 yield Finding(kind="stray", reason="not an object, and never read", path=path)
         indexes = self._indexes(entries)
         if chosen is None:
             yield from self._inconsistent(entries)
             # what damage took away was not dropped
-            indexes = [own for own in indexes if own in self._sizes or own in self._quarantined]
+            indexes = [own for own in indexes if self._is_here(own) or own in self._quarantined]
         yield from self._check_indexes(indexes)
+        if chosen is None:  # a save would take even those that nobody needs for stored
+            yield from map(self._missing, sorted(self._displaced - self._needs.keys()))
         done = set(indexes)
         wanted = self._sizes if chosen is None else self._needs
         yield from self._check_chunks([own for own in wanted if own in self._sizes and own not in done], done)
@@ -159,6 +165,7 @@ class _Verification:
     def _elsewhere(self, own: ObjectId, error: ObjectMissing | CorruptObject) -> tuple[ChunkRef, ...] | Finding:
         """The chunks of an index that is missing or damaged here, if the trash or a remote has it."""
         finding = self._describe(own, error)
+        self._store.set_aside(own)
         try:
             # moves what is damaged to quarantine, takes it back from the trash, or looks at the remotes
             chunks = index.decode(remotes.read(self._store, self._repo.remotes, own)[0]).chunks
@@ -182,7 +189,7 @@ class _Verification:
         held: set[ObjectId] = set()
         for entry in entries:
             parts = entry.manifest.parts
-            if "model" in parts and parts["model"].index not in self._sizes:
+            if "model" in parts and not self._is_here(parts["model"].index):
                 dropped.append(entry)
             else:
                 held.update(part.index for part in parts.values())
@@ -198,11 +205,17 @@ class _Verification:
                     needed_by=(Need(entry.id, "model"),),
                 )  # fmt: skip
 
+    def _is_here(self, own: ObjectId) -> bool:
+        """Whether it is in the store, or something in its place."""
+        return own in self._sizes or own in self._displaced
+
     # -- objects -----------------------------------------------------------------------------------------------------
 
     def _check_chunks(self, wanted: Sequence[ObjectId], done: Iterable[ObjectId]) -> Iterator[Finding]:
         read = sum(self._sizes.get(own, 0) for own in done)
         total = read + sum(self._sizes[own] for own in wanted)
+        if read:
+            self._progress(read, total)  # there may be nothing but indexes
         for own, result in _parallel(self._check, wanted, self._repo.threads):
             read += self._sizes[own]
             self._progress(read, total)
@@ -232,6 +245,8 @@ class _Verification:
         return replace(found, repaired_from=self._mend(own)) if self._repair else found
 
     def _describe(self, own: ObjectId, error: ObjectMissing | CorruptObject) -> Finding:
+        if own in self._displaced:
+            return self._finding("damaged", own, "what is in its place is no regular file")
         if isinstance(error, CorruptObject):
             return self._finding("damaged", own, error.reason)
         where = "it was moved to quarantine/ as damaged" if own in self._quarantined else "not in the store"
@@ -239,6 +254,7 @@ class _Verification:
 
     def _mend(self, own: ObjectId) -> str:
         """Where a good copy came from that is in the store now; empty when there is none."""
+        self._store.set_aside(own)
         try:
             self._store.read(own)  # moves it to quarantine, or takes it back from the trash
         except (ObjectMissing, CorruptObject):

@@ -107,6 +107,8 @@ def train(
     time, for the record. NothingToDo when the checkpoint is at ``max_iters`` already; NothingMatches or
     NothingAvailable when there are checkpoints, but none to resume from; Diverged.
     """
+    if config.run.resume not in ("best", "latest", "none"):
+        repo.resolve(config.run.resume)  # a name of nothing is told before data is prepared
     device = _prepare_torch(config)
     corpus, origin = prepared.prepare(repo, config.data, config.model.block_size, started)
     windows = data.evaluation_windows(corpus.val, config.model.block_size, config.data.eval_samples)

@@ -241,7 +241,7 @@ def test_a_broken_manifest_is_told_and_hides_no_other(copied: Project) -> None:
 
 
 def test_text_from_a_manifest_reaches_the_terminal_as_text_alone(copied: Project) -> None:
-    evil = "\x1b]0;gone\x07 \x9b31m \u202e\nmatch   deadbeef"
+    evil = "\x1b]0;gone\x07 \x9b31m \u202e\U000e0001\x7f\nmatch   deadbeef"
     repo = Repo.open(copied.root)
     line = Line(model={"n_embd": evil, evil: 1}, tokenizer=evil)
     metrics = {"val_loss": 0.001, evil: 1.0}
@@ -252,6 +252,9 @@ def test_text_from_a_manifest_reaches_the_terminal_as_text_alone(copied: Project
     shown += copied.train("--resume", own, code=3)
     shown += copied.start("train", "--data-dir", "texts", *TINY, "--session-iters", "1").communicate()[0]
     assert "gone" in shown
+    shown += copied.run("show", own, "--json")
+    found = copied.json("show", own)
+    assert (found["note"], found["config"], found["line"]["tokenizer"]) == (evil, {evil: [evil]}, evil)
     assert all(one.isprintable() for one in shown.replace("\n", ""))
     assert "\nmatch   deadbeef" not in shown
 

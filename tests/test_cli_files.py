@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from castore import Line, Repo, index
+from castore.manifest import Manifest
 
 LINE = Line(model={"n": 1}, data="d")
 
@@ -119,6 +120,7 @@ def test_a_session_goes_on_from_imported_weights(tmp_path: Path) -> None:
         (["import", "bad.safetensors"], 5, "no valid safetensors file"),
         (["import", "bad.pt"], 5, "not the zip that torch.save writes"),
         (["import", "good.pt", "--metric", "val_loss"], 2, "--metric val_loss is not NAME=VALUE"),
+        (["import", "good.pt", "--metric", "=3"], 2, "--metric =3 is not NAME=VALUE"),
         (["import", "good.pt", "--metric", "val_loss=nan"], 2, "not a finite number"),
         (["import", "good.pt", "--step", "-1"], 2, "--step"),
         (["import", "good.pt", "--run", "../x"], 2, "run '../x'"),
@@ -130,7 +132,8 @@ def test_a_session_goes_on_from_imported_weights(tmp_path: Path) -> None:
         (["add", "texts", "--name", "a b"], 2, "run 'a b'"),
         (["add", "."], 2, "odd/pipe"),
         (["checkout", "latest"], 3, "no files yet: `castore add PATH` adds some"),
-        (["checkout", "best"], 3, "no checkpoint 'best'"),
+        (["checkout", "best"], 3, "no files 'best'; `castore log --kind files` lists them"),
+        (["export", "best", "odd/pipe", "--force"], 2, "it is no regular file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -215,6 +218,44 @@ def test_checkout_overwrites_only_when_told_to(empty: Project) -> None:
     assert "bottles" in (empty.root / "texts" / "0.txt").read_text()
 
 
+def test_checkout_never_replaces_a_pipe(empty: Project) -> None:
+    (empty.root / "file").write_text("x")
+    own = empty.json("add", "file")["id"]
+    (empty.root / "file").unlink()
+    os.mkfifo(empty.root / "file")
+    assert "neither a file nor a link" in empty.run("checkout", own, "--force", code=2)
+    assert (empty.root / "file").is_fifo()
+    (empty.root / "file").unlink()
+    (empty.root / "file").symlink_to("texts/0.txt")
+    empty.run("checkout", own, "--force")
+    assert (empty.root / "file").read_text() == "x"
+    assert "bottles" in (empty.root / "texts" / "0.txt").read_text()
+
+
+def test_checkout_of_nothing_says_so(empty: Project) -> None:
+    repo = Repo.open(empty.root)
+    part = repo.save({"model": {}}, run="x", step=1).manifest.parts["model"]
+    fields = {"run": "none", "step": 0, "created": "2026-01-02T03:04:05.000000Z"}
+    repo.catalog.add(Manifest(kind="files", parts={"files": part}, **fields))
+    assert "wrote   nothing, as the tree is empty: " in empty.run("checkout", "none:latest", "out")
+
+
+def test_show_begins_with_the_kind(empty: Project) -> None:
+    own = empty.json("add", "texts")["id"]
+    assert empty.run("show", own).startswith(f"files      {own}\n")
+
+
+def test_json_of_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9-\xc2\x9b"))
+    folder.mkdir()
+    project = Project(folder)
+    root = project.json("init")["root"]
+    assert root == str(folder / ".castore")
+    out = project.run("init", "--json")
+    assert "caf\\udce9-\\u009b" in out
+    assert out.encode().isascii()
+
+
 def test_missing_and_damaged_data_have_exit_codes_of_their_own(empty: Project) -> None:
     own = empty.json("add", "texts")["id"]
     repo = Repo.open(empty.root)
@@ -222,6 +263,8 @@ def test_missing_and_damaged_data_have_exit_codes_of_their_own(empty: Project) -
     chunk = repo.store.path(index.decode(repo.store.read(part.index)).chunks[0].id)
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert f"(part 'files' of checkpoint {own[:12]})" in empty.run("checkout", own, "out", code=5)
+    chunk.write_bytes(b"")
+    assert "`castore verify --repair`" in empty.run("checkout", own, "out", code=5)
     assert "is missing" in empty.run("checkout", own, "out", code=4)
     assert [path for path in (empty.root / "out").rglob("*") if path.is_file()] == []
 

@@ -135,13 +135,50 @@ def test_a_pin_keeps_a_checkpoint_until_it_is_taken_back(project: Project) -> No
 
 def test_forget_removes_a_manifest_and_its_data_goes_in_time(project: Project) -> None:
     best = project.json("resolve")["match"]["id"]
+    assert "isn't in git's last commit" in project.run("forget", "best", code=2)
+    commit(project)
     path = project.json("forget", "best")["path"]
     assert not Path(path).exists()
+    commit(project)
+    project.git("update-ref", "refs/heads/old", "HEAD^")
+    project.git("branch", "-D", "old")
     assert "no checkpoint" in project.run("show", best, code=3)
     everything = ["--keep", "99", "--keep-optimizer", "99"]
     assert project.json("gc", *everything)["young"] == 3  # another branch may still bring the manifest
     assert len(project.json("gc", *everything, "--grace", "0")["deleted"]) == 3
     assert set(availability(project).values()) == {"full"}
+
+
+def commit(project: Project) -> None:
+    project.git("add", ".castore")
+    project.git("commit", "-q", "-m", "x")
+
+
+def test_forget_takes_force_where_there_is_no_other_copy(project: Project) -> None:
+    shutil.rmtree(project.root / ".git")
+    assert "lose it with --force" in project.run("forget", "best", code=2)
+    assert not Path(project.json("forget", "best", "--force")["path"]).exists()
+
+
+def test_a_pinned_checkpoint_is_not_forgotten(project: Project) -> None:
+    commit(project)
+    own = project.json("pin", "best")["id"]
+    assert f"`castore unpin {own[:12]}` first" in project.run("forget", own, "--force", code=2)
+    project.run("unpin", own)
+    project.run("forget", own)
+
+
+def test_a_pin_is_taken_back_when_its_manifest_is_gone(project: Project) -> None:
+    own = project.json("pin", "best")["id"]
+    pins = project.root / ".castore" / "pins"
+    twin = own[:20] + ("0" if own[20] != "0" else "1") + own[21:]
+    (pins / twin).touch()
+    next((project.root / ".castore" / "manifests" / "a").glob(f"*-{own[:12]}.json")).unlink()
+    assert "give more digits" in project.run("unpin", own[:12], code=3)
+    project.run("unpin", twin)
+    assert project.json("unpin", own[:12]) == {"id": own}
+    assert list(pins.iterdir()) == []
+    assert "no checkpoint" in project.run("unpin", own[:12], code=3)
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -170,7 +207,7 @@ def test_best_is_the_best_that_is_there(project: Project) -> None:
     [
         ("0000", "no checkpoint '0000'"),
         ("", "no checkpoint ''"),
-        ("c:best", "there is no checkpoint"),
+        ("c:best", "no checkpoint of run 'c'; runs: a, b"),
         ("bset", "bset"),
     ],
 )

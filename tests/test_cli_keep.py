@@ -313,6 +313,21 @@ def test_diff_shows_any_value_safely(project: Project) -> None:
     assert {one["key"] for one in found} == set(values[0])
 
 
+def test_diff_tells_containers_apart_and_small_changes_of_large_integers(project: Project) -> None:
+    values: list[dict[str, Any]] = [
+        {"betas": [1, 2], "n": torch.tensor([2**62]), "z": torch.tensor([0.0])},
+        {"betas": (1, 2), "n": torch.tensor([2**62 + 1]), "z": torch.tensor([-0.0])},
+    ]
+    ids = [repo_of(project).save({"trainer": one}, run="odd", step=i).id for i, one in enumerate(values)]
+    out = project.run("diff", *ids)
+    assert "  betas: list -> tuple\n" in out
+    assert "  changed n  int64 [1]  by at most 2.17e-19\n" in out
+    assert "the sign of a zero" in out
+    assert "by at most 0" not in out
+    (value,) = project.json("diff", *ids)["parts"]["trainer"]["values"]
+    assert value == {"key": "betas", "before": "list", "after": "tuple"}
+
+
 # -- doctor ----------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +459,8 @@ def test_a_pin_keeps_a_checkpoint_until_it_is_taken_back(project: Project) -> No
 def test_forgetting_leaves_the_data_to_gc(project: Project) -> None:
     gc = ("gc", "--keep-optimizer", "10", "--grace", "0")
     first = by_step(project, 1)
+    project.git("add", "-A")
+    project.git("commit", "-q", "-m", "x")
     path = Path(project.json("forget", first)["path"])
     assert not path.exists()
     # the index of git and its branch still have it

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -105,6 +106,19 @@ def test_values_that_differ_are_listed_by_key_with_both(repo: Repo) -> None:
     assert [(type(one.before), type(one.after)) for one in values[:1]] == [(int, float)]
 
 
+def test_containers_of_other_types_are_changed_values(repo: Repo) -> None:
+    before = {"betas": [0.9, 0.95], "nested": {"a": {"b": 1}}, "w": [BIG]}
+    after = OrderedDict(betas=(0.9, 0.95), nested={"a": OrderedDict(b=1)}, w=(BIG,))
+    part = model(repo, before, after)
+    assert part.state == "changed"
+    assert part.values == (
+        Value("", dict, OrderedDict),
+        Value("betas", list, tuple),
+        Value("nested.a", dict, OrderedDict),
+        Value("w", list, tuple),
+    )
+
+
 def test_what_the_manifests_say_is_compared(repo: Repo) -> None:
     model = {"w": torch.ones(2)}
     a = repo.save(
@@ -193,6 +207,18 @@ def test_the_change_is_relative_to_the_largest_magnitude(dtype: torch.dtype) -> 
     assert relative_change(before, before.clone()) == 0
     assert equal_bits(before, before.clone())
     assert not equal_bits(before, after)
+
+
+@pytest.mark.parametrize("values", [(2**62, 2**62 + 1), (-(2**63), 1 - 2**63), (-1, 0), (3, 2**63 - 1)])
+def test_the_change_of_an_integer_is_exact(values: tuple[int, int]) -> None:
+    one, other = (torch.tensor([value, 5]) for value in values)
+    expected = abs(values[1] - values[0]) / max(5, *map(abs, values))
+    assert relative_change(one, other) == relative_change(other, one) == pytest.approx(expected, rel=1e-12)
+    unsigned = [tensor.view(torch.uint64) for tensor in (one, other)]
+    if min(values) >= 0:
+        assert relative_change(*unsigned) == pytest.approx(expected, rel=1e-12)
+    huge = [torch.tensor([value], dtype=torch.uint64) for value in (2**64 - 1, 2**64 - 2)]
+    assert relative_change(*huge) == pytest.approx(2.0**-64)
 
 
 def test_the_change_is_at_most_two() -> None:

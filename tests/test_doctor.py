@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from castore.doctor import Check, examine
 from castore.errors import RepoNotFound
 
 
+NOW = datetime.now(UTC)
+
+
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
@@ -21,7 +25,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 def found(repo: Repo) -> dict[str, Check]:
     """The checks by subject, of which there is one each."""
-    checks = list(examine(repo.root.parent))
+    checks = list(examine(NOW, repo.root.parent))
     assert len({check.subject for check in checks}) == len(checks)
     assert all(check.advice for check in checks if check.level != "ok")
     return {check.subject: check for check in checks}
@@ -51,7 +55,7 @@ def test_a_healthy_repository_is_ok_in_every_respect_and_left_as_it_is(committed
 
 def test_no_repository_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RepoNotFound):
-        list(examine(tmp_path))
+        list(examine(NOW, tmp_path))
 
 
 def test_wrong_settings_are_a_problem_and_the_rest_is_still_checked(committed: Repo) -> None:
@@ -125,7 +129,7 @@ def test_an_ignored_repository_is_a_problem(repo: Repo) -> None:
 
 def test_tracked_data_is_a_problem(committed: Repo) -> None:
     git(committed.root.parent, "add", "-f", ".castore/objects")
-    checks = [one for one in examine(committed.root) if one.subject == "git"]
+    checks = [one for one in examine(NOW, committed.root) if one.subject == "git"]
     assert [one.level for one in checks] == ["ok", "problem"]
     assert "git rm -r --cached" in checks[1].advice
 
@@ -147,3 +151,40 @@ def test_a_damaged_manifest_is_a_problem(committed: Repo) -> None:
     path.write_text("{}")
     check = found(committed)["manifests"]
     assert (check.level, str(path) in check.text) == ("problem", True)
+
+
+def test_what_gc_could_not_read_on_another_branch_is_a_problem(committed: Repo) -> None:
+    assert found(committed)["gc"].level == "ok"
+    top = committed.root.parent
+    git(top, "checkout", "-q", "-b", "other")
+    broken = committed.catalog.root / "ci" / "000000009-0123456789ab.json"
+    broken.write_text("{}")
+    git(top, "add", ".castore")
+    git(top, "commit", "-q", "-m", "x")
+    git(top, "checkout", "-q", "-")
+    checks = found(committed)
+    assert checks["manifests"].level == "ok"
+    assert checks["gc"].level == "problem"
+    assert checks["gc"].text.startswith("gc would refuse: ")
+
+
+def test_a_git_that_fails_is_why_gc_would_refuse(committed: Repo) -> None:
+    (committed.root.parent / ".git" / "HEAD").write_text("nonsense")
+    assert found(committed)["gc"].text.startswith("gc would refuse: git ")
+
+
+def test_manifests_from_the_future_are_a_warning(committed: Repo) -> None:
+    (entry,) = committed.checkpoints()
+    created = datetime.fromisoformat(entry.manifest.created)
+    top = committed.root.parent
+    assert "clock" not in {one.subject for one in examine(created - timedelta(hours=23), top)}
+    (check,) = [one for one in examine(created - timedelta(hours=25), top) if one.subject == "clock"]
+    assert check.level == "warning"
+    assert entry.id[:12] in check.text
+
+
+def test_the_advice_on_tracked_data_works(committed: Repo) -> None:
+    git(committed.root.parent, "add", "-f", ".castore/objects")
+    (advice,) = [one.advice for one in examine(NOW, committed.root) if one.text.startswith("git tracks")]
+    git(committed.root.parent, *advice.split("`")[1].split()[1:])
+    assert "git tracks" not in "".join(one.text for one in examine(NOW, committed.root))

@@ -178,9 +178,54 @@ def nowhere(git: Git, path: Path) -> None:  # noqa: ARG001
     path.unlink()
 
 
+def on_tag_of_a_tag(git: Git, path: Path) -> None:
+    on_branch(git, path)
+    git("tag", "-am", "inner", "inner", "side")
+    git("tag", "-am", "outer", "outer", "inner")
+    git("tag", "-d", "inner")
+    git("branch", "-qD", "side")
+
+
+def on_a_tree_alone(git: Git, path: Path) -> None:
+    on_branch(git, path)
+    git("tag", "kept", "side^{tree}")
+    git("branch", "-qD", "side")
+
+
+def on_a_strangely_named_branch(git: Git, path: Path) -> None:
+    on_branch(git, path)
+    git("branch", "-qm", "side", "si\u2028de\x85")
+
+
+def in_index_of_a_linked_worktree(git: Git, path: Path) -> None:
+    root = Path(git("rev-parse", "--show-toplevel").strip())
+    git("worktree", "add", "-q", "--detach", str(root / "linked"))
+    moved = root / "linked" / path.relative_to(root)
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(moved)
+    git("add", str(moved), cwd=root / "linked")
+    shutil.rmtree(root / "linked" / ".castore")
+
+
+def in_an_autostash(git: Git, path: Path) -> None:
+    root = Path(git("rev-parse", "--show-toplevel").strip())
+    git("checkout", "-qb", "side")
+    (root / "x").write_text("one")
+    git("add", "x")
+    git("commit", "-qm", "one")
+    git("checkout", "-q", "main")
+    (root / "x").write_text("two")
+    git("add", "x")
+    git("commit", "-qm", "two")
+    git("add", str(path))
+    with pytest.raises(subprocess.CalledProcessError):
+        git("rebase", "--autostash", "side")
+
+
 PLACES = [
     on_branch, on_remote_branch, on_tag, on_stash, on_older_stash_of_untracked_files, in_index, in_linked_worktree,
-    in_head_of_a_linked_worktree, on_detached_head,
+    in_head_of_a_linked_worktree, on_detached_head, on_tag_of_a_tag, on_a_tree_alone, on_a_strangely_named_branch,
+    in_index_of_a_linked_worktree, in_an_autostash,
 ]  # fmt: skip
 
 
@@ -254,6 +299,83 @@ def test_what_killed_processes_left_in_tmp_goes_and_what_is_fresh_stays(repo: Re
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
+def test_the_environment_of_a_hook_leads_gc_to_no_other_repository(
+    repo: Repo, git: Git, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = save(repo, 1, 5.0, line=castore.Line(data="other"))
+    path = path_of(repo, own)
+    data = path.read_bytes()
+    on_branch(git, path)
+    save(repo, 2, 1.0)
+    (tmp_path / "else").mkdir()
+    git("init", "-q", cwd=tmp_path / "else")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "else" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "else"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "else" / "index"))
+    castore.collect(repo, ONE, grace=timedelta())
+    path.write_bytes(data)
+    assert where(repo, own) == WHOLE
+
+
+def test_a_repository_that_only_the_environment_knows_is_no_reason_to_delete(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save(repo, 1, 5.0)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "dotfiles"))
+    with pytest.raises(errors.RootsUnreadable):
+        castore.collect(repo, ONE)
+
+
+@pytest.mark.parametrize("name", [":x", "*", "a b", "\u2603"])
+def test_the_name_of_a_folder_is_no_pattern(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    repo = Repo.init(tmp_path / name)
+    run = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    subprocess.run([*run, "init", "-q", "-b", "main"], cwd=tmp_path, check=True)
+    subprocess.run([*run, "commit", "-qm", "x", "--allow-empty"], cwd=tmp_path, check=True)
+    own = save(repo, 1, 5.0, line=castore.Line(data="other"))
+    subprocess.run([*run, "checkout", "-qb", "side"], cwd=tmp_path, check=True)
+    subprocess.run([*run, "add", "."], cwd=tmp_path, check=True)
+    subprocess.run([*run, "commit", "-qm", "side"], cwd=tmp_path, check=True)
+    subprocess.run([*run, "checkout", "-q", "main"], cwd=tmp_path, check=True)
+    repo = Repo.init(tmp_path / name)
+    save(repo, 2, 1.0)
+    castore.collect(repo, ONE, grace=timedelta())
+    assert own in [one.entry.id for one in castore.collect(repo, ONE, dry_run=True).decisions if len(one.parts) == 3]
+    assert repo.store.stored()
+
+
+def test_a_link_to_a_repository_is_as_good_as_the_repository(repo: Repo, git: Git, tmp_path: Path) -> None:
+    own = save(repo, 1, 5.0, line=castore.Line(data="other"))
+    path = path_of(repo, own)
+    data = path.read_bytes()
+    on_branch(git, path)
+    save(repo, 2, 1.0)
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".castore").symlink_to(repo.root)
+    castore.collect(Repo.open(elsewhere), ONE, grace=timedelta())
+    path.write_bytes(data)
+    assert where(repo, own) == WHOLE
+
+
+def test_foreign_pins_and_files_take_no_room_from_the_work_tree(repo: Repo, git: Git) -> None:
+    ids = [save(repo, step, 5.0 - step) for step in range(4)]
+    sizes = castore.collect(repo, Policy(keep=4, keep_optimizer=0), dry_run=True).kept_bytes
+    policy = Policy(keep=4, keep_optimizer=0, max_size=sizes * 2 // 3)
+    before = {one.entry.id: one.parts for one in castore.collect(repo, policy, dry_run=True).decisions}
+    assert () in before.values()
+    git("checkout", "-qb", "side")
+    for own in ids[:2]:
+        repo.catalog.pin(ObjectId(own))
+    git("add", ".castore/pins")
+    git("commit", "-qm", "pins")
+    git("checkout", "-q", "main")
+    after = {one.entry.id: one.parts for one in castore.collect(repo, policy, dry_run=True).decisions}
+    assert all(set(after[own]) >= set(before[own]) for own in before)
+    assert after[ObjectId(ids[0])] == ("model", "optimizer", "trainer")
+
+
 # -- what can't be told ----------------------------------------------------------------------------------------------
 
 
@@ -270,6 +392,12 @@ def broken_on_branch(repo: Repo, git: Git) -> None:
 def newer_on_branch(repo: Repo, git: Git) -> None:
     path = repo.catalog.root / "main" / "000000009-0123456789ab.json"
     path.write_text('{"version": 99}')
+    on_branch(git, path)
+
+
+def huge_on_branch(repo: Repo, git: Git) -> None:
+    path = repo.catalog.root / "main" / "000000009-0123456789ab.json"
+    path.write_bytes(b" " * (2 << 20))
     on_branch(git, path)
 
 
@@ -308,7 +436,7 @@ def kept_index_damaged(repo: Repo, git: Git) -> None:  # noqa: ARG001
 @pytest.mark.parametrize(
     "harm",
     [
-        broken_in_work_tree, broken_on_branch, newer_on_branch, blob_missing, tree_missing, git_broken,
+        broken_in_work_tree, broken_on_branch, newer_on_branch, huge_on_branch, blob_missing, tree_missing, git_broken,
         git_index_broken, no_manifest_at_all, kept_index_damaged,
     ],
 )  # fmt: skip
@@ -367,6 +495,51 @@ def test_a_save_takes_back_from_the_trash_what_it_needs(repo: Repo) -> None:
     assert objects(repo) == before
     repo.store.empty_trash()
     assert exact(Repo.open(repo.root.parent).load(again.id)) == exact(parts(1))
+
+
+def test_a_gc_cut_short_takes_nothing_along_that_is_kept_by_now(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [save(repo, step, 5.0 - step) for step in range(3)]
+    monkeypatch.setattr(repo.store, "empty_trash", lambda: None)
+    castore.collect(repo, ONE)
+    monkeypatch.undo()
+    repo.catalog.pin(ObjectId(ids[0]))
+    castore.collect(Repo.open(repo.root.parent), ONE)
+    assert [where(repo, own) for own in ids] == [WHOLE, GONE, WHOLE]
+
+
+def test_chunks_stay_while_the_index_that_lists_them_is_in_quarantine(repo: Repo) -> None:
+    own = save(repo, 1, 5.0)
+    path = repo.store.path(repo.catalog.find(own).manifest.parts["model"].index)
+    path.write_bytes(path.read_bytes() + b"?")
+    with pytest.raises(errors.CorruptObject):
+        repo.load(own)
+    assert not path.exists()
+    before = objects(repo)
+    with pytest.raises(errors.CorruptObject, match="in quarantine"):
+        castore.collect(repo, ONE, grace=timedelta())
+    assert objects(repo) == before
+
+
+@pytest.mark.parametrize("folder", ["trash", "tmp"])
+def test_a_link_in_place_of_a_folder_leads_to_no_deletion(repo: Repo, tmp_path: Path, folder: str) -> None:
+    save(repo, 1, 5.0)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("x")
+    os.utime(victim / "precious", (0, 0))
+    shutil.rmtree(repo.root / folder, ignore_errors=True)
+    (repo.root / folder).symlink_to(victim)
+    with pytest.raises(errors.StorageError, match="symbolic link"):
+        castore.collect(repo, ONE)
+    assert (victim / "precious").exists()
+
+
+def test_a_folder_in_the_trash_is_passed_over(repo: Repo) -> None:
+    for step in range(2):
+        save(repo, step, 5.0 - step)
+    (repo.store.trash / "folder").mkdir(parents=True)
+    castore.collect(repo, ONE)
+    assert [path.name for path in repo.store.trash.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize("at", range(10))

@@ -103,6 +103,15 @@ def test_what_others_share_or_what_is_gone_already_is_not_let_go_for_size() -> N
     assert all(one.parts for one in found)
 
 
+def test_worst_first_holds_for_checkpoints_that_share_all_they_have() -> None:
+    def shared(one: Entry, part: str) -> Mapping[ObjectId, int]:
+        return {object_id(b"same" if one.manifest.step < 4 else one.id.encode()): 100} if part == "model" else {}
+
+    entries = [checkpoint(step, loss) for step, loss in enumerate([9.0, 8.0, 7.0, 3.0, 2.0], start=1)]
+    found = decide(Source("here", entries), [], Policy(keep=5, keep_latest=0, max_size=250), shared, now=NOW)
+    assert sorted(one.entry.manifest.step for one in found if one.parts) == [4, 5]
+
+
 def test_a_foreign_manifest_goes_before_any_of_the_work_tree() -> None:
     claims = [checkpoint(20, 0.1), checkpoint(21, 0.2), checkpoint(22, 0.3)]
     found = decided(RUN, claims, keep=5, keep_optimizer=0, max_size=0)

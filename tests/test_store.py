@@ -317,3 +317,18 @@ def test_an_interrupted_save_leaves_no_temporary_file_and_no_lock(
     child.join()
     assert child.exitcode == 0
     assert exact(repo.load(saved.id)) == exact(parts(1))
+
+
+def test_a_folder_that_can_not_be_listed_is_a_storage_error(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = repo.root / "objects" / "ab"
+    folder.mkdir(parents=True)
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if os.fspath(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(path)
+
+    monkeypatch.setattr("castore.store.os.scandir", refuse)
+    with pytest.raises(StorageError, match=f"can't read {folder}: Permission denied"):
+        repo.store.strays()

@@ -227,6 +227,13 @@ def test_garbage_is_collected_after_saving_when_the_settings_say_so(repo: Repo, 
     assert len(kept) <= 2
 
 
+def test_a_name_of_nothing_is_never_a_fresh_start(repo: Repo, session: Session) -> None:
+    for name in ("nosuch:best", "0123"):
+        with pytest.raises(errors.NotFound, match="no checkpoint"):
+            session(resume=name)
+    assert not repo.catalog.listing().entries
+
+
 # -- what can't be had -----------------------------------------------------------------------------------------------
 
 

@@ -204,10 +204,10 @@ def test_files_that_are_no_objects_are_strays_and_harmless(repo: Repo) -> None:
     (folder / chunk[:2] / "notes.txt").write_text("x")
     (folder / "zz").mkdir()
     shutil.copy(repo.store.path(chunk), folder / "zz" / chunk)
-    os.mkfifo(folder / chunk[:2] / (chunk[:2] + "0" * 62))
+    os.mkfifo(folder / chunk[:2] / "pipe")
     (folder / "link").symlink_to(folder / chunk[:2])
     findings = found(repo)
-    names = {"README", "notes.txt", chunk, chunk[:2] + "0" * 62, "link"}
+    names = {"README", "notes.txt", chunk, "pipe", "link"}
     assert {(one.kind, one.path.name) for one in findings} == {("stray", name) for name in names}
     assert all(one.is_harmless for one in findings)
     assert found(repo, repair=True) == findings
@@ -220,9 +220,38 @@ def test_a_pipe_under_the_name_of_an_object_is_not_waited_for(repo: Repo) -> Non
     for one in (model, chunk):
         repo.store.path(one).unlink()
         os.mkfifo(repo.store.path(one))
-    assert {(one.kind, one.object_id) for one in found(repo, own)} == {("missing", model)}
+    assert {(one.kind, one.object_id) for one in found(repo, own)} == {("damaged", model)}
+    assert {(one.kind, one.object_id) for one in found(repo)} == {("damaged", model), ("damaged", chunk)}
     repo.store.path(model).unlink()
-    assert sorted(one.kind for one in found(repo)) == ["inconsistent", "stray"]
+    assert sorted(one.kind for one in found(repo)) == ["damaged", "inconsistent"]
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "link"])
+@pytest.mark.parametrize("part", ["index", "chunk", "unneeded"])
+def test_what_stands_in_the_place_of_an_object_is_damage_and_makes_room(repo: Repo, what: str, part: str) -> None:
+    own = save(repo)
+    ids = {"index": index_of(repo, own), "chunk": chunks_of(repo, own)[0]}
+    repo = with_remote(repo)
+    damaged = ids.get(part, ObjectId(ids["chunk"][:2] + "0" * 62))
+    path = repo.store.path(damaged)
+    path.unlink(missing_ok=True)
+    {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink(__file__, path)}[what](path)
+    for ask in ([], [own] if part != "unneeded" else []):
+        (finding,) = found(repo, *ask)
+        assert (finding.kind, finding.object_id, finding.is_harmless) == ("damaged", damaged, False)
+        assert bool(finding.needed_by) == (part != "unneeded")
+    (finding,) = found(repo, repair=True)
+    assert finding.repaired_from == ("" if part == "unneeded" else "shared")
+    assert found(repo) == []
+    assert [name[:64] for name in os.listdir(repo.store.quarantine)] == [damaged]
+
+
+def test_bytes_of_indexes_count_where_there_is_nothing_else(repo: Repo) -> None:
+    own = repo.save({"trainer": {"seed": 1}}, run="ci", step=1).id
+    size = repo.store.stored_size(index_of(repo, own, "trainer"))
+    told: list[tuple[int, int]] = []
+    assert found(repo, progress=lambda done, total: told.append((done, total))) == []
+    assert told == [(size, size)]
 
 
 def test_reading_is_never_far_ahead_of_whoever_takes_the_findings(repo: Repo) -> None:
