@@ -246,7 +246,6 @@ def _manifests(repo: Repo, now: datetime) -> Iterator[Check]:
     if not listing.broken:
         yield Check("manifests", "ok", f"{len(listing.entries)}, all of them valid")
 
-
     future = [one for one in listing.entries if datetime.fromisoformat(one.manifest.created) > now + _AHEAD]
     if future:
         advice = "set the clock that is wrong; until then these count as the newest"

@@ -85,15 +85,11 @@ class LocalStore:
     def stored(self) -> dict[ObjectId, Stored]:
         """Every object that is here. Files of other names are passed over, and what is no regular file."""
         found = {}
-        if not self.objects.is_dir():
-            return {}
-        with os.scandir(self.objects) as folders:
-            names = [folder.path for folder in folders if folder.is_dir(follow_symlinks=False)]
-        for name in names:
-            with os.scandir(name) as files:
-                for file in files:
-                    is_own = is_object_id(file.name) and name.endswith(file.name[:2])
-                    if is_own and file.is_file(follow_symlinks=False):
+        for folder in _scan(self.objects) if self.objects.is_dir() else ():
+            for file in _scan(folder.path) if folder.is_dir(follow_symlinks=False) else ():
+                is_own = is_object_id(file.name) and folder.name == file.name[:2]
+                if is_own and file.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):  # moved away since it was listed
                         status = file.stat(follow_symlinks=False)
                         found[ObjectId(file.name)] = Stored(status.st_size, status.st_mtime)
         return found
@@ -219,8 +215,10 @@ class LocalStore:
         stamp = self._stamp(wanted)
         if stamp is None and mend and self._take_back(wanted):
             stamp = self._stamp(wanted)
+        if stamp is None:
+            raise ObjectMissing(wanted)
         try:
-            if stamp is not None and stamp[1] > objects.MAX_STORED:
+            if stamp[1] > objects.MAX_STORED:
                 raise CorruptObject(wanted, f"its file has {stamp[1]} bytes, over the limit")
             yield memoryview(fs.read(self.path(wanted), objects.MAX_STORED))
         except FileNotFoundError:
@@ -269,13 +267,14 @@ def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _stamp(path: Path | str) -> Stamp | None:
+    """None when there is no regular file: a pipe, a folder or a link under an object's name is no object."""
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StorageError("read", str(path), error) from error
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return (found.st_ino, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 class Writer:

@@ -459,8 +459,6 @@ def test_a_pin_keeps_a_checkpoint_until_it_is_taken_back(project: Project) -> No
 def test_forgetting_leaves_the_data_to_gc(project: Project) -> None:
     gc = ("gc", "--keep-optimizer", "10", "--grace", "0")
     first = by_step(project, 1)
-    project.git("add", "-A")
-    project.git("commit", "-q", "-m", "x")
     path = Path(project.json("forget", first)["path"])
     assert not path.exists()
     # the index of git and its branch still have it

@@ -213,12 +213,12 @@ def test_the_change_is_relative_to_the_largest_magnitude(dtype: torch.dtype) -> 
 def test_the_change_of_an_integer_is_exact(values: tuple[int, int]) -> None:
     one, other = (torch.tensor([value, 5]) for value in values)
     expected = abs(values[1] - values[0]) / max(5, *map(abs, values))
-    assert relative_change(one, other) == relative_change(other, one) == pytest.approx(expected, rel=1e-12)
+    assert relative_change(one, other) == relative_change(other, one) == pytest.approx(expected, rel=1e-12, abs=0)
     unsigned = [tensor.view(torch.uint64) for tensor in (one, other)]
     if min(values) >= 0:
-        assert relative_change(*unsigned) == pytest.approx(expected, rel=1e-12)
+        assert relative_change(*unsigned) == pytest.approx(expected, rel=1e-12, abs=0)
     huge = [torch.tensor([value], dtype=torch.uint64) for value in (2**64 - 1, 2**64 - 2)]
-    assert relative_change(*huge) == pytest.approx(2.0**-64)
+    assert relative_change(*huge) == pytest.approx(2.0**-64, abs=0)
 
 
 def test_the_change_is_at_most_two() -> None:

@@ -14,7 +14,6 @@ from castore import Repo, fs
 from castore.doctor import Check, examine
 from castore.errors import RepoNotFound
 
-
 NOW = datetime.now(UTC)
 
 
