@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from gc import set_threshold as set_gc_threshold
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
@@ -88,6 +89,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that can't show a character still shows the rest
+    set_gc_threshold(100_000)  # a long history is many objects, none of them garbage: looking took 7 %
     try:
         app()
     except castore.CastoreError as error:
