@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -200,8 +200,3 @@ def critical(model: Model, vocab_size: int) -> dict[str, Scalar]:
     """The parameters that a checkpoint can't be loaded without, for its line."""
     shape = {name: value for name, value in msgspec.structs.asdict(model).items() if name != "dropout"}
     return {**shape, "vocab_size": vocab_size}
-
-
-def is_optional(kind: Any) -> bool:
-    """Whether an option of this type may be None."""
-    return type(None) in get_args(kind) and get_origin(kind) is not Literal
