@@ -35,7 +35,8 @@ from nanecho import config as configs
 
 if TYPE_CHECKING:
     from castore import checkout as checkouts
-    from castore import diff, files, gc, retention, stats, verify
+    from castore import ci, diff, files, gc, retention, stats, verify
+    from castore.remotes.actions import Actions
     from nanecho import events
 
 EXIT_CODES: tuple[tuple[type[castore.CastoreError], int], ...] = (
@@ -503,14 +504,11 @@ def gc_command(
 
     repo = castore.Repo.open()
     given = {"keep": keep, "keep_latest": keep_latest, "keep_optimizer": keep_optimizer}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    policy = _policy(repo, given, max_size)
     try:
-        if max_size is not None:
-            changes["max_size"] = settings.parse_size(max_size) or None
         period = settings.parse_duration(grace) if grace is not None else None
     except ValueError as error:
         raise errors.UsageError(str(error)) from error
-    policy = dataclasses.replace(repo.config.policy, **changes)
     found = gc.collect(repo, policy, grace=period, dry_run=dry_run)
     if as_json:
         _print_json(_gc_json(found, dry_run))
@@ -529,6 +527,17 @@ def gc_command(
     verb = "would go" if dry_run else "deleted"
     freed, kept = words.size(found.freed_bytes), words.size(found.kept_bytes)
     say(f"gc      {len(found.delete)} objects, {freed} {verb}; {kept} kept")
+
+
+def _policy(repo: castore.Repo, given: Mapping[str, int | None], max_size: str | None) -> retention.Policy:
+    """That of config.toml, with what was given in its place."""
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        if max_size is not None:
+            changes["max_size"] = settings.parse_size(max_size) or None
+    except ValueError as error:
+        raise errors.UsageError(str(error)) from error
+    return dataclasses.replace(repo.config.policy, **changes)
 
 
 def _describe_decision(decision: retention.Decision) -> str:
@@ -877,6 +886,158 @@ def doctor_command(as_json: Json = False) -> None:
                 say(f"        {check.advice}")
     if problems:
         sys.exit(1)
+
+
+# -- in GitHub Actions -------------------------------------------------------------------------------------------------
+
+ci_app = typer.Typer(
+    help="Hand progress on from one job of GitHub Actions to the next, by way of its cache.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(ci_app, name="ci")
+
+
+@ci_app.command("restore", epilog="Example: castore ci restore --resume best")
+def ci_restore(
+    resume: Annotated[
+        str, typer.Option(metavar="WHAT", help="best, latest, an id, RUN:best, RUN:latest or none.")
+    ] = "best",
+    allow_fresh: Annotated[
+        bool, typer.Option("--allow-fresh", help="No error when there are checkpoints and none can be had.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch what the next session begins with.
+
+    It runs inside an action, as GitHub gives access to the cache to no other step: `uses: OWNER/castore@v1` with
+    `mode: restore`. What it did is also told in the job's summary.
+    """
+    from nanecho import report
+
+    with _job("restore") as (repo, remote, ci), _meter("restore") as meter:
+        found = ci.restore(repo, remote, resume, allow_fresh=allow_fresh, progress=meter.show)
+    match = found.match
+    _append("GITHUB_STEP_SUMMARY", ci.restored_markdown(found))
+    _append_outputs(
+        {
+            "match": match.id if match else "",
+            "run": match.run if match else "",
+            "step": match.step if match else 0,
+            "fresh": json.dumps(match is None),
+            "downloaded-bytes": found.traffic.downloaded,
+        }
+    )
+    if as_json:
+        _print_json({**_fields(found), "further": found.further.id if found.further else None})
+        return
+    for damaged in found.resolution.damaged if found.resolution else ():
+        say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
+    for one in found.resolution.rejected if found.resolution else ():
+        say(f"no      {report.describe_rejected(one)}")
+    if match:
+        score = "no score" if match.score is None else f"score {match.score:.4f}"
+        say(f"match   {match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}")
+    else:
+        say(f"fresh   {found.fresh}")
+    if found.further:
+        step = found.further.manifest.step
+        say(f"also    {found.further.id[:12]}, step {step:,}: a session from the match was trained to there before")
+    say(f"moved   {_describe_traffic(found.traffic)}")
+
+
+@ci_app.command("save", epilog="Example: castore ci save --keep 10 --commit")
+def ci_save(
+    keep: Annotated[int | None, typer.Option(min=0, help="As in `castore gc`.", show_default=False)] = None,
+    keep_optimizer: Annotated[int | None, typer.Option(min=0, help="As in `castore gc`.", show_default=False)] = None,
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="As in `castore gc`.", show_default=False)
+    ] = None,
+    commit: Annotated[bool, typer.Option("--commit", help="Commit what is staged, and push the branch.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.", show_default="run, step and loss")] = "",
+    as_json: Json = False,
+) -> None:
+    """Upload what the next session needs, and tell git of it.
+
+    Collects garbage, uploads what the cache lacks of the checkpoints that are kept as one bundle, and stages manifests
+    and the record of the bundle once a look-up has confirmed it.
+    """
+    with _job("save") as (repo, remote, ci), _meter("save") as meter:
+        given = {"keep": keep, "keep_optimizer": keep_optimizer}
+        policy = _policy(repo, given, max_size)
+        found = ci.save(repo, remote, policy, commit=commit, message=message, progress=meter.show)
+    _append("GITHUB_STEP_SUMMARY", ci.handed_on_markdown(found))
+    _append_outputs(
+        {
+            "bundle": found.record.bundle if found.record else "",
+            "uploaded-bytes": found.traffic.uploaded,
+            "commit": found.commit or "",
+        }
+    )
+    if as_json:
+        _print_json(
+            {
+                **{name: value for name, value in _fields(found).items() if name != "plan"},
+                "staged": [str(path) for path in found.staged],
+            }
+        )
+    elif found.skipped:
+        say(f"skipped {found.skipped}: nothing was saved")
+    else:
+        _say_handed_on(found)
+    if found.left_out:
+        sys.exit(5)
+
+
+def _say_handed_on(found: ci.HandedOn) -> None:
+    if session := found.session:
+        steps = f"step {session.start_step:,} -> {session.final_step:,}"
+        losses = f"{words.number(session.start_loss)} -> {words.number(session.final_loss)}"
+        say(f"session {session.run}: {steps}, validation loss {losses}, {session.checkpoints} checkpoints")
+    if record := found.record:
+        say(f"bundle  {record.bundle[:12]}: {record.objects} objects, {words.size(record.bytes)}; confirmed")
+    else:
+        say("bundle  none: the cache has all that is kept")
+    for own, reason in found.left_out:
+        say(f"WARNING {own[:12]} was left out: {reason}")
+    told = f"; pushed as {found.commit[:12]}" if found.commit else ""
+    say(f"git     {len(found.staged)} files staged{told}")
+    say(f"moved   {_describe_traffic(found.traffic)}")
+
+
+def _describe_traffic(traffic: ci.Traffic) -> str:
+    up, down = words.size(traffic.uploaded), words.size(traffic.downloaded)
+    return f"{up} up, {down} down, {traffic.requests} requests to the cache"
+
+
+@contextmanager
+def _job(what: str) -> Iterator[tuple[castore.Repo, Actions, Any]]:
+    """The repository, with the cache of this job; an error is told in the job's summary, too."""
+    from castore import ci
+    from castore.remotes.actions import Service
+
+    service = Service.of_job(os.environ)
+    try:
+        repo = castore.Repo.open()
+        yield repo, ci.connect(repo, service), ci
+    except castore.CastoreError as error:
+        _append("GITHUB_STEP_SUMMARY", ci.refused_markdown(f"{what}: {error}"))
+        raise
+
+
+def _append(variable: str, text: str) -> None:
+    """Add to the file that a variable of the job names. It is only told of what was done: no reason to fail."""
+    path = os.environ.get(variable)
+    if path:
+        try:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError as error:
+            say(f"castore: can't write {variable}: {error.strerror}", out=sys.stderr)
+
+
+def _append_outputs(values: Mapping[str, object]) -> None:
+    _append("GITHUB_OUTPUT", "".join(f"{name}={value}\n" for name, value in values.items()))
 
 
 # -- exchange with other programs ------------------------------------------------------------------------------------

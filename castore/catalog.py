@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from castore import fs, git, manifest
-from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId, UnsupportedVersion
+from castore.bundle import MAX_RECORD_BYTES, Record, decode_record, encode_record
+from castore.errors import AmbiguousId, CorruptBundle, CorruptManifest, StorageError, UnknownId, UnsupportedVersion
 from castore.ids import ObjectId, is_object_id
 from castore.manifest import Manifest
 from castore.quality import Entry, newest_first
@@ -38,11 +39,12 @@ class Listing:
 
 
 class Catalog:
-    """The manifests in ``folder/manifests``, one file each, and the pins in ``folder/pins``, empty files."""
+    """What git keeps of a repository ``folder``, a file each: manifests, pins (empty files), records of bundles."""
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self.root = folder / "manifests"
         self._pins = folder / "pins"
+        self._bundles = folder / "bundles"
         self._temporary = folder / "tmp"
         self._durable = durable
 
@@ -119,6 +121,41 @@ class Catalog:
         pinned = own in self.pins()
         fs.unlink(self._pins / own)
         return pinned
+
+    def records(self) -> tuple[list[Record], list[Broken]]:
+        """The records of bundles, newest first, and the files that could not be read as one."""
+        found, broken = [], []
+        for file in _scan(self._bundles):
+            if file.name.endswith(".json"):
+                try:
+                    record = self._record(Path(file.path))
+                    found.append(record)
+                except (CorruptBundle, UnsupportedVersion, StorageError) as error:
+                    broken.append(Broken(Path(file.path), str(error)))
+                except FileNotFoundError:
+                    continue
+        return sorted(found, key=lambda one: (one.created, one.bundle), reverse=True), broken
+
+    def _record(self, path: Path) -> Record:
+        if path.is_symlink():
+            raise CorruptBundle("a symbolic link, which is not followed")
+        record = decode_record(fs.read(path, MAX_RECORD_BYTES))
+        if record.file_name != path.name:
+            raise CorruptBundle(f"its content belongs under {record.file_name}")
+        return record
+
+    def add_record(self, record: Record) -> Path:
+        """Write the record of a bundle that is known to be there."""
+        path = self._bundles / record.file_name
+        fs.make_directory(self._bundles)
+        fs.publish(path, encode_record(record), self._temporary, durable=self._durable)
+        return path
+
+    def remove_record(self, record: Record) -> Path:
+        """Remove the record of a bundle that is gone for good."""
+        path = self._bundles / record.file_name
+        fs.unlink(path)
+        return path
 
     def _files(self) -> tuple[list[str], list[Broken]]:
         """The files that should be manifests, and what stands where one should but can't be one.

@@ -205,15 +205,16 @@ def _part_state(store: LocalStore, part: Part, sources: Sequence[Remote]) -> Par
         chunks = index.decode_chunks(data)
         lost = {chunk.id for chunk in chunks if not store.has(chunk.id)}
     except ObjectMissing:
-        return _GONE
+        return PartState("missing", f"its data is not in the store{remotes.whereabouts(sources, part.index)}")
     except (CorruptionError, StorageError) as error:
         return PartState("missing", str(error))
     if frame is None and not lost:
         return PartState("local")
-    nowhere = len(lost - remotes.having(sources, lost))
+    nowhere = sorted(lost - remotes.having(sources, lost))
     if not nowhere:
         return PartState("remote")
-    return PartState("missing", f"{nowhere} of its {len({chunk.id for chunk in chunks})} objects are missing")
+    told = f"{len(nowhere)} of its {len({chunk.id for chunk in chunks})} objects are missing"
+    return PartState("missing", f"{told}{remotes.whereabouts(sources, nowhere[0])}")
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ GITIGNORE = """\
 GITATTRIBUTES = """\
 # an id is the hash of the file's bytes: line endings stay as they are
 /manifests/** -text
+/bundles/** -text
 """
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)

@@ -74,6 +74,10 @@ class RefusedPath(UsageError):
         super().__init__(f"won't write {path}: {reason}")
 
 
+class NotInActions(UsageError):
+    """GitHub's cache is within reach of jobs of GitHub Actions alone."""
+
+
 class PackageMissing(UsageError):
     """What was asked for takes a package that isn't installed."""
 
@@ -174,6 +178,10 @@ class UnsupportedVersion(CorruptionError):
         super().__init__(f"{what} has format version {version}, which this castore can't read: upgrade castore")
 
 
+class CorruptBundle(CorruptionError):
+    """A bundle, or the record of one, is not what its id says."""
+
+
 class UnsafePath(CorruptionError):
     """A tree of files holds a path or link that could write where it shouldn't. Nothing of it was written."""
 
@@ -188,6 +196,37 @@ class InvalidFile(CorruptionError):
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(f"{path}: {reason}; nothing was imported")
+
+
+# -- a remote failed: try again, or see what it allows ---------------------------------------------------------------
+
+
+class RemoteError(CastoreError):
+    """A remote could not be asked, or refused. What is stored here is intact."""
+
+
+class RemoteUnavailable(RemoteError):
+    """The remote gives no answer that can be used."""
+
+    def __init__(self, remote: str, reason: str) -> None:
+        self.remote, self.reason = remote, reason
+        super().__init__(f"{remote}: {reason}")
+
+
+class UploadRefused(RemoteError):
+    """What was made here could not be handed on: nothing refers to it, and the next session won't find it."""
+
+    def __init__(self, remote: str, reason: str) -> None:
+        self.remote, self.reason = remote, reason
+        super().__init__(f"nothing was handed on to {remote}: {reason}")
+
+
+class NotPushed(RemoteError):
+    """A commit could not be made or pushed; what it holds is staged or committed here."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"not pushed, so the next session won't know of it: {reason}")
 
 
 # -- somebody else is at work: wait --------------------------------------------------------------------------------

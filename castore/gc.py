@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from castore import catalog, index
+from castore import catalog, index, remotes
 from castore.errors import CorruptionError, CorruptObject, RootsUnreadable
 from castore.ids import ObjectId
 from castore.quality import Entry
@@ -82,6 +82,7 @@ def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str
     if stored and not roots.own and not roots.others:
         raise RootsUnreadable(f"there are {len(stored)} objects, but not one manifest")
     contents = _Contents(repo, stored)
+    every = {entry.id: entry for entries in (roots.own, *(found for _, found in roots.others)) for entry in entries}
     decisions = decide(
         Source("the work tree", roots.own),
         [Source(name, entries) for name, entries in roots.others],
@@ -91,6 +92,7 @@ def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str
         pinned=roots.pins,
         pinned_elsewhere=roots.other_pins,
         in_use=frozenset(in_use),
+        gone=_gone(repo, every.values(), stored),
     )
     live: set[ObjectId] = set()
     for entry, part in kept_parts(decisions):
@@ -110,6 +112,14 @@ def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str
         kept_bytes=sum(stored[own].size for own in live),
         young=len(stored) - len(going) - len(live),
     )
+
+
+def _gone(repo: Repo, entries: Collection[Entry], stored: Mapping[ObjectId, Stored]) -> set[ObjectId]:
+    """The manifests of whose data nothing is here, and nothing can be fetched."""
+    absent = {part.index for entry in entries for part in entry.manifest.parts.values()} - stored.keys()
+    absent -= repo.store.quarantined()
+    absent -= remotes.having(repo.remotes, absent)
+    return {entry.id for entry in entries if all(part.index in absent for part in entry.manifest.parts.values())}
 
 
 class _Contents:
@@ -138,7 +148,7 @@ class _Contents:
         self(entry, part)
         if own in self._damaged:
             raise self._damaged[own]
-        if own not in self._stored and self._repo.store.is_quarantined(own):
+        if own not in self._stored and own in self._repo.store.quarantined():
             reason = "in quarantine, so it isn't known what it needs; nothing was deleted: `castore verify --repair` "
             raise CorruptObject(own, reason + "or `castore forget` helps", part, entry.id)
 

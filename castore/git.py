@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castore.errors import RootsUnreadable
+from castore.errors import NotPushed, RootsUnreadable, printable
 
 _SECONDS = 10
 _LONG_SECONDS = 300
@@ -212,15 +214,99 @@ def _demand_bytes(folder: Path, arguments: Sequence[str], given: bytes = b"") ->
 
 
 def _run(
-    path: Path, arguments: Sequence[str], *, seconds: int, given: bytes = b""
+    path: Path, arguments: Sequence[str], *, seconds: int, given: bytes = b"", looking: bool = True
 ) -> subprocess.CompletedProcess[bytes]:
-    # a promisor remote isn't asked: what is here decides; and no lock is taken for a look
-    environment = {name: value for name, value in os.environ.items() if name not in _LOCAL}
-    environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    # hooks and helpers are programs of others: what a job may do with GitHub's cache is none of their business
+    environment = {
+        name: value for name, value in os.environ.items() if name not in _LOCAL and not name.startswith("ACTIONS_")
+    } | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    if looking:
+        # a promisor remote isn't asked: what is here decides; and no lock is taken for a look
+        environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
     return subprocess.run(
         ["git", "-C", str(path), "-c", "core.quotePath=false", *arguments],
         input=given, capture_output=True, timeout=seconds, check=False, env=environment,
     )  # fmt: skip
+
+
+# -- handing on ------------------------------------------------------------------------------------------------------
+
+_PUSHES = 6
+_BOT = ("github-actions[bot]", "41898282+github-actions[bot]@users.noreply.github.com")
+
+
+def stage(folder: Path, paths: Sequence[Path]) -> None:
+    """Add files, or their removal, to the index. NotPushed when git refuses."""
+    if paths:
+        given = b"".join(os.fsencode(path) + b"\0" for path in paths)
+        _act(folder, "--literal-pathspecs", "add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul", given=given)
+
+
+def commit_staged(folder: Path, message: str, paths: Sequence[Path]) -> str:
+    """Commit ``paths``, which are staged, and nothing else that is. Returns the commit. NotPushed."""
+    given = b"".join(os.fsencode(path) + b"\0" for path in paths)
+    options = ["--pathspec-from-file=-", "--pathspec-file-nul"]
+    _act(folder, *_identity(folder), "--literal-pathspecs", "commit", "-q", "-m", message, *options, given=given)
+    return _act(folder, "rev-parse", "HEAD").strip()
+
+
+def push(folder: Path, pause: Callable[[float], None]) -> str:
+    """Push the branch that is checked out; when others were faster, rebase onto what they pushed and try again.
+
+    Returns the commit that was pushed. NotPushed after ``_PUSHES`` tries, or at once when the other side forbids it.
+    """
+    branch = _act(folder, "rev-parse", "--abbrev-ref", "HEAD").strip()
+    if branch == "HEAD":
+        raise NotPushed("no branch is checked out (this is how a pull request or a tag is): the commit stays here")
+    remote = (_ask(folder, "config", "--get", f"branch.{branch}.remote") or "origin").strip()
+    reason = ""
+    for attempt in range(_PUSHES):
+        if attempt:
+            pause(min(2.0**attempt, 20.0) * random.uniform(0.2, 0.6))  # many sessions may have ended at once
+            _rebase(folder, remote, branch)
+        try:
+            _act(folder, "push", "--quiet", remote, f"HEAD:refs/heads/{branch}")
+            return _act(folder, "rev-parse", "HEAD").strip()
+        except NotPushed as error:
+            reason = error.reason
+            forbidden = "[remote rejected]" in reason and "lock" not in reason
+            if forbidden or "denied" in reason or "Authentication failed" in reason:
+                raise
+    raise NotPushed(f"{reason} ({_PUSHES} tries)")
+
+
+def _rebase(folder: Path, remote: str, branch: str) -> None:
+    try:
+        _act(folder, "fetch", "--quiet", remote, f"refs/heads/{branch}")
+    except NotPushed:
+        return  # the next push tells what is wrong
+    try:
+        _act(folder, *_identity(folder), "rebase", "--quiet", "--autostash", "FETCH_HEAD")
+    except NotPushed as error:
+        _ask(folder, "rebase", "--abort")
+        raise NotPushed(f"what others pushed to {branch} can't be combined with this: {error.reason}") from error
+
+
+def _identity(folder: Path) -> list[str]:
+    if _ask(folder, "config", "--get", "user.email"):
+        return []
+    return ["-c", f"user.name={_BOT[0]}", "-c", f"user.email={_BOT[1]}"]
+
+
+def _act(folder: Path, *arguments: str, given: bytes = b"") -> str:
+    """What git prints. NotPushed, with what it says, when it fails."""
+    what = next(one for one in arguments if one[0] != "-" and "=" not in one)
+    try:
+        done = _run(folder, arguments, given=given, seconds=_LONG_SECONDS, looking=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotPushed(f"git {what}: {type(error).__name__}") from error
+    if done.returncode:
+        said = _ADDRESS.sub("://", " ".join(os.fsdecode(done.stderr or done.stdout).split()))
+        raise NotPushed(f"git {what}: {printable(said)[:500] or f'exit {done.returncode}'}")
+    return os.fsdecode(done.stdout)
+
+
+_ADDRESS = re.compile(r"://[^\s/@]*@")  # an address may have a password in it
 
 
 # -- what a person may want to know ----------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from castore.ids import ObjectId
 from castore.quality import Entry
@@ -69,3 +70,14 @@ def _by_newest(children: dict[ObjectId | None, list[Entry]]) -> list[Entry]:
         return max(entry.manifest.created for entry in below)
 
     return sorted(children.get(None, ()), key=newest, reverse=True)
+
+
+def furthest(entries: Sequence[Entry], own: ObjectId, config: Mapping[str, Any]) -> Entry | None:
+    """The checkpoint with most steps among those that descend from ``own`` by sessions with exactly these settings."""
+    reached = {own}
+    found = []
+    for entry in sorted(entries, key=lambda entry: (entry.manifest.created, entry.manifest.step)):
+        if entry.manifest.parent in reached and entry.manifest.config == config:
+            reached.add(entry.id)
+            found.append(entry)
+    return max(found, key=lambda entry: entry.manifest.step, default=None)

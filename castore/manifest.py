@@ -22,7 +22,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_STEP = 999_999_999
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
+CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 PART = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 Scalar = str | int | float | bool | None
@@ -89,7 +89,7 @@ def encode(manifest: Manifest) -> bytes:
     try:
         _check(manifest)
         # by way of the types: a range of 0 to 1 is written as 0.0 to 1.0, and a step of 1.5 is refused
-        data = _canonical(_decoder.decode(_canonical(manifest)))
+        data = canonical(_decoder.decode(canonical(manifest)))
     except (ValueError, TypeError, OverflowError, msgspec.MsgspecError, RecursionError) as error:
         raise InvalidManifest(f"can't record this checkpoint: {error}") from error
     if len(data) > MAX_BYTES:
@@ -110,7 +110,7 @@ def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
             raise ValueError(f"version {manifest.version} never was")
         if manifest.version == VERSION:
             _check(manifest, plain=_is_plain(data))
-            if _canonical(manifest) != data:
+            if canonical(manifest) != data:
                 raise ValueError("not in canonical form: it was edited or merged by hand")
             return object_id(data), manifest
     except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
@@ -148,8 +148,9 @@ def _is_plain(data: bytes) -> bool:
     return data.count(b"{") + data.count(b"[") <= MAX_DEPTH and b"0" * 19 not in data.translate(_ONE_DIGIT)
 
 
-def _canonical(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+def canonical(value: Any) -> bytes:
+    """``value`` as JSON in the one form that is committed: sorted keys, indent 2, a final newline."""
+    return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2) + b"\n"
 
 
 def _check(manifest: Manifest, *, plain: bool = False) -> None:
@@ -158,7 +159,7 @@ def _check(manifest: Manifest, *, plain: bool = False) -> None:
         raise ValueError(f"run {manifest.run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
     if not 0 <= manifest.step <= MAX_STEP:
         raise ValueError(f"step {manifest.step} is not between 0 and {MAX_STEP}")
-    if not _CREATED.fullmatch(manifest.created):
+    if not CREATED.fullmatch(manifest.created):
         raise ValueError(f"created {manifest.created[:40]!r} is not a UTC time with microseconds")
     datetime.fromisoformat(manifest.created)  # ValueError for a month of 19
     if manifest.parent is not None and not is_object_id(manifest.parent):

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from castore import checkpoint, fs, git, manifest
+from castore import checkpoint, fs, git, lineage, manifest
 from castore import config as configs
 from castore.catalog import Catalog, Listing
 from castore.errors import ConfigError, InvalidManifest, NotFound, RepoNotFound, StorageError, UsageError
@@ -229,6 +229,11 @@ class Repo:
     def checkpoints(self) -> list[Entry]:
         """Every checkpoint of the work tree, newest first."""
         return _checkpoints(self.catalog.listing())
+
+    def furthest(self, wanted: Entry, config: Mapping[str, Any]) -> Entry | None:
+        """Where sessions with exactly these settings have led from ``wanted``, in its line; None when nowhere."""
+        comparable = [entry for entry in self.checkpoints() if entry.manifest.line == wanted.manifest.line]
+        return lineage.furthest(comparable, wanted.id, config)
 
     def datasets(self, config: Mapping[str, Any]) -> list[Entry]:
         """Prepared data of the work tree, saved with exactly this ``config``, newest first, whatever its age."""

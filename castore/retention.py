@@ -65,21 +65,23 @@ def decide(
     pinned: AbstractSet[ObjectId] = frozenset(),
     pinned_elsewhere: AbstractSet[ObjectId] = frozenset(),
     in_use: AbstractSet[str] = frozenset(),
+    gone: AbstractSet[ObjectId] = frozenset(),
 ) -> tuple[Decision, ...]:
     """One decision for every manifest of every source, newest first.
 
     Of each line: the best ``keep`` by score and the newest ``keep_latest``; beside them whatever is pinned or in use.
     Their optimizer and trainer parts stay for the best one, the newest ``keep_optimizer`` of those kept, and those
     pinned or in use. ``max_size`` then lets go worst-first, but never of the best, the newest, the pinned or the used.
+    Manifests in ``gone``, whose data can't be had any more, take nobody's place.
     What ``others`` keep, or pin, gets the room that is left: it can't make anything of ``own`` go.
     """
     mine = {entry.id: _Draft(entry) for entry in own.entries}
-    _judge_source(own, policy, mine, now, "")
+    _judge_source(own, policy, mine, now, "", gone)
     _hold(mine, pinned, "pinned")
     _hold(mine, in_use, "in use")
     theirs = {entry.id: _Draft(entry) for source in (own, *others) for entry in source.entries}
     for source in others:
-        _judge_source(source, policy, theirs, now, f" on {source.name}")
+        _judge_source(source, policy, theirs, now, f" on {source.name}", gone)
     _hold(theirs, pinned_elsewhere, "pinned elsewhere")
     if policy.max_size is not None:
         used = _shrink(list(mine.values()), policy.max_size, contents, {})
@@ -128,10 +130,19 @@ class _Draft:
         return tuple(name for name in names if self.whole or name not in RESUME_PARTS)
 
 
-def _judge_source(source: Source, policy: Policy, drafts: Mapping[ObjectId, _Draft], now: datetime, where: str) -> None:
+def _judge_source(
+    source: Source,
+    policy: Policy,
+    drafts: Mapping[ObjectId, _Draft],
+    now: datetime,
+    where: str,
+    gone: AbstractSet[ObjectId],
+) -> None:
     lines: dict[bytes, list[Entry]] = {}
     for entry in source.entries:
-        if entry.manifest.kind == "checkpoint":
+        if entry.id in gone:
+            drafts[entry.id].why_not = "its data is gone"
+        elif entry.manifest.kind == "checkpoint":
             lines.setdefault(msgspec.json.encode(entry.manifest.line, order="sorted"), []).append(entry)
         elif entry.manifest.kind == "dataset":
             _judge_dataset(drafts[entry.id], policy, now)

@@ -171,9 +171,10 @@ class LocalStore:
         with os.scandir(self.trash) as files:
             return [Path(file.path) for file in files if not file.is_dir(follow_symlinks=False)]
 
-    def is_quarantined(self, wanted: ObjectId) -> bool:
-        """Whether a damaged copy of the object was moved away."""
-        return any(self.quarantine.glob(f"{wanted}-*"))
+    def quarantined(self) -> frozenset[ObjectId]:
+        """The objects of which a damaged copy was moved away."""
+        names = (file.name.partition("-")[0] for file in _scan(self.quarantine)) if self.quarantine.is_dir() else ()
+        return frozenset(ObjectId(name) for name in names if is_object_id(name))
 
     def remove_leftovers(self, older_than: float) -> None:
         """Delete what killed processes left in tmp/: files last written before ``older_than``, in seconds since 1970.

@@ -77,21 +77,16 @@ def _go_on(
     """
     best = resolution.match
     assert best is not None
-    comparable = [entry for entry in repo.checkpoints() if entry.manifest.line == line]
-    reached = {best.id}
-    descendants = []
-    for entry in sorted(comparable, key=lambda entry: (entry.manifest.created, entry.manifest.step)):
-        if entry.manifest.parent in reached and entry.manifest.config == configs.recorded(config):
-            reached.add(entry.id)
-            descendants.append(entry)
-    furthest = max(descendants, key=lambda entry: entry.manifest.step, default=None)
+    furthest = repo.furthest(repo.find(best.id), configs.recorded(config))
     if furthest and best.step < last_step(config, best.step) <= furthest.manifest.step:
         instead = resolve(furthest.id)
         if instead.match and instead.match.availability == "full":
             return Choice(resolution=resolution, match=instead.match, instead_of=best)
     later = [
         entry.manifest.step
-        for entry in comparable
-        if entry.manifest.step > best.step and (castore.score(entry.manifest) or 0) < (best.score or 0)
+        for entry in repo.checkpoints()
+        if entry.manifest.line == line
+        and entry.manifest.step > best.step
+        and (castore.score(entry.manifest) or 0) < (best.score or 0)
     ]
     return Choice(resolution=resolution, match=best, later_step=max(later, default=None))

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from make_golden import describe, states
 
 import castore
-from castore import chunking, codecs, index, manifest, objects
+from castore import bundle, chunking, codecs, index, manifest, objects
 from castore.errors import CorruptManifest, UnsupportedVersion
 
 SPECIFICATION = Path(castore.__file__).with_name("FORMAT.md").read_text(encoding="utf-8")
@@ -604,7 +604,7 @@ def add_manifest(repository: Path, document: dict[str, Any]) -> str:
 
 # -- the tables of the specification ---------------------------------------------------------------------------------
 
-MODULES = {"chunking": chunking, "codecs": codecs, "index": index, "manifest": manifest, "objects": objects}
+MODULES = {"bundle": bundle, "chunking": chunking, "codecs": codecs, "index": index, "manifest": manifest, "objects": objects}
 
 
 def test_the_limits_are_those_of_the_code() -> None:
@@ -626,13 +626,20 @@ def test_the_element_types_are_those_of_the_code() -> None:
 def test_the_versions_are_those_of_the_code() -> None:
     frame = b"".join(objects.encode(b"x"))
     stated = {name: int(version) for name, version, _ in table("format")}
-    assert stated == {"frame": frame[4], "index": index.VERSION, "manifest": manifest.VERSION}
+    assert stated == {
+        "frame": frame[4],
+        "index": index.VERSION,
+        "manifest": manifest.VERSION,
+        "bundle": bundle.HEADER[4],
+        "record of a bundle": bundle.VERSION,
+    }
 
 
 def test_the_fields_are_those_of_the_code() -> None:
     kinds = [table("field", 0), table("field of a part"), table("field of `line`"), table("field of a declared metric")]
+    kinds.append(table("field", 1))
     stated = [sorted(name.strip("` ") for row in rows for name in row[0].split(",")) for rows in kinds]
-    classes = [castore.Manifest, manifest.Part, castore.Line, castore.Metric]
+    classes = [castore.Manifest, manifest.Part, castore.Line, castore.Metric, bundle.Record]
     assert stated == [sorted(one.__struct_fields__) for one in classes]
 
 

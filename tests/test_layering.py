@@ -18,13 +18,14 @@ LAYERS = [
     ["errors", "ids"],
     ["fs", "git", "words", "paths", "chunking", "codecs", "manifest"],
     ["objects", "quality"],
-    ["index", "resolve", "retention", "store", "catalog", "lineage"],
+    ["index", "resolve", "retention", "store", "bundle", "lineage"],
+    ["catalog"],
     ["config", "remotes"],
     ["checkpoint"],
     ["torch"],
     ["repo"],
-    ["gc", "verify", "diff", "files", "interchange"],
-    ["stats"],
+    ["gc", "verify", "diff", "files", "interchange", "transfer"],
+    ["stats", "ci"],
     ["doctor"],
     ["checkout"],
     ["__init__"],
@@ -38,6 +39,7 @@ OWNERS = {
     "subprocess": "git",
     "safetensors": "interchange",
     "fastcdc": "files",
+    "urllib3": "remotes.actions",
 }
 HEAVY = {"torch", "numpy"}
 

@@ -9,13 +9,16 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from castore import objects
-from castore.errors import CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
+from castore.errors import CorruptObject, ObjectMissing, RemoteError, StorageError, UnsupportedVersion
 from castore.ids import ObjectId
 from castore.store import LocalStore
 
 
 class Remote(Protocol):
-    """What objects can be fetched from. Any number of threads may ask at once. StorageError when it can't be read."""
+    """What objects can be fetched from. Any number of threads may ask at once.
+
+    StorageError or RemoteError when it can't be read.
+    """
 
     @property
     def name(self) -> str:
@@ -30,6 +33,14 @@ class Remote(Protocol):
         """Those that it says it has."""
         ...
 
+    def lacks(self, wanted: ObjectId) -> str:
+        """Why an object that it was asked for isn't to be had from it, in words."""
+        ...
+
+    def distrust(self, wanted: ObjectId, reason: str) -> None:
+        """What it gave under this id is not what the id says: from now on it has no such object."""
+        ...
+
 
 def having(remotes: Sequence[Remote], wanted: Iterable[ObjectId]) -> set[ObjectId]:
     """Those that one of the remotes says it has. A remote is asked only for what those before it lack."""
@@ -40,7 +51,7 @@ def having(remotes: Sequence[Remote], wanted: Iterable[ObjectId]) -> set[ObjectI
             break
         try:
             here = remote.has(left) & left
-        except StorageError:
+        except (StorageError, RemoteError):
             continue
         found |= here
         left -= here
@@ -57,8 +68,8 @@ def read(
     try:
         return store.read(wanted, mend=mend), None
     except (ObjectMissing, CorruptObject):
-        for frame in _frames(remotes, wanted):
-            plain = _decoded(wanted, frame)
+        for remote, frame in _frames(remotes, wanted):
+            plain = _decoded(remote, wanted, frame)
             if plain is not None:
                 return bytes(plain), frame
         raise
@@ -69,40 +80,59 @@ def read_into(store: LocalStore, remotes: Sequence[Remote], wanted: ObjectId, ou
     try:
         store.read_into(wanted, out)
     except (ObjectMissing, CorruptObject):
-        for frame in _frames(remotes, wanted):
-            try:
-                store.adopt(wanted, frame, out)
-            except (CorruptObject, UnsupportedVersion):
-                continue
-            return
+        for remote, frame in _frames(remotes, wanted):
+            if _adopt(store, remote, wanted, frame, out):
+                return
         raise
 
 
 def fetch(store: LocalStore, remotes: Sequence[Remote], wanted: ObjectId) -> str | None:
     """Store an object that a remote has, once verified, and return the remote's name; None when none has a good one."""
-    for remote in remotes:
-        frame = _get(remote, wanted)
-        if frame is not None and (plain := _decoded(wanted, frame)) is not None:
-            store.adopt(wanted, frame, memoryview(plain))
+    for remote, frame in _frames(remotes, wanted):
+        try:
+            out = bytearray(objects.plain_length(wanted, memoryview(frame)))
+        except (CorruptObject, UnsupportedVersion) as error:
+            remote.distrust(wanted, _reason(error))
+            continue
+        if _adopt(store, remote, wanted, frame, memoryview(out)):
             return remote.name
     return None
 
 
-def _frames(remotes: Sequence[Remote], wanted: ObjectId) -> Iterable[bytes]:
-    return (frame for remote in remotes if (frame := _get(remote, wanted)) is not None)
+def whereabouts(remotes: Sequence[Remote], wanted: ObjectId) -> str:
+    """Why none of the remotes has an object, in words; empty when there are none."""
+    return "".join(f"; {remote.name}: {remote.lacks(wanted)}" for remote in remotes)
+
+
+def _frames(remotes: Sequence[Remote], wanted: ObjectId) -> Iterable[tuple[Remote, bytes]]:
+    return ((remote, frame) for remote in remotes if (frame := _get(remote, wanted)) is not None)
 
 
 def _get(remote: Remote, wanted: ObjectId) -> bytes | None:
     try:
         return remote.get(wanted)
-    except StorageError:
+    except (StorageError, RemoteError):
         return None
 
 
-def _decoded(wanted: ObjectId, frame: bytes) -> bytearray | None:
+def _adopt(store: LocalStore, remote: Remote, wanted: ObjectId, frame: bytes, out: memoryview) -> bool:
+    try:
+        store.adopt(wanted, frame, out)
+    except (CorruptObject, UnsupportedVersion) as error:
+        remote.distrust(wanted, _reason(error))
+        return False
+    return True
+
+
+def _decoded(remote: Remote, wanted: ObjectId, frame: bytes) -> bytearray | None:
     try:
         out = bytearray(objects.plain_length(wanted, memoryview(frame)))
         objects.decode_into(wanted, memoryview(frame), memoryview(out))
-    except (CorruptObject, UnsupportedVersion):
+    except (CorruptObject, UnsupportedVersion) as error:
+        remote.distrust(wanted, _reason(error))
         return None
     return out
+
+
+def _reason(error: CorruptObject | UnsupportedVersion) -> str:
+    return error.reason if isinstance(error, CorruptObject) else str(error)

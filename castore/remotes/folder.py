@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from castore.errors import StorageError
@@ -20,9 +20,12 @@ class Folder:
 
     name: str
     path: Path
+    _bad: dict[ObjectId, str] = field(default_factory=dict)
 
     def get(self, wanted: ObjectId) -> bytes | None:
         """What the file holds. StorageError when it is a link, can't be read or is larger than any object."""
+        if wanted in self._bad:
+            return None
         path = self._file(wanted)
         try:
             with open(path, "rb", opener=_open) as file:
@@ -38,7 +41,23 @@ class Folder:
 
     def has(self, wanted: Iterable[ObjectId]) -> set[ObjectId]:
         """Those that are regular files there."""
-        return {one for one in wanted if self._is_file(one)}
+        return {one for one in wanted if one not in self._bad and self._is_file(one)}
+
+    def lacks(self, wanted: ObjectId) -> str:
+        """Why there is no such object: a folder that is gone is not one that lacks a file."""
+        if wanted in self._bad:
+            return f"its copy is bad: {self._bad[wanted]}"
+        try:
+            os.lstat(self._file(wanted))
+        except FileNotFoundError:
+            return "not there" if self.path.is_dir() else f"there is no folder {self.path}"
+        except OSError as error:
+            return f"can't be read: {error.strerror}"
+        return "not there" if not self._is_file(wanted) else "can't be read"
+
+    def distrust(self, wanted: ObjectId, reason: str) -> None:
+        """Not to be read again, while this process lives."""
+        self._bad[wanted] = reason
 
     def _is_file(self, wanted: ObjectId) -> bool:
         try:

@@ -1,0 +1,177 @@
+"""Objects between the store and remotes: fetch what a checkpoint needs, and hand on what others don't have yet."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from castore import bundle, checkpoint, fs, index, remotes
+from castore.bundle import Layout
+from castore.errors import CorruptionError, CorruptObject, ObjectMissing
+from castore.ids import ObjectId
+from castore.objects import MAX_STORED
+from castore.quality import Entry
+from castore.remotes.actions import Actions
+from castore.repo import Repo
+from castore.store import LocalStore
+
+_AT_ONCE = 8  # a request waits for the network, not for a processor
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done and the bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a pull brought: objects, and their plain bytes."""
+
+    objects: int
+    bytes: int
+
+
+def pull(repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress) -> Pulled:
+    """Fetch what is missing of these parts of a checkpoint, every byte verified before it is stored.
+
+    ObjectMissing when no remote has a good copy of something; what was fetched until then stays. Bytes are plain bytes.
+    """
+    indexes: dict[ObjectId, tuple[bytes, bytes]] = {}
+    lost: dict[ObjectId, int] = {}
+    with repo.lock():
+        for name in parts:
+            own = entry.manifest.parts[name].index
+            with checkpoint.naming(name, entry.id):
+                data, frame = remotes.read(repo.store, repo.remotes, own)
+                chunks = index.decode_chunks(data)
+            if frame is not None:
+                indexes[own] = data, frame
+            lost.update((chunk.id, chunk.length) for chunk in chunks if not repo.store.has(chunk.id))
+        _fetch_all(repo, lost, progress)
+        # last: an index without its chunks would be taken for damage
+        for own, (data, frame) in indexes.items():
+            repo.store.adopt(own, frame, memoryview(bytearray(len(data))))
+    return Pulled(len(lost) + len(indexes), sum(lost.values()) + sum(len(data) for data, _ in indexes.values()))
+
+
+def _fetch_all(repo: Repo, lost: Mapping[ObjectId, int], progress: Progress) -> None:
+    done, total = 0, sum(lost.values())
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="castore-fetch") as pool:
+        futures = {own: pool.submit(remotes.fetch, repo.store, repo.remotes, own) for own in lost}
+        try:
+            for own, future in futures.items():
+                if future.result() is None:
+                    raise ObjectMissing(own)
+                done += lost[own]
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# -- handing on ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What a new bundle is to hold, in order, and which bundles each part then needs; ``""`` stands for the new one.
+
+    ``left_out`` says of checkpoints why they can't be handed on, as (id, reason).
+    """
+
+    objects: tuple[ObjectId, ...]
+    parts: Mapping[ObjectId, tuple[str, ...]]
+    left_out: tuple[tuple[ObjectId, str], ...]
+
+
+def plan(repo: Repo, remote: Actions, kept: Sequence[tuple[Entry, Sequence[str]]]) -> Handover:
+    """What the next session could not get of ``kept`` (checkpoints, and the parts of each that are kept).
+
+    Damaged objects are found here rather than by whoever fetches them. The caller holds the shared lock.
+    """
+    bundles = {
+        own: remote.holds(own)
+        for entry, parts in kept
+        for name in parts
+        for own in remote.bundles_of(entry.manifest.parts[name].index)
+    }
+    wanted: set[ObjectId] = set()
+    needs: dict[ObjectId, tuple[str, ...]] = {}
+    order: list[list[ObjectId]] = []
+    left_out = []
+    for entry, parts in kept:
+        local = [name for name in parts if not _is_remote(remote, entry, name)]
+        local = [name for name in local if repo.store.has(entry.manifest.parts[name].index)]
+        try:
+            found = {name: _objects(repo.store, entry.manifest.parts[name].index) for name in local}
+        except (CorruptionError, ObjectMissing) as error:
+            left_out.append((entry.id, str(error)))
+            continue
+        needed = {own: size for sizes in found.values() for own, size in sizes.items()}
+        chosen, new = bundle.cover(needed, bundles)
+        problem = _damaged(repo.store, new - wanted)
+        if problem:
+            left_out.append((entry.id, problem))
+            continue
+        wanted |= new
+        for name, sizes in found.items():
+            order.append(list(sizes))
+            relied = [own for own in chosen if bundles[own].keys() & sizes.keys()]
+            needs[entry.manifest.parts[name].index] = (*relied, *([""] if new & sizes.keys() else []))
+    return Handover(tuple(bundle.in_order(order, wanted)), needs, tuple(left_out))
+
+
+def _is_remote(remote: Actions, entry: Entry, part: str) -> bool:
+    """Whether all that the records name for a part is there."""
+    own = entry.manifest.parts[part].index
+    return any(all(remote.holds(one) for one in record.parts[own]) for record in remote.records if own in record.parts)
+
+
+def _objects(store: LocalStore, own: ObjectId) -> dict[ObjectId, int]:
+    """The objects of a part and their stored sizes, the index first. ObjectMissing when one isn't here."""
+    ids = [own, *(chunk.id for chunk in index.decode_chunks(store.read(own, mend=False)))]
+    sizes = {}
+    for one in ids:
+        size = store.stored_size(one)
+        if size is None:
+            raise ObjectMissing(one)
+        sizes[one] = size
+    return sizes
+
+
+def _damaged(store: LocalStore, wanted: Collection[ObjectId]) -> str:
+    """What is wrong with one of these objects; empty when all are good."""
+    scratch = bytearray()
+    for own in sorted(wanted):
+        try:
+            store.check(own, scratch)
+        except (CorruptObject, ObjectMissing) as error:
+            return str(error)
+    return ""
+
+
+def reader(store: LocalStore, layout: Layout) -> Callable[[int, int], bytes]:
+    """Gives any range of a bundle, read from the objects' files as they lie: no copy of the whole is ever made."""
+    pieces: list[tuple[int, ObjectId | None]] = [
+        (0, None),
+        *((place.offset, own) for own, place in layout.places.items()),
+    ]
+    starts = [start for start, _ in pieces]
+    end = layout.size - len(layout.tail)
+
+    def read(start: int, stop: int) -> bytes:
+        data = bytearray()
+        at = start
+        while at < stop:
+            if at >= end:
+                data += layout.tail[at - end : stop - end]
+                break
+            first, own = pieces[bisect.bisect_right(starts, at) - 1]
+            content = bundle.HEADER if own is None else fs.read(store.path(own), MAX_STORED)
+            if own is not None and len(content) != layout.places[own].length:
+                raise ObjectMissing(own)  # replaced meanwhile by one that is encoded differently
+            data += content[at - first : stop - first]
+            at = start + len(data)
+        return bytes(data)
+
+    return read
