@@ -241,7 +241,9 @@ def _stop_signals() -> Iterator[_Received]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         if received.number:
-            raise SystemExit(128 + number)
+            if os.isatty(1):
+                os.write(1, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+            os._exit(128 + number)  # not waiting for a save in the background: what it has not finished is not visible
         received.number = number
         # not say(): the signal may have come in the middle of one
         os.write(2, f"castore: {received.name}: finishing the step and saving; once more ends at once\n".encode())
@@ -462,9 +464,9 @@ def resolve_command(
         _print_json(dataclasses.asdict(found))
     for damaged in found.damaged:
         say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
+    match = found.require()
     for one in () if as_json else found.rejected:
         say(f"no      {report.describe_rejected(one)}")
-    match = found.require()
     if not as_json:
         score = "no score" if match.score is None else f"score {match.score:.4f}"
         say(f"match   {match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}")

@@ -47,6 +47,9 @@ class Flat:
 Allocate = Callable[[TensorSpec], tuple[Any, memoryview]]
 """Makes an uninitialised tensor; returns it and its writable bytes."""
 
+Make = Callable[[str, Index], Sequence[tuple[Any, memoryview]]]
+"""Makes, or finds, where the tensors of a part go: each with its writable bytes."""
+
 
 # -- save ------------------------------------------------------------------------------------------------------------
 
@@ -111,7 +114,7 @@ def load_parts(
     own_id: ObjectId,
     manifest: Manifest,
     names: Sequence[str],
-    allocate: Allocate,
+    make: Make,
     threads: int,
     sources: Sequence[Remote] = (),
 ) -> dict[str, tuple[Any, list[Any]]]:
@@ -127,7 +130,7 @@ def load_parts(
             with naming(name, own_id):
                 data, frame = remotes.read(store, sources, own)
                 found = index.decode(data)
-                tensors = [allocate(spec) for spec in found.tensors]
+                tensors = make(name, found)
                 _all(_read_chunks(store, sources, pool, found, dict(enumerate(view for _, view in tensors))))
             # last: an index without its chunks would be taken for damage
             if frame is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from castore import checkpoint, chunking, index, remotes
 from castore.errors import ObjectMissing
 from castore.ids import ObjectId
-from castore.index import Index, TensorRef, TensorSpec, join_key
+from castore.index import Index, TensorRef, TensorSpec
 from castore.manifest import Manifest
 from castore.quality import Entry, score
 from castore.repo import Repo
@@ -124,31 +124,16 @@ def _values(before: Any, after: Any) -> Iterator[Value]:
 
 def _flat(tree: Any) -> dict[str, Any]:
     """Every leaf that is no tensor by its path; containers without items are leaves too."""
-    return {key: value for key, value in _walk(tree, "") if type(value) is not TensorRef}
-
-
-def _items(value: Any, key: str) -> list[tuple[str, Any]]:
-    """What is in a container, by path; nothing for a leaf."""
-    if isinstance(value, dict):
-        return [(join_key(key, name), item) for name, item in value.items()]
-    return [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list | tuple) else []
+    return {key: value for key, value in index.leaves(tree) if type(value) is not TensorRef}
 
 
 def _containers(value: Any, key: str) -> Iterator[tuple[str, type]]:
     """The type of every container that isn't empty."""
-    items = _items(value, key)
-    if items:
+    found = index.items(value, key)
+    if found:
         yield key, type(value)
-    for name, item in items:
+    for name, item in found:
         yield from _containers(item, name)
-
-
-def _walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    items = _items(value, key)
-    if not items:
-        yield key, value
-    for name, item in items:
-        yield from _walk(item, name)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -229,7 +214,7 @@ def _tensors(one_side: _Side, other_side: _Side) -> Iterator[Tensor]:
 
 
 def _references(found: Index) -> dict[str, int]:
-    return {key: value.number for key, value in _walk(found.tree, "") if type(value) is TensorRef}
+    return {key: value.number for key, value in index.leaves(found.tree) if type(value) is TensorRef}
 
 
 def _places(found: Index) -> list[list[tuple[ObjectId, int, int]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,24 @@ def join_key(key: str, name: Any) -> str:
         name = f"{name >> (name.bit_length() - 64):#x}..."  # Python refuses to print very large numbers
         return f"{key}[{name}]"
     return f"{key}[{name!r}]"
+
+
+def items(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    """What a container holds, each with its readable path below ``key``; nothing for what is none."""
+    if isinstance(value, dict):
+        return [(join_key(key, name), item) for name, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"{key}[{i}]", item) for i, item in enumerate(value)]
+    return []
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a state that holds nothing itself, with its readable path: a container without items, too."""
+    found = items(value, key)
+    if not found:
+        yield key, value
+    for name, item in found:
+        yield from leaves(item, name)
 
 
 def _type_name(kind: type) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import operator
 import os
 import sys
@@ -15,11 +16,12 @@ from typing import Any
 
 import msgspec
 
-from castore import checkpoint, fs, git, lineage, manifest
+from castore import checkpoint, fs, git, index, lineage, manifest, remotes
 from castore import config as configs
 from castore.catalog import Catalog, Listing
 from castore.errors import ConfigError, InvalidManifest, NotFound, RepoNotFound, StorageError, UsageError
 from castore.ids import ObjectId, is_object_id
+from castore.index import TensorRef
 from castore.manifest import Line, Manifest
 from castore.quality import Entry
 from castore.remotes import Remote
@@ -152,25 +154,84 @@ class Repo:
             own, path = self.catalog.add(final)
         return Saved(id=own, manifest=final, path=path, new_objects=saved.new_objects, new_bytes=saved.new_bytes)
 
-    def load(self, wanted: str, parts: Sequence[str] | None = None) -> dict[str, Any]:
+    def load(
+        self,
+        wanted: str,
+        parts: Sequence[str] | None = None,
+        *,
+        tensors: Sequence[str] | None = None,
+        into: Any = None,
+        device: Any = None,
+    ) -> dict[str, Any]:
         """The state of checkpoint ``wanted`` (an id or a unique prefix), of all its parts or of those named.
 
-        Every byte is verified. Raises UnknownId or AmbiguousId; NotFound for a part it doesn't have; ObjectMissing,
-        CorruptObject or CorruptIndex naming object, part and manifest: never another checkpoint in its place.
+        With ``tensors``, patterns such as ``blocks.0.*``, only the tensors of a matching key are read, and each part
+        is a flat dict of them. With ``into``, a module or a dict from parts to states and modules, tensors are filled
+        in place where they are; an error then leaves some filled and some not. ``device`` is where new ones go.
+
+        Every byte is verified. Raises UnknownId or AmbiguousId; NotFound for a part or tensor it doesn't have;
+        UsageError when ``into`` doesn't fit; ObjectMissing, CorruptObject or CorruptIndex naming object, part and
+        manifest: never another checkpoint in its place.
         """
+        if into is not None and (tensors is not None or device is not None):
+            raise UsageError("into says where tensors go: tensors and device can't be given beside it")
         entry = self.find(wanted)
-        names = tuple(entry.manifest.parts) if parts is None else _names(parts, "parts")
+        import castore.torch
+
+        target = castore.torch.Into(into) if into is not None else None
+        every = target.parts if target else entry.manifest.parts
+        names = tuple(every) if parts is None else _names(parts, "parts")
         for name in names:
             if name not in entry.manifest.parts:
                 have = ", ".join(entry.manifest.parts)
                 raise NotFound(f"checkpoint {entry.id[:12]} has no part {name!r}: it has {have}")
-        import castore.torch
-
+            if target and name not in target.parts:
+                raise UsageError(f"part {name} is to be loaded, but into has no place for it")
+        if tensors is not None:
+            with self.lock():
+                return self._load_tensors(entry, names, _names(tensors, "tensors"), device)
+        make = target.find if target else castore.torch.fresh
         with self.lock():
             loaded = checkpoint.load_parts(
-                self.store, entry.id, entry.manifest, names, castore.torch.allocate, self.threads, self.remotes
+                self.store, entry.id, entry.manifest, names, make, self.threads, self.remotes
             )
-        return {name: castore.torch.restore(tree, tensors) for name, (tree, tensors) in loaded.items()}
+        if target:
+            target.finish()
+        found = {}
+        for name in names:
+            tree, made = loaded.pop(name)
+            found[name] = castore.torch.restore(tree, castore.torch.move(made, device))
+        return found
+
+    def _load_tensors(self, entry: Entry, names: Sequence[str], patterns: Sequence[str], device: Any) -> dict[str, Any]:
+        import castore.torch
+
+        found: dict[str, Any] = {}
+        unmatched = set(patterns)
+        for name in names:
+            with checkpoint.naming(name, entry.id):
+                data, _ = remotes.read(self.store, self.remotes, entry.manifest.parts[name].index)
+                described = index.decode(data)
+                keys = {key: leaf.number for key, leaf in index.leaves(described.tree) if type(leaf) is TensorRef}
+                wanted: dict[str, int] = {}
+                for pattern in patterns:
+                    matches = [key for key in keys if key == pattern or fnmatch.fnmatchcase(key, pattern)]
+                    wanted.update((key, keys[key]) for key in matches)
+                    unmatched -= {pattern} if matches else set()
+                made = checkpoint.load_tensors(
+                    self.store,
+                    described,
+                    sorted(set(wanted.values())),
+                    castore.torch.allocate,
+                    self.threads,
+                    self.remotes,
+                )
+            moved = dict(zip(made, castore.torch.move(list(made.values()), device), strict=True))
+            found[name] = {key: moved[number] for key, number in wanted.items()}
+        if unmatched:
+            near = f"such as {min(keys)}" if keys else "none at all"
+            raise NotFound(f"checkpoint {entry.id[:12]} has no tensor {min(unmatched)}: part {names[-1]} has {near}")
+        return found
 
     def resolve(
         self,
@@ -299,6 +360,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _flatten(state: Any, name: str) -> checkpoint.Flat:
+    if isinstance(state, checkpoint.Flat):
+        return state  # taken apart already, by who saves in the background
     # a state that holds a tensor implies that torch is loaded; castore doesn't load it for one that holds none
     if "torch" in sys.modules:
         import castore.torch

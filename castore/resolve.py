@@ -7,7 +7,7 @@ newest first, since their scores say nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,11 +141,7 @@ def resolve(
     match = None
     for entry in _preference(requirement, compatible):
         parts = parts_of(entry)
-        missing = [
-            f"{name}: {parts[name].reason}" if name in parts else f"{name}: this checkpoint has no such part"
-            for name in (tuple(entry.manifest.parts) if requirement.parts is None else requirement.parts)
-            if name not in parts or parts[name].where == "missing"
-        ]
+        missing = _missing(parts, tuple(entry.manifest.parts) if requirement.parts is None else requirement.parts)
         if not missing:
             match = _match(requirement, entry, availability(parts))
             break
@@ -155,6 +151,19 @@ def resolve(
         match = next((_match(requirement, entry, "weights-only") for entry in usable), None)
     passed = [_reject(one, missing, unavailable=True) for one, _, missing in unavailable if not _is(match, one)]
     return Resolution(requirement.want, match, tuple(passed + rejected))
+
+
+def _missing(parts: Mapping[str, PartState], needed: Sequence[str]) -> list[str]:
+    """Why not all of the needed parts can be had, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for name in needed:
+        state = parts.get(name, PartState("missing", "this checkpoint has no such part"))
+        if state.where == "missing":
+            reasons.setdefault(state.reason, []).append(name)
+    return [
+        reason if len(names) == len(needed) > 1 else f"{', '.join(names)}: {reason}"
+        for reason, names in reasons.items()
+    ]
 
 
 def _is(match: Match | None, entry: Entry) -> bool:

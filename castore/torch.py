@@ -7,17 +7,28 @@ data doesn't: a Parameter comes back as a Tensor, and device and stride as a con
 
 from __future__ import annotations
 
+import random
+import threading
+import warnings
+import weakref
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from castore import index
 from castore.checkpoint import Flat
-from castore.errors import CorruptIndex, UnsupportedValue
+from castore.errors import CastoreError, CorruptIndex, UnsupportedValue, UsageError
 from castore.ids import Buffer
-from castore.index import TensorRef, TensorSpec, join_key
+from castore.index import Index, TensorRef, TensorSpec, join_key
+
+if TYPE_CHECKING:
+    from castore.manifest import Line
+    from castore.repo import Repo, Saved
 
 _DTYPES: dict[str, torch.dtype] = {
     name: dtype for name in index.DTYPES if isinstance(dtype := getattr(torch, name, None), torch.dtype)
@@ -48,6 +59,11 @@ def restore(tree: Any, tensors: list[torch.Tensor]) -> Any:
     return tree
 
 
+def fresh(name: str, found: Index) -> list[tuple[torch.Tensor, memoryview]]:  # noqa: ARG001
+    """New tensors for those of a part, each with its bytes."""
+    return [allocate(spec) for spec in found.tensors]
+
+
 def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     """An uninitialised tensor in main memory, and its bytes."""
     if spec.dtype not in _DTYPES:
@@ -61,6 +77,69 @@ def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     except (RuntimeError, OverflowError) as error:
         raise CorruptIndex(f"can't make a tensor of shape {spec.shape}: {error}") from error
     return tensor, _bytes_of(tensor)
+
+
+def move(tensors: list[torch.Tensor], device: Any) -> list[torch.Tensor]:
+    """The tensors on ``device``, one after another, so that there are never two of all; None is where they are."""
+    if device is not None:
+        for i, tensor in enumerate(tensors):
+            tensors[i] = tensor.to(device)
+    return tensors
+
+
+class Into:
+    """Where tensors go that exist already: each part's at the same keys of a state, or of a module's.
+
+    ``found`` is what :func:`castore.checkpoint.load_parts` takes. A tensor that is dense in main memory is filled in
+    place; for another a copy is made first, which :meth:`finish` puts there once all of it was verified.
+    """
+
+    def __init__(self, into: Any) -> None:
+        parts = {"model": into} if isinstance(into, torch.nn.Module) else into
+        if not isinstance(parts, Mapping):
+            raise UsageError(f"into is a module, or maps parts to states and modules: not {type(into).__name__}")
+        self.parts = {
+            name: state.state_dict() if isinstance(state, torch.nn.Module) else state for name, state in parts.items()
+        }
+        self._late: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def find(self, name: str, found: Index) -> list[tuple[torch.Tensor, memoryview]]:
+        """The tensors of a part, each with bytes to fill. UsageError, before anything is filled, if one doesn't fit."""
+        targets = {key: leaf for key, leaf in index.leaves(self.parts[name]) if isinstance(leaf, torch.Tensor)}
+        wanted = {key: leaf.number for key, leaf in index.leaves(found.tree) if type(leaf) is TensorRef}
+        for keys, what in ((wanted.keys() - targets.keys(), "has no tensor"), (targets.keys() - wanted.keys(), "has")):
+            if keys:
+                tail = "" if what == "has no tensor" else ", which the checkpoint doesn't have"
+                raise UsageError(f"can't load part {name} there: it {what} {min(keys)}{tail}")
+        made: list[tuple[torch.Tensor, memoryview] | None] = [None] * len(found.tensors)
+        for key, number in wanted.items():
+            target, spec = targets[key], found.tensors[number]
+            if (_NAMES.get(target.dtype), tuple(target.shape)) != (spec.dtype, spec.shape):
+                there = f"{spec.dtype} {list(spec.shape)}"
+                raise UsageError(
+                    f"can't load {join_key(name, key)}: the checkpoint has {there}, there is "
+                    f"{_NAMES.get(target.dtype, target.dtype)} {list(target.shape)}"
+                )
+            first = made[number]
+            if first is None and target.is_cpu and target.is_contiguous() and not _is_alias(target):
+                made[number] = target, _bytes_of(target.detach())
+            elif first is None:
+                copy_first, view = allocate(spec)
+                made[number] = target, view
+                self._late.append((target, copy_first))
+            elif first[0].data_ptr() != target.data_ptr():  # tied there, but not here
+                self._late.append((target, first[0]))
+        return [one if one is not None else allocate(spec) for one, spec in zip(made, found.tensors, strict=True)]
+
+    def finish(self) -> None:
+        """Fill what could not be filled in place. Nothing of it is torn: whatever was read was verified."""
+        with torch.no_grad():
+            for target, source in self._late:
+                target.copy_(source)
+
+
+def _is_alias(tensor: torch.Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -148,12 +227,27 @@ class TensorSource:
         self._tensor = tensor
         self._dense = _bytes_of(tensor) if tensor.is_cpu and tensor.is_contiguous() else None
 
+    def buffer(self, old: torch.Tensor | None) -> torch.Tensor:
+        """Dense main memory for a copy: that of ``old`` if it fits. Pinned for what a GPU has: it copies faster."""
+        bits = self._bits()
+        if old is not None and (old.dtype, old.shape) == (self._tensor.dtype, self._tensor.shape):
+            return old
+        return torch.empty(bits.shape, dtype=bits.dtype, pin_memory=bits.is_cuda).view(self._tensor.dtype)
+
+    def copy_to(self, buffer: torch.Tensor) -> None:
+        """Copy the tensor; from a GPU without waiting for it."""
+        bits = self._bits()
+        buffer.view(bits.dtype).copy_(bits, non_blocking=bits.is_cuda)
+
+    def _bits(self) -> torch.Tensor:
+        # as plain integers: not every element type can be copied as itself
+        return self._tensor.view(_BITS.get(self._tensor.element_size(), self._tensor.dtype))
+
     def read(self, start: int, stop: int) -> Buffer:
         if self._dense is not None:
             return self._dense[start:stop]
         size = self._tensor.element_size()
-        # as plain integers: not every element type can be copied as itself
-        bits = self._tensor.view(_BITS.get(size, self._tensor.dtype))
+        bits = self._bits()
         out = torch.empty((stop - start) // size, dtype=bits.dtype)
         _copy_elements(bits, start // size, stop // size, out)
         return _bytes_of(out)
@@ -180,6 +274,198 @@ def _copy_elements(tensor: torch.Tensor, start: int, stop: int, out: torch.Tenso
             end = min(stop, (i + 1) * row)
             _copy_elements(tensor[i], at - i * row, end - i * row, out[at - start : end - start])
         at = end
+
+
+# -- in the background -----------------------------------------------------------------------------------------------
+
+
+class AsyncSaver:
+    """Saves in the background: :meth:`save` returns as soon as the state is copied, and training goes on.
+
+    There is one copy at most, whose memory is used again: a save that comes while another is under way waits for it.
+    What went wrong in the background is raised by the next call of any method, once, and by the end of a ``with``
+    block. Used by one thread.
+    """
+
+    def __init__(self, repo: Repo) -> None:
+        self._repo = repo
+        self._buffers: dict[str, list[torch.Tensor]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="castore-save")
+        self._under_way: list[Future[Saved]] = []
+        weakref.finalize(self, _last_words, self._thread, self._under_way)
+        _wait_at_exit(self._under_way)
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.wait()
+        except CastoreError as late:
+            if error is None:
+                raise
+            error.add_note(f"beside that, a save in the background failed: {late}")
+
+    def save(self, parts: Mapping[str, Any], **fields: Any) -> None:
+        """Copy the state and begin to save it; ``fields`` are those of :meth:`castore.Repo.save`.
+
+        UnsupportedValue for what can't be stored; the error of the save before, and then nothing was begun.
+        """
+        self.wait()
+        flat = {name: flatten(state, name) for name, state in parts.items()}
+        copied = {name: self._copied(name, one) for name, one in flat.items()}
+        fields = {"created": datetime.now(UTC)} | fields
+        self._under_way.append(self._thread.submit(self._repo.save, copied, **fields))
+
+    def poll(self) -> Saved | None:
+        """What was saved since the last call; None while a save is under way, or when there is nothing new."""
+        return self.wait() if self._under_way and self._under_way[0].done() else None
+
+    def wait(self) -> Saved | None:
+        """Wait for the save that is under way, and return what it saved; None when there is nothing new."""
+        if not self._under_way:
+            return None
+        try:
+            saved = self._under_way[0].result()
+        except KeyboardInterrupt:
+            raise  # it goes on, and can still be waited for
+        except BaseException:
+            self._under_way.clear()
+            raise
+        self._under_way.clear()
+        return saved
+
+    def _copied(self, name: str, flat: Flat) -> Flat:
+        sources: list[TensorSource] = list(flat.sources)  # type: ignore[arg-type]
+        old = self._buffers.get(name, [])
+        buffers = [source.buffer(old[i] if i < len(old) else None) for i, source in enumerate(sources)]
+        for source, buffer in zip(sources, buffers, strict=True):
+            source.copy_to(buffer)
+        if any(buffer.is_pinned() for buffer in buffers):
+            torch.cuda.synchronize()
+        self._buffers[name] = buffers
+        return Flat(flat.tree, [TensorSource(buffer) for buffer in buffers])
+
+
+def _wait_at_exit(under_way: Sequence[Future[Saved]]) -> None:
+    """Let a program that ends end its save first: once the interpreter shuts down, pools take no more work.
+
+    Python has no public hook that comes early enough. Without this one the save fails, which is told.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register:
+        register(lambda: [one.exception() for one in under_way])
+
+
+def _last_words(thread: ThreadPoolExecutor, under_way: Sequence[Future[Saved]]) -> None:
+    """An error that nobody asked for any more is told at least."""
+    thread.shutdown(wait=True)
+    for one in under_way:
+        if (error := one.exception()) is not None:
+            warnings.warn(f"castore: a save in the background failed: {error}", RuntimeWarning, stacklevel=2)
+
+
+class Checkpointer:
+    """Saves and resumes the state of any training loop, in the background unless told otherwise.
+
+        with castore.torch.Checkpointer(repo, model, optimizer, run="mine", line=line) as checkpointer:
+            for step in range(checkpointer.resume(), 10_000):
+                ...
+                if (step + 1) % 500 == 0:
+                    checkpointer.save(step + 1, metrics={"val_loss": loss})
+
+    ``others`` are whatever else has a state_dict and load_state_dict: a schedule, a scaler, a data loader. The states
+    of the random generators of Python, NumPy and torch are saved too.
+    """
+
+    def __init__(
+        self,
+        repo: Repo,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        run: str = "main",
+        line: Line | None = None,
+        background: bool = True,
+        **others: Any,
+    ) -> None:
+        self.repo = repo
+        self.parent: str | None = None
+        self._model, self._optimizer, self._others = model, optimizer, others
+        self._run, self._line, self._background = run, line, background
+        self._saver = AsyncSaver(repo)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._saver.__exit__(kind, error, trace)
+
+    def resume(self, want: str = "best", *, allow_fresh: bool = False) -> int:
+        """Load the checkpoint that ``want`` resolves to, and return its step: how many were completed.
+
+        0, and nothing is touched, when there is no checkpoint, or none can be used and ``allow_fresh`` or config.toml
+        permits a fresh start; else NothingMatches, NothingAvailable.
+        """
+        found = self.repo.resolve(want, self._line)
+        if found.match is None:
+            nothing = not (found.rejected or found.damaged)
+            if nothing or allow_fresh or self.repo.config.resume.on_missing == "fresh":
+                return 0
+        match = found.require()
+        state = self.repo.load(match.id, parts=["model"], into=self._model)
+        state |= self.repo.load(match.id, parts=["trainer", *(["optimizer"] if self._optimizer else [])])
+        if self._optimizer:
+            self._optimizer.load_state_dict(state["optimizer"])
+        for name, one in self._others.items():
+            one.load_state_dict(state["trainer"][name])
+        _set_random_state(state["trainer"]["random"])
+        self.parent = match.id
+        return match.step
+
+    def save(self, step: int, metrics: Mapping[str, float] | None = None, **fields: Any) -> None:
+        """Save the state after ``step`` completed steps; ``fields`` are those of :meth:`castore.Repo.save`.
+
+        Returns when the state is copied. An error of a save in the background is raised by the next call.
+        """
+        before = self._saver.wait()
+        self.parent = before.id if before else self.parent
+        parts = {"model": self._model.state_dict()}
+        if self._optimizer:
+            parts["optimizer"] = self._optimizer.state_dict()
+        states = {name: one.state_dict() for name, one in self._others.items()}
+        parts["trainer"] = {**states, "random": _random_state()}
+        own = {"run": self._run, "line": self._line, "parent": self.parent, "step": step, "metrics": metrics}
+        self._saver.save(parts, **(own | fields))
+        if not self._background:
+            self.wait()
+
+    def wait(self) -> Saved | None:
+        """Wait for the save that is under way, and return what it saved; None when there is nothing new."""
+        saved = self._saver.wait()
+        self.parent = saved.id if saved else self.parent
+        return saved
+
+
+def _random_state() -> dict[str, Any]:
+    """The states of the generators that training draws from."""
+    import numpy as np
+
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    numpy = (str(kind), torch.from_numpy(keys), *rest)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    import numpy as np
+
+    kind, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 class _Flattener:

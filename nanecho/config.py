@@ -84,6 +84,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "auto"
     compile: Annotated[bool, Meta(description="Compile the model first: slow to start, faster after.")] = False
     threads: Annotated[int, Meta(ge=0, le=1024, description="Threads of torch; 0 takes one for each processor.")] = 0
+    background: Annotated[bool, Meta(description="Save while training goes on, from a copy in memory.")] = True
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,7 +100,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         int, Meta(ge=0, le=_STEPS, description="Most steps of this session; 0: to --max-iters.")
     ] = 500
     eval_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps between two evaluations.")] = 100
-    save_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps that a killed session loses at most.")] = 100
+    save_every: Annotated[
+        int,
+        Meta(ge=1, le=_STEPS, description="Steps that a killed session loses at most, beside a save under way."),
+    ] = 100
     min_improvement: Annotated[
         float,
         Meta(ge=0, le=1e38, description="Fall of the validation loss that is saved between --save-every."),

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 import castore
 from castore import errors
+from castore.torch import AsyncSaver
 from nanecho import config as configs
 from nanecho import data, prepared, seeding
 from nanecho.config import Config
@@ -142,19 +143,42 @@ def _session(
             f"nothing to train: checkpoint {(session.parent or '')[:12]} is at step {session.step} and --max-iters is "
             f"{config.training.max_iters}: give a higher --max-iters, or --resume none to start anew"
         )
+    with AsyncSaver(repo) as saver:
+        saving = _Saving(repo, session, saver)
+        try:
+            yield from _steps(session, saving, line, windows, stop, tags, note, clock)
+        except errors.CastoreError:
+            # what was under way counts, whatever ended the session
+            with suppress(errors.CastoreError):
+                yield from saving.landed(wait=True)
+            raise
+
+
+def _steps(
+    session: Session,
+    saving: _Saving,
+    line: castore.Line,
+    windows: npt.NDArray[np.int64],
+    stop: Callable[[], str],
+    tags: Sequence[str],
+    note: str,
+    clock: Callable[[], float],
+) -> Iterator[Event]:
+    config, last = session.config, session.began.last
     forward = torch.compile(session.model) if config.machine.compile else session.model
     stopping = stop()
-    while session.step < began.last and not stopping:
+    while session.step < last and not stopping:
         begun = clock()
         if session.connections.advance(session.step):
             yield Grew(session.step, session.connections.density)
         loss = train_step(session, forward)
         session.seconds += clock() - begun
         stopping = stop()
+        yield from saving.landed()
         if session.step % config.run.log_every == 0:
             yield Stepped(session.step, loss, session.optimizer.param_groups[0]["lr"], session.tokens_per_second)
 
-        reasons = _reasons_to_save(config, session.step, began.last, stopping)
+        reasons = _reasons_to_save(config, session.step, last, stopping)
         if not reasons and session.step % config.run.eval_every:
             continue
         val_loss, val_accuracy = evaluate(session, forward, windows)
@@ -168,27 +192,55 @@ def _session(
             session.skipped.append(f"step {session.step}: {reason}")
             yield Skipped(session.step, reason)
             continue
+        yield from saving.landed(wait=True)
         session.best_loss = val_loss if session.best_loss is None else min(val_loss, session.best_loss)
-        saved = repo.save(
-            _state(session),
-            run=config.run.run,
-            step=session.step,
+        saving.begin(
+            reasons,
             metrics={"val_loss": val_loss, "val_accuracy": val_accuracy, "train_loss": loss},
             line=line,
-            parent=session.parent,
             tags=tags,
             note=note,
-            config=configs.recorded(config),
-            info=_info(session, reasons),
         )
-        session.parent = saved.id
-        session.checkpoints.append(saved.id)
-        yield Saved(session.step, saved, tuple(reasons))
-        often = len(session.checkpoints) % _SAVES_PER_GC == 0
-        if repo.config.retention.auto_gc and (often or session.step == began.last):
-            yield _collect(repo, session)
+        yield from saving.landed(wait=not config.machine.background)
+    yield from saving.landed(wait=True)
     stopped = stopping or ("max-iters" if session.step == config.training.max_iters else "session-iters")
     yield Finished(_summary(session, stopped))
+
+
+class _Saving:
+    """The checkpoint that is saved while training goes on."""
+
+    def __init__(self, repo: castore.Repo, session: Session, saver: AsyncSaver) -> None:
+        self._repo, self._session, self._saver = repo, session, saver
+        self._step = 0
+        self._reasons: tuple[str, ...] = ()
+
+    def begin(self, reasons: Sequence[str], **fields: Any) -> None:
+        """Begin to save the session as it is now. The one before must have landed: it is the parent."""
+        session = self._session
+        self._step, self._reasons = session.step, tuple(reasons)
+        self._saver.save(
+            _state(session),
+            run=session.config.run.run,
+            step=session.step,
+            parent=session.parent,
+            config=configs.recorded(session.config),
+            info=_info(session, reasons),
+            **fields,
+        )
+
+    def landed(self, *, wait: bool = False) -> Iterator[Event]:
+        """What came of the save that was begun, if it is over, or once it is."""
+        saved = self._saver.wait() if wait else self._saver.poll()
+        if saved is None:
+            return
+        session = self._session
+        session.parent = saved.id
+        session.checkpoints.append(saved.id)
+        yield Saved(self._step, saved, self._reasons)
+        often = len(session.checkpoints) % _SAVES_PER_GC == 0
+        if self._repo.config.retention.auto_gc and (often or self._step == session.began.last):
+            yield _collect(self._repo, session)
 
 
 def _collect(repo: castore.Repo, session: Session) -> Event:

@@ -122,7 +122,7 @@ def test_candidates_without_data_are_passed_over_with_the_reason() -> None:
     resolution = resolved(*entries, gone={1: ["model", "optimizer"], 2: ["optimizer"]})
     assert step_of(resolution) == 3
     assert [(one.step, one.unavailable, one.reasons) for one in resolution.rejected] == [
-        (1, True, ("model: its data is not in the store", "optimizer: its data is not in the store")),
+        (1, True, ("its data is not in the store",)),
         (2, True, ("optimizer: its data is not in the store",)),
     ]
 

@@ -210,7 +210,7 @@ def test_a_checkpoint_that_is_not_of_this_trainer_is_passed_over_or_told(repo: R
     partial = repo.save({"model": {}}, run="other", step=9, metrics={"val_loss": 0.0}, line=line)
     (began,) = only(events.Began, session())
     assert began.match.id == first.checkpoints[-1]
-    assert began.resolution.rejected[0].reasons[0] == "optimizer: this checkpoint has no such part"
+    assert began.resolution.rejected[0].reasons[0] == "optimizer, trainer: this checkpoint has no such part"
     with pytest.raises(errors.NothingMatches, match="is not one of nanecho's"):
         session(resume=partial.id)
 
@@ -241,7 +241,7 @@ def test_evicted_data_is_an_error_unless_a_fresh_start_is_allowed(repo: Repo, se
     session()
     shutil.rmtree(repo.root / "objects")
     repo = Repo.open(repo.root)
-    with pytest.raises(errors.NothingAvailable, match="model: its data is not in the store"):
+    with pytest.raises(errors.NothingAvailable, match="step 4\\): its data is not in the store"):
         session()
     (began,) = only(events.Began, session(allow_fresh=True))
     assert began.fresh.startswith("no checkpoint can be resumed")

@@ -1,0 +1,207 @@
+"""Saves in the background: nothing that happens meanwhile changes what is saved, and no error is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import exact, parts
+
+from castore import Line, Repo, fs
+from castore.errors import NothingAvailable, StorageError, UnsupportedValue
+from castore.torch import AsyncSaver, Checkpointer
+
+
+class Gate:
+    """Holds every write until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+        self.open = threading.Event()
+        write = fs.write
+
+        def gated(descriptor: int, path: Path, buffers: Any) -> int:
+            assert self.open.wait(20)
+            if error is not None:
+                raise StorageError("write", str(path), error)
+            return write(descriptor, path, buffers)
+
+        monkeypatch.setattr(fs, "write", gated)
+
+
+def test_the_state_may_change_as_soon_as_save_has_returned(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    state = parts(1)
+    with AsyncSaver(repo) as saver:
+        saver.save(state, run="a", step=1)
+        for tensor in state["model"].values():
+            tensor.zero_()
+        state["trainer"]["order"].clear()
+        state["model"].clear()
+        assert saver.poll() is None
+        gate.open.set()
+        saved = saver.wait()
+        assert saved is not None
+        assert saver.wait() is None
+    assert exact(repo.load(saved.id)) == exact(parts(1))
+
+
+def test_one_save_waits_for_the_other_and_the_memory_is_used_again(repo: Repo) -> None:
+    with AsyncSaver(repo) as saver:
+        saver.save(parts(1), run="a", step=1)
+        memory = {id(buffer) for buffers in saver._buffers.values() for buffer in buffers}
+        saver.save(parts(2), run="a", step=2)
+        assert {id(buffer) for buffers in saver._buffers.values() for buffer in buffers} == memory
+        saver.save({"model": {"other": torch.ones(7)}}, run="a", step=3)
+    loaded = {entry.manifest.step: repo.load(entry.id) for entry in repo.checkpoints()}
+    assert exact(loaded) == exact({3: {"model": {"other": torch.ones(7)}}, 2: parts(2), 1: parts(1)})
+
+
+def test_the_time_of_a_checkpoint_is_that_of_its_state(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with AsyncSaver(repo) as saver:
+        saver.save(parts(1), run="a", step=1)
+        other = Repo.open(repo.root)
+        gate.open.set()
+        saved = saver.wait()
+        assert saved is not None
+        later = other.save(parts(2), run="a", step=2)
+    assert saved.manifest.created < later.manifest.created
+
+
+@pytest.mark.parametrize("call", ["save", "poll", "wait", "end"])
+def test_an_error_in_the_background_is_raised_once_by_the_next_call(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    gate = Gate(monkeypatch, OSError(28, "No space left on device"))
+    gate.open.set()
+    saver = AsyncSaver(repo)
+    saver.save(parts(1), run="a", step=1)
+    saver._under_way[0].exception()
+    calls = {
+        "save": lambda: saver.save(parts(2), run="a", step=2),
+        "poll": saver.poll,
+        "wait": saver.wait,
+        "end": lambda: saver.__exit__(None, None, None),
+    }
+    with pytest.raises(StorageError, match="No space left"):
+        calls[call]()
+    assert saver.wait() is None
+    assert repo.checkpoints() == []
+
+
+def test_what_cannot_be_stored_is_told_at_once(repo: Repo) -> None:
+    with AsyncSaver(repo) as saver, pytest.raises(UnsupportedValue):
+        saver.save({"model": {"x": object()}}, run="a", step=1)
+
+
+def test_an_error_of_the_block_is_not_hidden_by_one_in_the_background(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Gate(monkeypatch, OSError(28, "full")).open.set()
+
+    def fail() -> None:
+        with AsyncSaver(repo) as saver:
+            saver.save(parts(1), run="a", step=1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        fail()
+    assert "a save in the background failed" in caught.value.__notes__[0]
+
+
+SCRIPT = """
+import sys, torch, castore
+from castore.torch import AsyncSaver
+repo = castore.Repo.open(sys.argv[1])
+saver = AsyncSaver(repo)
+saver.save({"model": {"x": torch.ones(2_000_000)}}, run="a", step=1, **{FIELDS})
+"""
+
+
+def test_a_program_that_ends_without_waiting_saves_all_the_same(repo: Repo) -> None:
+    script = SCRIPT.replace("{FIELDS}", "{}")
+    subprocess.run([sys.executable, "-c", script, str(repo.root.parent)], check=True)
+    (entry,) = repo.checkpoints()
+    assert torch.equal(repo.load(entry.id)["model"]["x"], torch.ones(2_000_000))
+
+
+def test_a_program_that_ends_without_asking_is_told_of_the_error(repo: Repo) -> None:
+    script = SCRIPT.replace("{FIELDS}", "{'metrics': {'val_loss': float('nan')}}")
+    done = subprocess.run([sys.executable, "-c", script, str(repo.root.parent)], capture_output=True, text=True)
+    assert "a save in the background failed" in done.stderr
+    assert repo.checkpoints() == []
+
+
+# -- Checkpointer ----------------------------------------------------------------------------------------------------
+
+LINE = Line(model={"width": 8}, tokenizer="t", data="d")
+
+
+class Loop:
+    """Somebody's training loop: a small model, noise from torch's generator, a schedule."""
+
+    def __init__(self, repo: Repo, **options: Any) -> None:
+        torch.manual_seed(7)
+        self.model = torch.nn.Linear(8, 8)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2)
+        self.checkpointer = Checkpointer(
+            repo, self.model, self.optimizer, run="mine", line=LINE, schedule=self.schedule, **options
+        )
+
+    def train(self, start: int, stop: int) -> float:
+        for step in range(start, stop):
+            loss = (self.model(torch.randn(4, 8)) ** 2).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            if (step + 1) % 2 == 0:
+                self.checkpointer.save(step + 1, {"val_loss": loss.item()})
+        self.checkpointer.wait()
+        return loss.item()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_loop_that_is_resumed_goes_on_as_if_it_had_never_stopped(repo: Repo, background: bool) -> None:
+    whole = Loop(repo, background=background).train(0, 8)
+    entries = repo.checkpoints()
+    assert [entry.manifest.step for entry in entries] == [8, 6, 4, 2]
+    assert [entry.manifest.parent for entry in entries] == [entries[1].id, entries[2].id, entries[3].id, None]
+    other = Loop(repo)
+    torch.manual_seed(99)
+    assert other.checkpointer.resume(entries[2].id) == 4
+    assert other.train(4, 8) == whole
+
+
+def test_the_end_of_the_block_waits(repo: Repo) -> None:
+    loop = Loop(repo)
+    with loop.checkpointer as checkpointer:
+        checkpointer.save(1)
+    assert len(repo.checkpoints()) == 1
+
+
+def test_a_first_start_is_at_step_0_and_one_without_data_is_an_error(repo: Repo) -> None:
+    loop = Loop(repo)
+    assert loop.checkpointer.resume() == 0
+    loop.train(0, 2)
+    repo.store.discard(list(repo.store.stored()))
+    repo.store.empty_trash()
+    fresh = Loop(Repo.open(repo.root))
+    with pytest.raises(NothingAvailable):
+        fresh.checkpointer.resume()
+    assert fresh.checkpointer.resume(allow_fresh=True) == 0
+
+
+def test_tags_notes_and_settings_are_recorded(repo: Repo) -> None:
+    loop = Loop(repo)
+    loop.checkpointer.save(1, {"val_loss": 2.0}, tags=["a"], note="b", config={"lr": 0.1})
+    saved = loop.checkpointer.wait()
+    assert saved is not None
+    assert (saved.manifest.tags, saved.manifest.note, saved.manifest.config) == (["a"], "b", {"lr": 0.1})
+    assert saved.manifest.run == "mine"
