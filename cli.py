@@ -931,7 +931,7 @@ def ci_restore(
         }
     )
     if as_json:
-        _print_json({**_fields(found), "further": found.further.id if found.further else None})
+        _print_json({**_fields(found), "further": [entry.id for entry in found.further]})
         return
     for damaged in found.resolution.damaged if found.resolution else ():
         say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
@@ -942,9 +942,9 @@ def ci_restore(
         say(f"match   {match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}")
     else:
         say(f"fresh   {found.fresh}")
-    if found.further:
-        step = found.further.manifest.step
-        say(f"also    {found.further.id[:12]}, step {step:,}: a session from the match was trained to there before")
+    for further in found.further:
+        step = further.manifest.step
+        say(f"also    {further.id[:12]}, step {step:,}: a session from the match was trained to there before")
     say(f"moved   {_describe_traffic(found.traffic)}")
 
 
@@ -967,22 +967,18 @@ def ci_save(
     with _job("save") as (repo, remote, ci), _meter("save") as meter:
         given = {"keep": keep, "keep_optimizer": keep_optimizer}
         policy = _policy(repo, given, max_size)
-        found = ci.save(repo, remote, policy, commit=commit, message=message, progress=meter.show)
+        ref = os.environ.get("GITHUB_REF", "")
+        found = ci.save(repo, remote, policy, commit=commit, message=message, ref=ref, progress=meter.show)
     _append("GITHUB_STEP_SUMMARY", ci.handed_on_markdown(found))
     _append_outputs(
         {
-            "bundle": found.record.bundle if found.record else "",
+            "bundle": found.records[0].bundle if found.records else "",
             "uploaded-bytes": found.traffic.uploaded,
             "commit": found.commit or "",
         }
     )
     if as_json:
-        _print_json(
-            {
-                **{name: value for name, value in _fields(found).items() if name != "plan"},
-                "staged": [str(path) for path in found.staged],
-            }
-        )
+        _print_json({name: value for name, value in _fields(found).items() if name != "plan"})
     elif found.skipped:
         say(f"skipped {found.skipped}: nothing was saved")
     else:
@@ -996,14 +992,17 @@ def _say_handed_on(found: ci.HandedOn) -> None:
         steps = f"step {session.start_step:,} -> {session.final_step:,}"
         losses = f"{words.number(session.start_loss)} -> {words.number(session.final_loss)}"
         say(f"session {session.run}: {steps}, validation loss {losses}, {session.checkpoints} checkpoints")
-    if record := found.record:
+    if found.records:
+        record = found.records[0]
         say(f"bundle  {record.bundle[:12]}: {record.objects} objects, {words.size(record.bytes)}; confirmed")
     else:
         say("bundle  none: the cache has all that is kept")
     for own, reason in found.left_out:
         say(f"WARNING {own[:12]} was left out: {reason}")
-    told = f"; pushed as {found.commit[:12]}" if found.commit else ""
-    say(f"git     {len(found.staged)} files staged{told}")
+    if found.not_collected:
+        say(f"WARNING no garbage was collected: {found.not_collected}")
+    told = f"pushed as {found.commit[:12]}" if found.commit else "staged"
+    say(f"git     {len(found.files)} files, {told}")
     say(f"moved   {_describe_traffic(found.traffic)}")
 
 
@@ -1019,9 +1018,13 @@ def _job(what: str) -> Iterator[tuple[castore.Repo, Actions, Any]]:
     from castore.remotes.actions import Service
 
     service = Service.of_job(os.environ)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, without waiting for the network: the store survives it
     try:
         repo = castore.Repo.open()
-        yield repo, ci.connect(repo, service), ci
+        remote, broken = ci.connect(repo, service)
+        for one in broken:
+            say(f"castore: {one.path}: {one.reason}", out=sys.stderr)
+        yield repo, remote, ci
     except castore.CastoreError as error:
         _append("GITHUB_STEP_SUMMARY", ci.refused_markdown(f"{what}: {error}"))
         raise
@@ -1186,6 +1189,51 @@ def _busy(text: str) -> Iterator[None]:
 
     with console.Console(stderr=True).status(text):
         yield
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+@app.command("report", epilog="Example: castore report -o report.html")
+def report_command(
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Where it goes; - prints it.", show_default="report.html, others -"
+        ),
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
+    form: Annotated[
+        Literal["html", "md", "json"], typer.Option("--format", help="A page, text for a job's summary, or JSON.")
+    ] = "html",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Make a report of quality, lineage, sessions, and what is kept and stored.
+
+    The page is one file that needs no network. A report that is there is replaced.
+    """
+    from castore import report, report_page
+
+    form = "json" if as_json else form
+    out = out or ("report.html" if form == "html" else "-")
+    repo = castore.Repo.open()
+    if out != "-":
+        report.check_target(Path(out))
+    if form == "html":
+        report_page.charts_script()  # what can go wrong before anything is read
+    with _busy("making the report"):
+        found = report.collect(repo, datetime.now(UTC), run)
+        text = report_page.page(found) if form == "html" else report.as_markdown(found) if form == "md" else ""
+    for one in found.broken:
+        say(f"castore: {one.path}: {one.reason}", out=sys.stderr)
+    if out == "-":
+        _print_json(report.as_json(found)) if form == "json" else print(text, end="")
+        return
+    data = text.encode() if text else manifest.canonical(report.as_json(found))
+    report.write(Path(out), data)
+    say(f"wrote   {out}: {len(found.checkpoints):,} checkpoints, {words.size(len(data))}")
+    if not found.checkpoints:
+        say(f"        no checkpoint{f' of run {run}' if run else ''} yet: `castore train` makes the first one")
 
 
 # -- words -----------------------------------------------------------------------------------------------------------

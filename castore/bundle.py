@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 import msgspec
 
@@ -27,7 +28,7 @@ from castore.manifest import CREATED, canonical
 from castore.objects import HEADER_BYTES, MAX_STORED
 
 VERSION = 1
-MAX_OBJECTS = 1 << 20
+MAX_OBJECTS = 1 << 17
 MAX_RECORD_BYTES = 1 << 20
 _LONGEST_KEY = 512  # what GitHub allows
 
@@ -104,8 +105,8 @@ def read_tail(expected: ObjectId, tail: Buffer, size: int) -> dict[ObjectId, Pla
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What git knows of a bundle: under which ``key`` it was uploaded, and what can be read with its help.
 
-    ``parts`` maps the index id of each part of a checkpoint to all the bundles that hold its objects together, this one
-    among them.
+    ``parts`` maps the index id of each part of a checkpoint to all the bundles that hold its objects together. ``ref``
+    is the git ref of the job that uploaded it, as not every other sees what it did.
     """
 
     version: int = VERSION
@@ -114,12 +115,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     created: str
     bytes: int
     objects: int
+    ref: str = ""
     parts: dict[ObjectId, list[ObjectId]]
 
     @property
     def file_name(self) -> str:
         """Where it lives below ``bundles/``: named by its content, so that two branches never conflict over one."""
         return f"{object_id(encode_record(self))[:16]}.json"
+
+
+PARTS_OF_A_RECORD = 1000
+"""So that a record stays far below its limit; what goes beyond is another record of the same bundle."""
 
 
 def encode_record(record: Record) -> bytes:
@@ -152,6 +158,11 @@ def _check(record: Record) -> None:
         raise ValueError("its key is none")
     if not CREATED.fullmatch(record.created):
         raise ValueError("created is not a UTC time with microseconds")
+    datetime.fromisoformat(record.created)  # ValueError for a month of 19
+    if not all(record.parts.values()):
+        raise ValueError("a part lies in no bundle")
+    if not record.ref.isprintable() or len(record.ref) > _LONGEST_KEY:
+        raise ValueError("its ref is none")
     if record.version < 1 or not 0 < record.objects <= MAX_OBJECTS or not 0 < record.bytes < 2**63:
         raise ValueError("a number is out of range")
     if record.bytes < len(HEADER) + tail_bytes(record.objects):

@@ -5,15 +5,28 @@ Both return what they did as values, and tell it as Markdown for the summary of 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from castore import bundle, gc, git, manifest, transfer, words
 from castore.bundle import Record
-from castore.errors import CastoreError, CorruptionError, DataMissing, UploadRefused, UsageError
+from castore.catalog import Broken
+from castore.errors import (
+    CastoreError,
+    CorruptionError,
+    DataMissing,
+    NotPushed,
+    RemoteUnavailable,
+    UploadRefused,
+    UsageError,
+)
 from castore.ids import ObjectId
 from castore.quality import Entry
 from castore.remotes.actions import Actions, Service
@@ -26,12 +39,12 @@ _GONE_AFTER = timedelta(days=14)  # GitHub lets an entry go that nobody used for
 _SHOWN = 20
 
 
-def connect(repo: Repo, service: Service) -> Actions:
-    """Make the cache one of the remotes of ``repo``, by the records of bundles in the work tree."""
-    records, _ = repo.catalog.records()
+def connect(repo: Repo, service: Service) -> tuple[Actions, list[Broken]]:
+    """Make the cache one of the remotes of ``repo``, by the records of bundles in the work tree; and what is none."""
+    records, broken = repo.catalog.records()
     remote = Actions(service, records)
     repo.remotes.append(remote)
-    return remote
+    return remote, broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +68,12 @@ def _traffic(remote: Actions) -> Traffic:
 class Restored:
     """What the session can begin with: ``match``, now in the store, or nothing, for the reason ``fresh``.
 
-    ``further`` was fetched too: from ``match`` a session was trained to there before, so it may go on from there.
+    ``further`` were fetched too: from ``match`` sessions were trained to there before, so one may go on from there.
     """
 
     resolution: Resolution | None
     match: Match | None
-    further: Entry | None
+    further: tuple[Entry, ...]
     fresh: str
     traffic: Traffic
 
@@ -86,10 +99,13 @@ def restore(repo: Repo, remote: Actions, want: str, *, allow_fresh: bool, progre
                 raise
             tried.add(entry.id)  # what is wrong is known now: the next look at what there is takes it into account
             continue
-        further = _further(repo, entry, progress) if want.rpartition(":")[2] == "best" else None
+        further = _further(repo, entry, progress) if want.rpartition(":")[2] == "best" else ()
         return Restored(
             resolution=resolution, match=resolution.match, further=further, fresh="", traffic=_traffic(remote)
         )
+    if resolution.unavailable and remote.down and not remote.service.unreadable:
+        # not the same as gone: a fresh start would throw away what is only out of reach
+        raise RemoteUnavailable(remote.name, f"{remote.down}; so it can't be told which checkpoints can be had")
     if not resolution.rejected and not resolution.damaged:
         return _fresh(remote, resolution, "there is no checkpoint yet")
     if allow_fresh or repo.config.resume.on_missing == "fresh":
@@ -100,7 +116,7 @@ def restore(repo: Repo, remote: Actions, want: str, *, allow_fresh: bool, progre
 
 
 def _fresh(remote: Actions, resolution: Resolution | None, why: str) -> Restored:
-    return Restored(resolution=resolution, match=None, further=None, fresh=why, traffic=_traffic(remote))
+    return Restored(resolution=resolution, match=None, further=(), fresh=why, traffic=_traffic(remote))
 
 
 def _pull(repo: Repo, entry: Entry, progress: Progress, *, whole: bool) -> None:
@@ -111,18 +127,27 @@ def _pull(repo: Repo, entry: Entry, progress: Progress, *, whole: bool) -> None:
     transfer.pull(repo, entry, parts, progress)
 
 
-def _further(repo: Repo, best: Entry, progress: Progress) -> Entry | None:
-    """Where sessions from the best have led, if that is further: one with the same options would only repeat them."""
-    found = repo.furthest(best, best.manifest.config)
-    if found is None or found.manifest.step <= best.manifest.step:
-        return None
-    if any(state.where == "missing" for state in repo.part_states(found).values()):
-        return None
+def _further(repo: Repo, best: Entry, progress: Progress) -> tuple[Entry, ...]:
+    """Where sessions from the best have led, if that is further: one with the same settings would only repeat them.
+
+    With which settings the next one comes isn't known here: for all that there were.
+    """
+    line = [entry.manifest for entry in repo.checkpoints() if entry.manifest.line == best.manifest.line]
+    settings = list({msgspec.json.encode(one.config, order="sorted"): one.config for one in line}.values())
+    ends = {found.id: found for config in settings if (found := repo.furthest(best, config))}
+    return tuple(
+        one for one in ends.values() if one.manifest.step > best.manifest.step and _fetched(repo, one, progress)
+    )
+
+
+def _fetched(repo: Repo, entry: Entry, progress: Progress) -> bool:
+    if any(state.where == "missing" for state in repo.part_states(entry).values()):
+        return False
     try:
-        _pull(repo, found, progress, whole=True)
+        _pull(repo, entry, progress, whole=True)
     except (DataMissing, CorruptionError):
-        return None
-    return found
+        return False
+    return True
 
 
 # -- save ------------------------------------------------------------------------------------------------------------
@@ -145,18 +170,23 @@ class Session:
 class HandedOn:
     """What was done with what this machine has. ``skipped`` says why nothing was, and then nothing was.
 
-    ``record`` is that of the new bundle; None when everything that is kept was there already. ``left_out`` are
-    checkpoints that could not be handed on, as (id, reason). ``commit`` is what was pushed, if anything was to be.
+    ``records`` are those of the new bundle; none when everything that is kept was there already. ``left_out`` are
+    checkpoints that could not be handed on, as (id, reason). ``not_collected`` says why garbage was not: then what
+    this session made is handed on, all of it. ``files`` of ``.castore/`` are new to git; ``commit`` is what was pushed.
     """
 
     skipped: str = ""
     session: Session | None = None
     plan: gc.Plan | None = None
-    record: Record | None = None
-    staged: tuple[Path, ...] = ()
+    not_collected: str = ""
+    records: tuple[Record, ...] = ()
+    files: tuple[str, ...] = ()
     left_out: tuple[tuple[ObjectId, str], ...] = ()
     commit: str | None = None
     traffic: Traffic = Traffic(uploaded=0, downloaded=0, requests=0)
+
+
+_IN_GIT = ("manifests", "pins", "bundles", "sessions")
 
 
 def save(
@@ -166,102 +196,138 @@ def save(
     *,
     commit: bool = False,
     message: str = "",
+    ref: str = "",
     progress: Progress,
     now: datetime | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> HandedOn:
-    """Collect garbage, upload what kept checkpoints need and the cache lacks, and stage what git is to know.
+    """Collect garbage, upload what kept checkpoints need and the cache lacks, and tell git of it.
 
-    Only when a look-up has confirmed the bundle, manifests and records are staged, and with ``commit`` committed and
-    pushed. A job that may not write to the cache does nothing at all. UploadRefused, RemoteUnavailable, NotPushed, and
-    what :func:`castore.gc.collect` raises.
+    Only when a look-up has confirmed the bundle, manifests, pins, sessions and records are staged, or with ``commit``
+    committed and pushed. When garbage can't be collected what the session made is handed on all the same. A job that
+    may not write to the cache does nothing at all. ``ref`` is the job's. UploadRefused, RemoteUnavailable, NotPushed.
     """
     now = now or datetime.now(UTC)
-    if git.root(repo.root.parent) is None:
-        raise UsageError(f"{repo.root} is in no git work tree, by which the next session would know of what was saved")
+    if problem := git.problem(repo.root):
+        raise UsageError(f"git has to tell the next session what was saved, but in {repo.root} it says: {problem}")
     if remote.service.unwritable:
         return HandedOn(skipped=f"this job may not write to the cache ({remote.service.unwritable})")
     if remote.service.unreadable:
         reason = f"this job may not read the cache ({remote.service.unreadable}), so an upload couldn't be confirmed"
         raise UploadRefused(remote.name, reason)
-    new = _new_checkpoints(repo)
-    session = _session(repo, new)
-    found = gc.collect(repo, policy, now=now)
-    own = {entry.id for entry in repo.checkpoints()}
-    kept = [(one.entry, one.parts) for one in found.decisions if one.parts and one.entry.id in own]
-    record, left_out = _hand_on(repo, remote, kept, progress, now)
-    _forget_gone(repo, remote, now)
-    staged = [*(repo.catalog.root / entry.manifest.file_name(entry.id) for entry in new)]
-    staged += _changed(repo, "bundles", "sessions")
+    if commit:
+        git.branch(repo.root)  # what can't be pushed needn't be uploaded
+    known = git.committed(repo.root, _IN_GIT)
+    new = [entry for entry in repo.checkpoints() if _path(entry) not in known]
+    found, not_collected = None, ""
+    kept: list[tuple[Entry, Sequence[str]]] = [(entry, tuple(entry.manifest.parts)) for entry in new]
+    try:
+        found = gc.collect(repo, policy, now=now, elsewhere=True)
+        own = {entry.id for entry in repo.checkpoints()}
+        kept = [(one.entry, one.parts) for one in found.decisions if one.parts and one.entry.id in own]
+    except CastoreError as error:
+        not_collected = str(error)
+    records, left_out = _hand_on(repo, remote, kept, ref, progress, now)
+    removed = [] if found is None else _forget(repo, remote, kept, ref, now)
+    files = _files(repo)
+    added = tuple(path for path in files if path not in known)
     pushed = None
-    git.stage(repo.root, staged)
-    if commit and staged:
-        git.commit_staged(repo.root, message or _message(session), staged)
-        pushed = git.push(repo.root, pause)
+    if commit:
+        pushed = git.publish(repo.root, files, removed, message or _message(_session(repo, new)), pause)
+        with contextlib.suppress(NotPushed):  # whoever works in the index now has nothing to do with what was pushed
+            git.stage(repo.root, added, removed)
+    else:
+        git.stage(repo.root, added, removed)
     return HandedOn(
-        session=session,
+        session=_session(repo, new),
         plan=found,
-        record=record,
-        staged=tuple(staged),
+        not_collected=not_collected,
+        records=records,
+        files=(*added, *removed),
         left_out=left_out,
         commit=pushed,
         traffic=_traffic(remote),
     )
 
 
+def _path(entry: Entry) -> str:
+    return f"manifests/{entry.manifest.file_name(entry.id)}"
+
+
+def _files(repo: Repo) -> list[str]:
+    """What git is to have, relative to the repository. Prepared data stays here: it can be prepared again."""
+    found = [_path(entry) for entry in repo.checkpoints()]
+    for name in ("pins", "bundles", "sessions"):
+        found += [path.relative_to(repo.root).as_posix() for path in (repo.root / name).rglob("*") if _is_plain(path)]
+    return found
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and path.name.isprintable()
+
+
 def _hand_on(
-    repo: Repo, remote: Actions, kept: Sequence[tuple[Entry, Sequence[str]]], progress: Progress, now: datetime
-) -> tuple[Record | None, tuple[tuple[ObjectId, str], ...]]:
-    """(record of the new bundle, checkpoints left out). The record is written once the bundle is known to be there."""
+    repo: Repo,
+    remote: Actions,
+    kept: Sequence[tuple[Entry, Sequence[str]]],
+    ref: str,
+    progress: Progress,
+    now: datetime,
+) -> tuple[tuple[Record, ...], tuple[tuple[ObjectId, str], ...]]:
+    """(records of the new bundle, checkpoints left out). Records are written once the bundle is known to be there."""
     with repo.lock():
         handover = transfer.plan(repo, remote, kept)
         if not handover.parts:
-            return None, handover.left_out
+            return (), handover.left_out
+        if len(handover.objects) > bundle.MAX_OBJECTS:
+            reason = f"{len(handover.objects)} objects are more than a bundle holds: a larger chunk_size makes fewer"
+            raise UploadRefused(remote.name, reason)
         if handover.objects:
             layout = bundle.lay_out({own: repo.store.stored_size(own) or 0 for own in handover.objects})
             key = remote.upload(layout, transfer.reader(repo.store, layout), progress)
-            basis = Record(
-                bundle=layout.id, key=key, created="", bytes=layout.size, objects=len(layout.places), parts={}
-            )
+            own, size, count = layout.id, layout.size, len(layout.places)
         else:  # all of it lies in bundles that are there: what is new is only which
-            relied = {own for needed in handover.parts.values() for own in needed}
+            relied = {one for needed in handover.parts.values() for one in needed}
             basis = next(record for record in remote.records if record.bundle in relied)
-        record = Record(
-            bundle=basis.bundle,
-            key=basis.key,
-            created=manifest.timestamp(now),
-            bytes=basis.bytes,
-            objects=basis.objects,
-            parts={
-                own: [ObjectId(one) if one else basis.bundle for one in needed]
-                for own, needed in handover.parts.items()
-            },
+            own, key, size, count = basis.bundle, basis.key, basis.bytes, basis.objects
+        parts = {index: [ObjectId(one) if one else own for one in needed] for index, needed in handover.parts.items()}
+        records = tuple(
+            Record(
+                bundle=own,
+                key=key,
+                created=manifest.timestamp(now),
+                bytes=size,
+                objects=count,
+                ref=ref,
+                parts=dict(some),
+            )
+            for some in _batches(list(parts.items()), bundle.PARTS_OF_A_RECORD)
         )
-        repo.catalog.add_record(record)
-    return (record if handover.objects else None), handover.left_out
+        for record in records:
+            repo.catalog.add_record(record)
+    return (records if handover.objects else ()), handover.left_out
 
 
-def _forget_gone(repo: Repo, remote: Actions, now: datetime) -> None:
-    """Remove the records of bundles that were evicted long ago: each would be looked up again by every session."""
-    missing = remote.missing()
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _forget(
+    repo: Repo, remote: Actions, kept: Sequence[tuple[Entry, Sequence[str]]], ref: str, now: datetime
+) -> list[str]:
+    """Remove old records of bundles that are gone, or that nothing kept needs: every session would look them up.
+
+    Only those of this ref: what a job of another ref uploaded may be there for others.
+    """
+    needed = {entry.manifest.parts[name].index for entry, parts in kept for name in parts}
+    removed = []
     for record in remote.records:
-        if record.bundle in missing and now - datetime.fromisoformat(record.created) > _GONE_AFTER:
-            repo.catalog.remove_record(record)
-
-
-def _changed(repo: Repo, *names: str) -> list[Path]:
-    """Files of these folders that differ from the last commit, removed ones too."""
-    top = git.root(repo.root.parent)
-    found = git.uncommitted(repo.root, [name for name in names if (repo.root / name).exists()] or ["manifests"])
-    if top is None or found is None:
-        raise UsageError(f"git can't tell what has changed in {repo.root}: see `git status` there")
-    return [top / name for name in found]
-
-
-def _new_checkpoints(repo: Repo) -> list[Entry]:
-    """Those that git has not committed yet, newest first."""
-    changed = {path.name for path in _changed(repo, "manifests")}
-    return [entry for entry in repo.checkpoints() if entry.manifest.file_name(entry.id).rpartition("/")[2] in changed]
+        is_old = now - datetime.fromisoformat(record.created) > _GONE_AFTER
+        is_useless = record.bundle in remote.missing() or not needed & record.parts.keys()
+        if is_old and is_useless and record.ref == ref:
+            path = repo.catalog.remove_record(record)
+            removed.append(path.relative_to(repo.root).as_posix())
+    return removed
 
 
 def _session(repo: Repo, new: Sequence[Entry]) -> Session | None:
@@ -309,10 +375,9 @@ def _restored_lines(found: Restored) -> Iterator[str]:
         told = f"Resuming from step **{match.step:,}** of run `{match.run}`, checkpoint `{match.id[:12]}`"
         quality = "" if match.score is None else f", score {match.score:.4f}"
         yield f"{told}{quality}: {match.availability}, {_text(found.resolution.want if found.resolution else '')}."
-        if found.further:
-            further = found.further.manifest
+        for further in found.further:
             yield ""
-            yield f"From it a session was trained to step {further.step:,} before, which was fetched too."
+            yield f"From it a session was trained to step {further.manifest.step:,} before, which was fetched too."
         for text in match.differences:
             yield f"- differs: {_text(text)}"
     else:
@@ -364,8 +429,8 @@ def _handed_on_lines(found: HandedOn) -> Iterator[str]:
     else:
         yield "No new checkpoint."
     yield ""
-    if found.record:
-        record = found.record
+    if found.records:
+        record = found.records[0]
         yield f"Bundle `{record.bundle[:12]}`: {record.objects} objects, {words.size(record.bytes)}, confirmed."
     else:
         yield "The cache has all that is kept already."
@@ -374,9 +439,11 @@ def _handed_on_lines(found: HandedOn) -> Iterator[str]:
         kept = sum(bool(one.parts) for one in decisions)
         freed = words.size(found.plan.freed_bytes)
         yield f"{kept} checkpoints are kept, {len(decisions) - kept} are history; {freed} were deleted here."
+    if found.not_collected:
+        yield f"**No garbage was collected**: {_text(found.not_collected)}"
     yield from (f"- left out: `{own[:12]}`: {_text(reason)}" for own, reason in found.left_out)
-    committed = f"pushed as `{found.commit[:12]}`" if found.commit else "staged" if found.staged else "nothing new"
-    yield f"In git: {len(found.staged)} files, {committed}."
+    told = f"pushed as `{found.commit[:12]}`" if found.commit else "staged"
+    yield f"In git: {len(found.files)} files more or less, {told}."
     yield ""
     yield _traffic_line(found.traffic)
 

@@ -23,7 +23,7 @@ Level = Literal["ok", "warning", "problem"]
 _SCARCE_BYTES = 1 << 30
 _OVER_THE_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afs", "lustre", "ceph"})
 _DATA = ("objects", "tmp", "trash", "quarantine", "lock")
-_HISTORY = ("config.toml", "manifests", "pins", "sessions")
+_HISTORY = ("config.toml", "manifests", "pins", "bundles", "sessions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ def examine(now: datetime, path: str | os.PathLike[str] = ".") -> Iterator[Check
         "git": _git(repo.root),
         "remotes": _remotes(repo),
         "manifests": _manifests(repo, now),
+        "bundles": _bundles(repo),
         "gc": _gc(repo),
     }
     for subject, checks in sections.items():
@@ -270,3 +271,12 @@ def _gc(repo: Repo) -> Iterator[Check]:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def _bundles(repo: Repo) -> Iterator[Check]:
+    records, broken = repo.catalog.records()
+    for one in broken:
+        advice = "take it from git's history, or remove it: without it, what that bundle holds can't be had"
+        yield Check("bundles", "problem", f"{one.path}: {one.reason}", advice)
+    if records and not broken:
+        yield Check("bundles", "ok", f"{len(records)} records of what was handed on to GitHub's cache")

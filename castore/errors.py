@@ -35,7 +35,7 @@ class RepoNotFound(UsageError):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        super().__init__(f"no .castore/ in {path} or above it: run `castore init` where the project lives")
+        super().__init__(f"no .castore/ in {printable(path)} or above it: run `castore init` where the project lives")
 
 
 class ConfigError(UsageError):
@@ -43,7 +43,7 @@ class ConfigError(UsageError):
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{printable(path)}: {reason}")
 
 
 class UnsupportedValue(UsageError):
@@ -63,7 +63,7 @@ class UnsupportedFile(UsageError):
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{printable(path)}: {reason}")
 
 
 class RefusedPath(UsageError):
@@ -71,7 +71,7 @@ class RefusedPath(UsageError):
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-        super().__init__(f"won't write {path}: {reason}")
+        super().__init__(f"won't write {printable(path)}: {reason}")
 
 
 class NotInActions(UsageError):
@@ -167,7 +167,7 @@ class CorruptManifest(CorruptionError):
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{printable(path)}: {reason}")
 
 
 class UnsupportedVersion(CorruptionError):
@@ -175,7 +175,9 @@ class UnsupportedVersion(CorruptionError):
 
     def __init__(self, what: str, version: object) -> None:
         self.what, self.version = what, version
-        super().__init__(f"{what} has format version {version}, which this castore can't read: upgrade castore")
+        super().__init__(
+            f"{printable(what)} has format version {version}, which this castore can't read: upgrade castore"
+        )
 
 
 class CorruptBundle(CorruptionError):
@@ -195,7 +197,7 @@ class InvalidFile(CorruptionError):
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-        super().__init__(f"{path}: {reason}; nothing was imported")
+        super().__init__(f"{printable(path)}: {reason}; nothing was imported")
 
 
 # -- a remote failed: try again, or see what it allows ---------------------------------------------------------------
@@ -237,7 +239,9 @@ class Locked(CastoreError):
 
     def __init__(self, path: str, seconds: float) -> None:
         self.path, self.seconds = path, seconds
-        super().__init__(f"{path} is held by another castore process (waited {seconds:g} s): try again when it is done")
+        super().__init__(
+            f"{printable(path)} is held by another castore process (waited {seconds:g} s): try again when it is done"
+        )
 
 
 # -- the request is already fulfilled ------------------------------------------------------------------------------
@@ -255,7 +259,9 @@ class FileChanged(CastoreError):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        super().__init__(f"{path} changed while it was read: nothing was added; try again when it is at rest")
+        super().__init__(
+            f"{printable(path)} changed while it was read: nothing was added; try again when it is at rest"
+        )
 
 
 class StorageError(CastoreError):
@@ -263,7 +269,7 @@ class StorageError(CastoreError):
 
     def __init__(self, action: str, path: str, error: OSError) -> None:
         self.action, self.path, self.errno = action, path, error.errno
-        super().__init__(f"can't {action} {path}: {error.strerror or error}")
+        super().__init__(f"can't {action} {printable(path)}: {error.strerror or error}")
 
 
 def _where(part: str, manifest: str) -> str:

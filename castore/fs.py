@@ -192,6 +192,18 @@ def read(path: Path | str, limit: int) -> bytes:
         raise StorageError("read", str(path), error) from error
 
 
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file. StorageError when it can't be read or hasn't so many."""
+    with _reporting("read", path), open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        data = b""
+        while len(data) < stop - start and (more := file.read(stop - start - len(data))):
+            data += more
+        if len(data) < stop - start:
+            raise OSError(errno.EIO, f"it ends before byte {stop}")
+        return data
+
+
 if sys.platform == "darwin":
 
     def _sync_data(descriptor: int) -> None:

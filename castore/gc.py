@@ -7,7 +7,7 @@ object is gone for good, a save or a load that wants it takes it back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -53,10 +53,12 @@ def collect(
     dry_run: bool = False,
     wait: bool = True,
     now: datetime | None = None,
+    elsewhere: bool = False,
 ) -> Plan:
     """Apply ``policy`` (that of config.toml unless given) and return what was done.
 
     Objects that no manifest refers to stay until they are older than ``grace``. With ``dry_run`` nothing is touched.
+    Towards ``max_size`` counts what is here, and with ``elsewhere`` what the remotes have of what isn't.
     Locked when others are at work, for longer than the configured time if ``wait``; RootsUnreadable, CorruptionError or
     StorageError when it can't be told what is needed: then nothing was deleted.
     """
@@ -66,7 +68,7 @@ def collect(
     with repo.lock(exclusive=not dry_run, wait=wait):
         if not dry_run:
             repo.store.restore_trash()  # of a gc that was cut short: what is kept now must not be emptied with the rest
-        found = plan(repo, policy, grace=grace, in_use=in_use, now=now)
+        found = plan(repo, policy, grace=grace, in_use=in_use, now=now, elsewhere=elsewhere)
         if not dry_run:
             repo.store.discard(found.delete)
             repo.store.remove_leftovers((now - _LEFTOVER_AGE).timestamp())
@@ -75,7 +77,15 @@ def collect(
     return found
 
 
-def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str], now: datetime) -> Plan:
+def plan(
+    repo: Repo,
+    policy: Policy,
+    *,
+    grace: timedelta,
+    in_use: Collection[str],
+    now: datetime,
+    elsewhere: bool = False,
+) -> Plan:
     """What :func:`collect` would do. The caller holds the lock."""
     roots = catalog.roots(repo.catalog)
     stored = repo.store.stored()
@@ -83,16 +93,24 @@ def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str
         raise RootsUnreadable(f"there are {len(stored)} objects, but not one manifest")
     contents = _Contents(repo, stored)
     every = {entry.id: entry for entries in (roots.own, *(found for _, found in roots.others)) for entry in entries}
+    remote = _remote(repo, every.values(), stored)
+
+    def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
+        own = entry.manifest.parts[part]
+        if elsewhere and own.index in remote:
+            return {own.index: own.stored_bytes}  # which objects it shares with others isn't known from here
+        return contents(entry, part)
+
     decisions = decide(
         Source("the work tree", roots.own),
         [Source(name, entries) for name, entries in roots.others],
         policy,
-        contents,
+        sizes,
         now=now,
         pinned=roots.pins,
         pinned_elsewhere=roots.other_pins,
         in_use=frozenset(in_use),
-        gone=_gone(repo, every.values(), stored),
+        gone=_gone(repo, every.values(), stored.keys() | remote),
     )
     live: set[ObjectId] = set()
     for entry, part in kept_parts(decisions):
@@ -114,12 +132,20 @@ def plan(repo: Repo, policy: Policy, *, grace: timedelta, in_use: Collection[str
     )
 
 
-def _gone(repo: Repo, entries: Collection[Entry], stored: Mapping[ObjectId, Stored]) -> set[ObjectId]:
-    """The manifests of whose data nothing is here, and nothing can be fetched."""
-    absent = {part.index for entry in entries for part in entry.manifest.parts.values()} - stored.keys()
-    absent -= repo.store.quarantined()
-    absent -= remotes.having(repo.remotes, absent)
-    return {entry.id for entry in entries if all(part.index in absent for part in entry.manifest.parts.values())}
+def _remote(repo: Repo, entries: Iterable[Entry], stored: Collection[ObjectId]) -> set[ObjectId]:
+    """The indexes that aren't here and that remotes say they have."""
+    absent = {part.index for entry in entries for part in entry.manifest.parts.values()}.difference(stored)
+    return remotes.having(repo.remotes, absent)
+
+
+def _gone(repo: Repo, entries: Iterable[Entry], there: Collection[ObjectId]) -> set[ObjectId]:
+    """The manifests of whose data nothing is here, not even damaged, and nothing can be fetched."""
+    quarantined = repo.store.quarantined()
+    return {
+        entry.id
+        for entry in entries
+        if all(part.index not in there and part.index not in quarantined for part in entry.manifest.parts.values())
+    }
 
 
 class _Contents:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,12 +215,21 @@ def _demand_bytes(folder: Path, arguments: Sequence[str], given: bytes = b"") ->
 
 
 def _run(
-    path: Path, arguments: Sequence[str], *, seconds: int, given: bytes = b"", looking: bool = True
+    path: Path,
+    arguments: Sequence[str],
+    *,
+    seconds: int,
+    given: bytes = b"",
+    looking: bool = True,
+    extra: Mapping[str, str] | None = None,
+    secrets: bool = False,
 ) -> subprocess.CompletedProcess[bytes]:
     # hooks and helpers are programs of others: what a job may do with GitHub's cache is none of their business
     environment = {
         name: value for name, value in os.environ.items() if name not in _LOCAL and not name.startswith("ACTIONS_")
-    } | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    } | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", **(extra or {})}
+    if not secrets:
+        environment = _without_secrets(environment)
     if looking:
         # a promisor remote isn't asked: what is here decides; and no lock is taken for a look
         environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
@@ -230,74 +240,130 @@ def _run(
 
 
 # -- handing on ------------------------------------------------------------------------------------------------------
+#
+# Commits are made without the work tree: whatever lies in it, is staged or is under way stays as it is. Files that
+# castore commits are new ones with names that nobody else gives, so they fit on top of whatever others have pushed.
 
 _PUSHES = 6
 _BOT = ("github-actions[bot]", "41898282+github-actions[bot]@users.noreply.github.com")
+_ADDRESS = re.compile(r"://[^\s/@]*@")  # it may have a password in it
 
 
-def stage(folder: Path, paths: Sequence[Path]) -> None:
-    """Add files, or their removal, to the index. NotPushed when git refuses."""
-    if paths:
-        given = b"".join(os.fsencode(path) + b"\0" for path in paths)
-        _act(folder, "--literal-pathspecs", "add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul", given=given)
+def committed(folder: Path, names: Sequence[str], commit: str = "HEAD") -> set[str]:
+    """Paths below ``folder`` of the files that a commit has in its sub-folders ``names``. NotPushed when git fails."""
+    if not _ask(folder, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"):
+        return set()  # before the first commit
+    prefix = _act(folder, "rev-parse", "--show-prefix").removesuffix("\n")
+    wanted = [prefix + name for name in names]
+    out = _act(
+        folder, "--literal-pathspecs", "ls-tree", "-r", "-z", "--full-tree", "--name-only", commit, "--", *wanted
+    )
+    return {path.removeprefix(prefix) for path in out.split("\0") if path}
 
 
-def commit_staged(folder: Path, message: str, paths: Sequence[Path]) -> str:
-    """Commit ``paths``, which are staged, and nothing else that is. Returns the commit. NotPushed."""
-    given = b"".join(os.fsencode(path) + b"\0" for path in paths)
-    options = ["--pathspec-from-file=-", "--pathspec-file-nul"]
-    _act(folder, *_identity(folder), "--literal-pathspecs", "commit", "-q", "-m", message, *options, given=given)
-    return _act(folder, "rev-parse", "HEAD").strip()
+def stage(folder: Path, added: Sequence[str], removed: Sequence[str]) -> None:
+    """Put files below ``folder``, or their removal, into the index, even ones that git ignores. NotPushed."""
+    for paths, command in ((added, ["add", "-f"]), (removed, ["rm", "--cached", "--ignore-unmatch", "-q"])):
+        if paths:
+            given = b"".join(os.fsencode(path) + b"\0" for path in paths)
+            options = ["--pathspec-from-file=-", "--pathspec-file-nul"]
+            _act(folder, "--literal-pathspecs", *command, *options, given=given)
 
 
-def push(folder: Path, pause: Callable[[float], None]) -> str:
-    """Push the branch that is checked out; when others were faster, rebase onto what they pushed and try again.
+def branch(folder: Path) -> tuple[str, str]:
+    """(remote, branch) that a push goes to. NotPushed when no branch is checked out, or there is no such remote."""
+    name = (_ask(folder, "symbolic-ref", "--quiet", "HEAD") or "").removeprefix("refs/heads/")
+    if not name:
+        raise NotPushed("no branch is checked out (this is how a pull request or a tag is)")
+    remotes = (_ask(folder, "remote") or "").split()
+    upstream = _ask(folder, "config", "--get", f"branch.{name}.remote")
+    for remote in (upstream, "origin", *(remotes if len(remotes) == 1 else ())):
+        if remote in remotes:
+            return str(remote), name
+    raise NotPushed(f"it isn't known where to: of the remotes ({', '.join(remotes) or 'none'}) none is origin")
 
-    Returns the commit that was pushed. NotPushed after ``_PUSHES`` tries, or at once when the other side forbids it.
+
+def publish(
+    folder: Path, files: Sequence[str], removed: Sequence[str], message: str, pause: Callable[[float], None]
+) -> str:
+    """Commit ``files`` and the absence of ``removed``, paths below ``folder``, and push the branch that is checked out.
+
+    What others have pushed meanwhile stays: the commit is made anew on top of it. Returns the commit that was pushed,
+    which need not be new. NotPushed after ``_PUSHES`` tries, or at once when the other side forbids it.
     """
-    branch = _act(folder, "rev-parse", "--abbrev-ref", "HEAD").strip()
-    if branch == "HEAD":
-        raise NotPushed("no branch is checked out (this is how a pull request or a tag is): the commit stays here")
-    remote = (_ask(folder, "config", "--get", f"branch.{branch}.remote") or "origin").strip()
+    remote, name = branch(folder)
     reason = ""
+    base = "HEAD"
     for attempt in range(_PUSHES):
         if attempt:
             pause(min(2.0**attempt, 20.0) * random.uniform(0.2, 0.6))  # many sessions may have ended at once
-            _rebase(folder, remote, branch)
         try:
-            _act(folder, "push", "--quiet", remote, f"HEAD:refs/heads/{branch}")
-            return _act(folder, "rev-parse", "HEAD").strip()
+            own = _commit(folder, base, files, removed, message)
+            if base == "HEAD":
+                _act(folder, "update-ref", "-m", "castore", f"refs/heads/{name}", own)
+            _act(folder, *_QUIET, "push", "--quiet", remote, f"{own}:refs/heads/{name}", network=True)
+            return own
         except NotPushed as error:
             reason = error.reason
-            forbidden = "[remote rejected]" in reason and "lock" not in reason
-            if forbidden or "denied" in reason or "Authentication failed" in reason:
+            if any(word in reason for word in ("[remote rejected]", "denied", "Authentication failed")) and (
+                "lock" not in reason
+            ):
                 raise
+        try:
+            _act(folder, *_QUIET, "fetch", "--quiet", remote, f"refs/heads/{name}", network=True)
+            base = _act(folder, "rev-parse", "FETCH_HEAD").strip()
+        except NotPushed:
+            continue  # the next push tells what is wrong
     raise NotPushed(f"{reason} ({_PUSHES} tries)")
 
 
-def _rebase(folder: Path, remote: str, branch: str) -> None:
-    try:
-        _act(folder, "fetch", "--quiet", remote, f"refs/heads/{branch}")
-    except NotPushed:
-        return  # the next push tells what is wrong
-    try:
-        _act(folder, *_identity(folder), "rebase", "--quiet", "--autostash", "FETCH_HEAD")
-    except NotPushed as error:
-        _ask(folder, "rebase", "--abort")
-        raise NotPushed(f"what others pushed to {branch} can't be combined with this: {error.reason}") from error
+_QUIET = ("-c", "core.hooksPath=/dev/null")  # hooks are for the commits of people, and may not see what pushing takes
+
+
+def _commit(folder: Path, base: str, files: Sequence[str], removed: Sequence[str], message: str) -> str:
+    """A commit on top of ``base`` in which the files are; ``base`` itself when they are there already."""
+    head = _ask(folder, "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}")
+    names = sorted({path.partition("/")[0] for path in (*files, *removed)})
+    there = committed(folder, names, head) if head and names else set()
+    new, gone = [path for path in files if path not in there], [path for path in removed if path in there]
+    if not new and not gone:
+        if head is None:
+            raise NotPushed("there is nothing to commit")
+        return head
+    prefix = _act(folder, "rev-parse", "--show-prefix").removesuffix("\n")
+    given = "".join(f"{folder / path}\n" for path in new).encode()
+    blobs = _act(folder, "hash-object", "-w", "--no-filters", "--stdin-paths", given=given).split()
+    lines = [f"100644 {blob}\t{prefix}{path}\0" for blob, path in zip(blobs, new, strict=True)]
+    lines += [f"0 {'0' * len(blobs[0] if blobs else str(head))}\t{prefix}{path}\0" for path in gone]
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
+        if head:
+            _act(folder, "read-tree", head, extra=index)
+        _act(folder, "update-index", "-z", "--index-info", given="".join(lines).encode(), extra=index)
+        tree = _act(folder, "write-tree", extra=index).strip()
+    parents = ["-p", head] if head else []
+    return _act(folder, *_identity(folder), "commit-tree", tree, *parents, "-F", "-", given=message.encode()).strip()
 
 
 def _identity(folder: Path) -> list[str]:
-    if _ask(folder, "config", "--get", "user.email"):
+    if all(_ask(folder, "config", "--get", f"user.{one}") for one in ("name", "email")):
         return []
     return ["-c", f"user.name={_BOT[0]}", "-c", f"user.email={_BOT[1]}"]
 
 
-def _act(folder: Path, *arguments: str, given: bytes = b"") -> str:
-    """What git prints. NotPushed, with what it says, when it fails."""
+def _act(
+    folder: Path,
+    *arguments: str,
+    given: bytes = b"",
+    extra: Mapping[str, str] | None = None,
+    network: bool = False,
+) -> str:
+    """What git prints. NotPushed, with what it says, when it fails. Only the ``network`` needs to know passwords."""
     what = next(one for one in arguments if one[0] != "-" and "=" not in one)
     try:
-        done = _run(folder, arguments, given=given, seconds=_LONG_SECONDS, looking=False)
+        done = _run(
+            folder, arguments, given=given, seconds=_LONG_SECONDS, looking=False, extra=extra or {}, secrets=network
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotPushed(f"git {what}: {type(error).__name__}") from error
     if done.returncode:
@@ -306,7 +372,29 @@ def _act(folder: Path, *arguments: str, given: bytes = b"") -> str:
     return os.fsdecode(done.stdout)
 
 
-_ADDRESS = re.compile(r"://[^\s/@]*@")  # an address may have a password in it
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the settings for git in it that send a header, which is how a token is handed to it."""
+    kept = {name: value for name, value in environment.items() if not name.startswith(_SETTINGS)}
+    numbers = range(int(environment.get("GIT_CONFIG_COUNT") or 0))
+    pairs = [
+        (environment.get(f"GIT_CONFIG_KEY_{i}", ""), environment.get(f"GIT_CONFIG_VALUE_{i}", "")) for i in numbers
+    ]
+    pairs = [pair for pair in pairs if not pair[0].lower().endswith("extraheader")]
+    for i, (key, value) in enumerate(pairs):
+        kept |= {f"GIT_CONFIG_KEY_{i}": key, f"GIT_CONFIG_VALUE_{i}": value}
+    return kept | ({"GIT_CONFIG_COUNT": str(len(pairs))} if pairs else {})
+
+
+_SETTINGS = ("GIT_CONFIG_COUNT", "GIT_CONFIG_KEY_", "GIT_CONFIG_VALUE_")
+
+
+def problem(path: Path) -> str:
+    """Why git doesn't take ``path`` for a part of a work tree; empty when it does."""
+    try:
+        done = _run(path, ["rev-parse", "--show-toplevel"], seconds=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"git can't be run: {type(error).__name__}"
+    return "" if done.returncode == 0 else printable(" ".join(os.fsdecode(done.stderr).split()))[:500]
 
 
 # -- what a person may want to know ----------------------------------------------------------------------------------

@@ -80,4 +80,5 @@ def furthest(entries: Sequence[Entry], own: ObjectId, config: Mapping[str, Any])
         if entry.manifest.parent in reached and entry.manifest.config == config:
             reached.add(entry.id)
             found.append(entry)
-    return max(found, key=lambda entry: entry.manifest.step, default=None)
+    # of several at the same step the newest: its data is the likeliest to be there
+    return max(found, key=lambda entry: (entry.manifest.step, entry.manifest.created), default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from castore import bundle, checkpoint, fs, index, remotes
 from castore.bundle import Layout
 from castore.errors import CorruptionError, CorruptObject, ObjectMissing
 from castore.ids import ObjectId
-from castore.objects import MAX_STORED
 from castore.quality import Entry
 from castore.remotes.actions import Actions
 from castore.repo import Repo
 from castore.store import LocalStore
 
 _AT_ONCE = 8  # a request waits for the network, not for a processor
+_IN_MEMORY = 128 << 20
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and the bytes in all."""
@@ -56,7 +57,9 @@ def pull(repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress) -> 
 
 def _fetch_all(repo: Repo, lost: Mapping[ObjectId, int], progress: Progress) -> None:
     done, total = 0, sum(lost.values())
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="castore-fetch") as pool:
+    # each thread holds a frame and what it decodes to
+    at_once = max(1, min(_AT_ONCE, _IN_MEMORY // (2 * max(lost.values(), default=1))))
+    with ThreadPoolExecutor(at_once, thread_name_prefix="castore-fetch") as pool:
         futures = {own: pool.submit(remotes.fetch, repo.store, repo.remotes, own) for own in lost}
         try:
             for own, future in futures.items():
@@ -100,7 +103,7 @@ def plan(repo: Repo, remote: Actions, kept: Sequence[tuple[Entry, Sequence[str]]
     order: list[list[ObjectId]] = []
     left_out = []
     for entry, parts in kept:
-        local = [name for name in parts if not _is_remote(remote, entry, name)]
+        local = [name for name in parts if not _is_remote(repo, remote, entry, name)]
         local = [name for name in local if repo.store.has(entry.manifest.parts[name].index)]
         try:
             found = {name: _objects(repo.store, entry.manifest.parts[name].index) for name in local}
@@ -121,10 +124,18 @@ def plan(repo: Repo, remote: Actions, kept: Sequence[tuple[Entry, Sequence[str]]
     return Handover(tuple(bundle.in_order(order, wanted)), needs, tuple(left_out))
 
 
-def _is_remote(remote: Actions, entry: Entry, part: str) -> bool:
-    """Whether all that the records name for a part is there."""
+def _is_remote(repo: Repo, remote: Actions, entry: Entry, part: str) -> bool:
+    """Whether the bundles that some record names for a part hold all of it, as far as this can be told from here."""
     own = entry.manifest.parts[part].index
-    return any(all(remote.holds(one) for one in record.parts[own]) for record in remote.records if own in record.parts)
+    needed = {own}
+    if repo.store.has(own):
+        with contextlib.suppress(CorruptionError):  # the bundles may have a good one
+            needed |= {chunk.id for chunk in index.decode_chunks(repo.store.read(own, mend=False))}
+    return any(
+        needed <= {one for bundle_id in record.parts[own] for one in remote.holds(bundle_id)}
+        for record in remote.records
+        if own in record.parts
+    )
 
 
 def _objects(store: LocalStore, own: ObjectId) -> dict[ObjectId, int]:
@@ -167,10 +178,13 @@ def reader(store: LocalStore, layout: Layout) -> Callable[[int, int], bytes]:
                 data += layout.tail[at - end : stop - end]
                 break
             first, own = pieces[bisect.bisect_right(starts, at) - 1]
-            content = bundle.HEADER if own is None else fs.read(store.path(own), MAX_STORED)
-            if own is not None and len(content) != layout.places[own].length:
-                raise ObjectMissing(own)  # replaced meanwhile by one that is encoded differently
-            data += content[at - first : stop - first]
+            if own is None:
+                data += bundle.HEADER[at - first : stop - first]
+            else:
+                length = layout.places[own].length
+                if store.stored_size(own) != length:
+                    raise ObjectMissing(own)  # replaced meanwhile by one that is encoded differently
+                data += fs.read_range(store.path(own), at - first, min(length, stop - first))
             at = start + len(data)
         return bytes(data)
 

@@ -120,6 +120,9 @@ def test_a_record_comes_back() -> None:
         {"objects": 1 << 21, "bytes": 1 << 40},
         {"parts": {"x": [a(1)]}},
         {"parts": {a(1): ["../x"]}},
+        {"parts": {a(1): []}},
+        {"created": "2026-13-99T99:99:99.000000Z"},
+        {"ref": "a\nb"},
         {"version": 0},
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import actions_service
+import msgspec
 import pytest
 from actions_service import Service as Cache
 from builders import parts as plain_parts
@@ -18,7 +19,7 @@ from project import Project
 
 import castore
 from castore import Repo, ci
-from castore.errors import NotPushed, UploadRefused, UsageError
+from castore.errors import NotPushed, RemoteUnavailable, UploadRefused, UsageError
 from castore.remotes import actions
 from castore.remotes.actions import Service
 
@@ -97,13 +98,14 @@ class Machine(Project):
 
     def restore(self, want: str = "best", allow_fresh: bool = False) -> ci.Restored:
         repo = self.repo
-        remote = ci.connect(repo, Service.of_job(self.job))
+        remote, _ = ci.connect(repo, Service.of_job(self.job))
         return ci.restore(repo, remote, want, allow_fresh=allow_fresh, progress=nothing)
 
     def save(self, **options: Any) -> ci.HandedOn:
         repo = self.repo
-        remote = ci.connect(repo, Service.of_job(self.job))
-        return ci.save(repo, remote, **({"commit": True, "progress": nothing, "pause": lambda _: None} | options))
+        remote, _ = ci.connect(repo, Service.of_job(self.job))
+        usual = {"commit": True, "ref": self.job["GITHUB_REF"], "progress": nothing, "pause": lambda _: None}
+        return ci.save(repo, remote, **(usual | options))
 
     def checkpoint(
         self, step: int, loss: float, *, seed: int | None = None, parent: str | None = None
@@ -207,15 +209,21 @@ def test_outside_of_actions_it_says_so_and_changes_nothing(world: World) -> None
 @pytest.mark.usefixtures("one")
 def test_the_token_is_shown_nowhere_and_no_other_program_sees_it(world: World) -> None:
     machine = world.machine()
-    hook = machine.root / ".git" / "hooks" / "pre-commit"
-    hook.write_text("#!/bin/sh\nenv > .git/seen\n")
-    hook.chmod(0o755)
+    for name in ("pre-commit", "pre-push", "reference-transaction", "post-index-change"):
+        hook = machine.root / ".git" / "hooks" / name
+        hook.write_text("#!/bin/sh\nenv >> .git/seen\n")
+        hook.chmod(0o755)
     token = machine.job["ACTIONS_RUNTIME_TOKEN"]
+    key = "http.https://github.com/.extraheader"
+    machine.environment |= {"GIT_CONFIG_COUNT": "2", "GIT_CONFIG_KEY_0": key, "GIT_CONFIG_VALUE_0": "basic hunter2"}
+    machine.environment |= {"GIT_CONFIG_KEY_1": "user.name", "GIT_CONFIG_VALUE_1": "somebody"}
     said = machine.run("ci", "restore") + machine.run("ci", "save", "--json")
     machine.checkpoint(20, 2.0)
     said += machine.run("ci", "save", "--commit")
     seen = (machine.root / ".git" / "seen").read_text()
     assert "GITHUB_ACTIONS" in seen
+    assert "hunter2" not in seen
+    assert machine.git("log", "-1", "--format=%an") == "somebody\n"
     world.cache.fault("CreateCacheEntry", actions_service.answer(400))
     machine.checkpoint(30, 1.0)
     said += machine.run("ci", "save", code=1)
@@ -278,8 +286,7 @@ def test_the_best_that_can_be_had_is_taken_and_the_better_one_told(
 ) -> None:
     machine = world.machine()
     better = machine.checkpoint(20, 2.0)
-    record = machine.save().record
-    assert record is not None
+    (record,) = machine.save().records
     harm(world.cache, record.key)
     other = world.machine()
     found = other.restore()
@@ -337,8 +344,7 @@ def test_where_sessions_from_the_best_have_led_is_fetched_too(world: World, one:
     found = other.restore()
     assert found.match is not None
     assert found.match.id == one.id
-    assert found.further is not None
-    assert found.further.id == worse.id
+    assert [entry.id for entry in found.further] == [worse.id]
     assert other.repo.load(worse.id)
     assert "was trained to step 20 before" in ci.restored_markdown(found)
 
@@ -378,7 +384,7 @@ def test_hostile_text_in_the_summary_is_text(one: castore.Saved) -> None:
     found = ci.Restored(
         resolution=castore.Resolution("best", None, (rejected,)),
         match=None,
-        further=None,
+        further=(),
         fresh="**a**",
         traffic=ci.Traffic(uploaded=0, downloaded=0, requests=0),
     )
@@ -395,14 +401,14 @@ def test_a_session_uploads_what_it_made_and_no_more(world: World, one: castore.S
     machine.restore()
     saved = machine.checkpoint(20, 2.0, parent=one.id)
     found = machine.save()
-    assert found.record is not None
+    assert found.records
     stored = sum(part.stored_bytes for part in saved.manifest.parts.values())
     assert found.traffic.uploaded < 1.1 * stored
     assert found.session is not None
     assert (found.session.start_step, found.session.final_step, found.session.start_loss) == (10, 20, 3.0)
     again = machine.save()
-    assert again.record is None
-    assert again.staged == ()
+    assert again.records == ()
+    assert again.files == ()
     assert again.traffic.uploaded == 0
 
 
@@ -413,7 +419,7 @@ def test_what_others_hold_is_relied_on(world: World, one: castore.Saved) -> None
     state = parts(10) | {"trainer": parts(11)["trainer"] | {"epoch": 3}}
     saved = machine.repo.save(state, run="a", step=20, metrics={"val_loss": 2.0}, parent=one.id)
     found = machine.save()
-    assert found.record is not None
+    assert found.records
     assert found.traffic.uploaded < 0.5 * sum(part.stored_bytes for part in saved.manifest.parts.values())
     other = world.machine()
     match = other.restore().match
@@ -430,7 +436,7 @@ def test_a_checkpoint_of_which_all_is_there_needs_a_record_alone(world: World) -
     mixed = {"model": state["model"], "optimizer": state["optimizer"], "other": state["trainer"]}
     saved = machine.repo.save(mixed, run="b", step=20, metrics={"val_loss": 2.0})
     found = machine.save()
-    assert found.record is None or found.traffic.uploaded < 20_000
+    assert found.records == () or found.traffic.uploaded < 20_000
     match = world.machine().restore().match
     assert match is not None
     assert match.id == saved.id
@@ -441,7 +447,7 @@ def test_what_was_evicted_and_is_here_is_uploaded_again(world: World) -> None:
     machine = world.machine()
     machine.restore()
     world.cache.evict(world.cache.entries()[0].key)
-    assert machine.save().record is not None
+    assert machine.save().records
     assert world.machine().restore().match is not None
 
 
@@ -515,6 +521,8 @@ def test_records_of_what_is_long_gone_are_removed(world: World) -> None:
     assert len(list((machine.root / ".castore" / "bundles").iterdir())) == 1
     machine.save(now=now + timedelta(days=13))
     assert len(list((machine.root / ".castore" / "bundles").iterdir())) == 2
+    machine.save(now=now + timedelta(days=15), ref="refs/heads/other")
+    assert len(list((world.machine().root / ".castore" / "bundles").iterdir())) == 2
     machine.save(now=now + timedelta(days=15))
     other = world.machine()
     (path,) = (other.root / ".castore" / "bundles").iterdir()
@@ -566,16 +574,20 @@ def test_only_what_is_castores_is_committed(world: World) -> None:
     (machine.root / "texts" / "0.txt").write_text("changed")
     (machine.root / "mine.txt").write_text("mine")
     machine.git("add", "mine.txt")
-    machine.checkpoint(10, 3.0)
+    before = machine.git("rev-parse", "HEAD").strip()
+    first = machine.checkpoint(10, 3.0)
     other = world.machine()
-    other.checkpoint(10, 2.0)
+    second = other.checkpoint(10, 2.0)
     other.save()
-    found = machine.save()  # has to rebase, with work under way
+    found = machine.save()  # others were faster, and there is work under way
     assert found.commit
-    names = machine.git("show", "--name-only", "--format=", "HEAD").split()
-    assert names
+    names = subprocess.run(
+        ["git", "-C", str(world.origin), "diff", "--name-only", f"{before}..main"], capture_output=True, text=True
+    ).stdout.split()
+    assert len(names) == 4
     assert all(name.startswith((".castore/manifests/", ".castore/bundles/")) for name in names)
     assert machine.git("status", "--porcelain").split("\n")[:2] == ["A  mine.txt", " M texts/0.txt"]
+    assert {entry.id for entry in world.machine().repo.checkpoints()} == {first.id, second.id}
 
 
 def test_a_push_that_is_forbidden_fails_honestly(world: World) -> None:
@@ -600,21 +612,24 @@ def test_a_push_that_never_gets_through_ends(world: World) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_without_a_branch_the_commit_stays_here(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_branch_nothing_is_uploaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
     machine = world.machine()
     machine.git("checkout", "-q", "--detach")
     machine.checkpoint(10, 3.0)
     with pytest.raises(NotPushed, match="no branch is checked out"):
         machine.save()
+    assert world.cache.entries() == []
+    machine.git("checkout", "-q", "main")
+    machine.save()
     assert machine.git("log", "-1", "--format=%an %s").startswith("github-actions[bot] castore: a at step 10")
 
 
 def test_without_git_nothing_is_uploaded(tmp_path: Path, cache: Cache) -> None:
     repo = Repo.init(tmp_path)
     repo.save(parts(1), run="a", step=1)
-    remote = ci.connect(repo, Service.of_job(cache.environment()))
-    with pytest.raises(UsageError, match="no git work tree"):
+    remote, _ = ci.connect(repo, Service.of_job(cache.environment()))
+    with pytest.raises(UsageError, match="not a git repository"):
         ci.save(repo, remote, progress=nothing)
     assert cache.entries() == []
 
@@ -625,3 +640,172 @@ def test_prepared_data_stays_here(world: World) -> None:
     machine.checkpoint(10, 3.0)
     machine.save()
     assert [path.name for path in (world.machine().root / ".castore" / "manifests").iterdir() if path.is_dir()] == ["a"]
+
+
+def test_what_was_committed_and_not_pushed_is_pushed_by_the_next_save(world: World) -> None:
+    machine = world.machine()
+    hook = world.origin / "hooks" / "pre-receive"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    saved = machine.checkpoint(10, 3.0)
+    with pytest.raises(NotPushed):
+        machine.save()
+    hook.unlink()
+    assert machine.save().commit
+    assert [entry.id for entry in world.machine().repo.checkpoints()] == [saved.id]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        ["tag", "main"],
+        ["config", "branch.main.remote", "."],
+        ["config", "push.default", "nothing"],
+        ["config", "core.autocrlf", "true"],
+        ["config", "commit.gpgSign", "true"],
+        ["config", "--unset", "branch.main.remote"],
+        ["remote", "rename", "origin", "elsewhere"],
+    ],
+    ids=" ".join,
+)
+def test_odd_settings_of_git_change_nothing(world: World, odd: list[str]) -> None:
+    machine = world.machine()
+    machine.git(*odd)
+    saved = machine.checkpoint(10, 3.0)
+    machine.save()
+    match = world.machine().restore().match
+    assert match is not None
+    assert match.id == saved.id
+
+
+def test_manifests_that_git_ignores_are_committed_all_the_same(world: World) -> None:
+    machine = world.machine()
+    (machine.root / ".gitignore").write_text("*.json\n.castore/\n")
+    machine.checkpoint(10, 3.0)
+    assert len(machine.save().files) == 2
+    assert world.machine().restore().match is not None
+    machine.checkpoint(20, 2.0)
+    machine.save(commit=False)
+    assert machine.git("diff", "--cached", "--name-only").count(".castore/") == 2
+
+
+def test_pins_are_committed_too(world: World, one: castore.Saved) -> None:
+    machine = world.machine()
+    machine.repo.catalog.pin(one.id)
+    machine.save()
+    assert world.machine().repo.catalog.pins() == {one.id}
+
+
+def broken_here(machine: Machine) -> None:
+    (machine.root / ".castore" / "manifests" / "a" / "000000001-000000000000.json").write_text("{}")
+
+
+def broken_on_another_branch(machine: Machine) -> None:
+    broken_here(machine)
+    machine.git("checkout", "-q", "-b", "other")
+    machine.git("add", ".castore/manifests/a/000000001-000000000000.json")
+    machine.git("commit", "-qm", "hostile")
+    machine.git("checkout", "-q", "main")
+
+
+def damaged_index(machine: Machine) -> None:
+    repo = machine.repo
+    (entry,) = [one for one in repo.checkpoints() if one.manifest.step == 10]
+    path = repo.store.path(entry.manifest.parts["model"].index)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+@pytest.mark.parametrize("harm", [broken_here, broken_on_another_branch, damaged_index])
+@pytest.mark.usefixtures("one")
+def test_a_session_is_handed_on_when_garbage_can_not_be_collected(world: World, harm: Any) -> None:
+    machine = world.machine()
+    machine.restore()
+    harm(machine)
+    saved = machine.checkpoint(20, 2.0)
+    out = machine.run("ci", "save", "--commit")
+    assert "WARNING no garbage was collected" in out
+    assert "No garbage was collected" in machine.summary.read_text()
+    found = world.machine().restore()
+    assert found.match is not None
+    assert found.match.id == saved.id
+
+
+def test_more_parts_than_a_record_takes_are_in_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("castore.bundle.PARTS_OF_A_RECORD", 2)
+    machine = world.machine()
+    saved = machine.checkpoint(10, 3.0)
+    assert len(machine.save().records) == 2
+    assert world.machine().restore().match is not None
+    assert saved.id
+
+
+def test_a_record_that_promises_too_much_does_not_keep_a_checkpoint_from_going_up(
+    world: World, one: castore.Saved
+) -> None:
+    machine = world.machine()
+    repo = machine.repo
+    (record,), _ = repo.catalog.records()
+    saved = machine.checkpoint(20, 2.0)
+    wrong = {part.index: [record.bundle] for part in saved.manifest.parts.values()}
+    repo.catalog.add_record(msgspec.structs.replace(record, parts=wrong))
+    assert machine.save().records
+    match = world.machine().restore().match
+    assert match is not None
+    assert match.id == saved.id != one.id
+
+
+def test_max_size_counts_what_only_the_cache_has(world: World) -> None:
+    kept = []
+    for step in range(1, 5):
+        machine = world.machine()
+        saved = machine.checkpoint(step, 6.0 - step)
+        stored = sum(part.stored_bytes for part in saved.manifest.parts.values())
+        found = machine.save(policy=replace(machine.repo.config.policy, keep_optimizer=9, max_size=int(2.5 * stored)))
+        assert found.plan is not None
+        kept.append(sum(bool(one.parts) for one in found.plan.decisions))
+    assert kept == [1, 2, 2, 2]
+
+
+def test_a_cache_that_can_not_be_asked_is_not_one_that_lost_everything(
+    world: World, one: castore.Saved, pauses: list[float]
+) -> None:
+    world.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(503), times=1000)
+    for allow_fresh in (False, True):
+        with pytest.raises(RemoteUnavailable, match=r"503; so it can't be told"):
+            world.machine().restore(allow_fresh=allow_fresh)
+    assert pauses
+    assert world.machine().restore("none").fresh
+    assert one.id
+
+
+def test_records_that_are_none_are_told(world: World, one: castore.Saved) -> None:
+    machine = world.machine()
+    (path,) = (machine.root / ".castore" / "bundles").iterdir()
+    path.write_text(path.read_text() + "\n")
+    process = machine.start("ci", "restore")
+    _, said = process.communicate()
+    assert process.returncode == 4
+    assert f"{path.name}: not a valid record of a bundle" in said
+    assert one.id[:12] in said
+
+
+def test_where_other_settings_have_led_is_fetched_too(world: World, one: castore.Saved) -> None:
+    machine = world.machine()
+    machine.restore()
+    state = parts(20)
+    worse = machine.repo.save(
+        state, run="a", step=20, metrics={"val_loss": 9.0}, parent=one.id, config={"learning_rate": 5.0}
+    )
+    machine.save()
+    assert [entry.id for entry in world.machine().restore().further] == [worse.id]
+
+
+@pytest.mark.parametrize("name", ["x\n::add-mask::o\n", "x\n  ::stop-commands::o"])
+def test_a_name_cannot_give_orders_to_the_runner(world: World, name: str) -> None:
+    machine = world.machine()
+    folder = machine.root / ".castore" / "manifests" / name
+    folder.mkdir()
+    (folder / "foo.json").write_text("{}")
+    for command in ("restore", "save"):
+        out, err = machine.start("ci", command).communicate()
+        assert not any(line.strip().startswith("::") for line in (out + err + machine.summary.read_text()).splitlines())

@@ -10,6 +10,8 @@ import base64
 import hashlib
 import json
 import random
+import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import proxy_bypass
 from xml.sax.saxutils import escape
 
 import urllib3
@@ -37,6 +40,8 @@ _LONGEST_PAUSE = 60.0
 _MOST_ANSWER = 1 << 20
 _MOST_ATTEMPTS = 5  # at one key: each failed upload leaves one reserved
 _TIMEOUT = urllib3.Timeout(connect=10, read=60)
+_SLOWEST = 60.0  # seconds for any answer, and beside that
+_LEAST_SPEED = 50_000  # bytes a second
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _EXPIRED = frozenset({401, 403})
 # a namespace: entries of another version are invisible, so what else a workflow caches can't be taken for a bundle
@@ -53,14 +58,16 @@ class Service:
     Nothing that it raises or says has the job's token in it, or the signature of an address.
     """
 
-    def __init__(self, url: str, token: str, mode: str = "") -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+    def __init__(self, url: str, token: str, mode: str = "", proxy: str = "") -> None:
+        if not _is_address(url, "https") and not _is_address(url, "http", _LOCAL):
             raise NotInActions("ACTIONS_RESULTS_URL is not an https address: the token isn't sent there")
+        if not token.isascii() or not token.isprintable() or " " in token:
+            raise NotInActions("ACTIONS_RUNTIME_TOKEN is not a token: something changed it")
         self._url = urljoin(url, "/twirp/github.actions.results.api.v1.CacheService/")
         self._token = token
         self._mode = mode.strip().lower()
         self._pool = urllib3.PoolManager(maxsize=_READERS, retries=False)
+        self._proxy = urllib3.ProxyManager(proxy, maxsize=_READERS, retries=False) if proxy else None
         self.uploaded = 0
         self.downloaded = 0
         self.requests = 0
@@ -80,7 +87,8 @@ class Service:
                 "this step has no access to the cache: GitHub gives it to actions alone, not to `run:` steps. Write "
                 "`uses: OWNER/castore@v1` with `mode: restore` or `mode: save`"
             )
-        return cls(url, token, environment.get("ACTIONS_CACHE_MODE", ""))
+        proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY") or ""
+        return cls(url, token, environment.get("ACTIONS_CACHE_MODE", ""), proxy)
 
     @property
     def unreadable(self) -> str:
@@ -142,11 +150,11 @@ class Service:
 
         def put(target: str, data: bytes, headers: Mapping[str, str]) -> bool:
             nonlocal done
-            status, answer = self._send("PUT", target, body=data, headers=headers, limit=_MOST_ANSWER)
+            status, _ = self._send("PUT", target, body=data, headers=headers, limit=_MOST_ANSWER)
             if status in _EXPIRED:
                 return False
             if status not in (200, 201):
-                raise self._unavailable(status, {"msg": answer[:200].decode(errors="replace")})
+                raise RemoteUnavailable(NAME, f"HTTP {status} to the upload")
             with self._counting:
                 self.uploaded += len(data)
                 done += len(data)
@@ -171,6 +179,10 @@ class Service:
         return put(f"{url}&comp=blocklist", listing, {"Content-Type": "application/xml"})
 
     # -- requests ----------------------------------------------------------------------------------------------------
+
+    def _pool_for(self, url: str) -> urllib3.PoolManager:
+        host = urlsplit(url).hostname or ""
+        return self._pool if self._proxy is None or host in _LOCAL or proxy_bypass(host) else self._proxy
 
     def _call(self, method: str, **fields: Any) -> tuple[int, dict[str, Any]]:
         """(status, answer) of a method of the service."""
@@ -204,13 +216,11 @@ class Service:
 
     def _message(self, text: object) -> str:
         """What the service says, fit to be shown: an answer may repeat the request."""
-        return printable(text.replace(self._token, "***"))[:200] if isinstance(text, str) else ""
+        return printable(_SIGNATURE.sub("***", text.replace(self._token, "***")))[:200] if isinstance(text, str) else ""
 
     def _signed(self, url: object) -> str:
-        parts = urlsplit(url) if isinstance(url, str) else None
-        if not parts or parts.scheme not in ("https", urlsplit(self._url).scheme) or not parts.hostname:
+        if not isinstance(url, str) or not any(_is_address(url, one) for one in ("https", urlsplit(self._url).scheme)):
             raise RemoteUnavailable(NAME, "the service gave no address that could be used")
-        assert isinstance(url, str)
         return url if "?" in url else f"{url}?"
 
     def _send(
@@ -223,7 +233,7 @@ class Service:
             try:
                 with self._counting:
                     self.requests += 1
-                response = self._pool.request(
+                response = self._pool_for(url).request(
                     method,
                     url,
                     body=body,
@@ -233,20 +243,42 @@ class Service:
                     retries=False,
                     timeout=_TIMEOUT,
                 )
-                data = b""
-                while len(data) <= limit and (more := response.read(limit + 1 - len(data), decode_content=False)):
-                    data += more  # a connection that was cut shows in the read after it
-                if len(data) > limit:
-                    response.close()  # there may be no end to it
+                data = _body(response, limit)
                 if response.status not in _AGAIN:
                     return response.status, data
                 reason = f"HTTP {response.status}"
                 pause = max(pause, _seconds(response.headers.get("Retry-After")))
-            except (urllib3.exceptions.HTTPError, OSError) as error:
+            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
                 reason = type(error).__name__  # its text has the address in it, with the signature
             if attempt + 1 < _TRIES:
                 time.sleep(min(pause, _LONGEST_PAUSE))
         raise RemoteUnavailable(NAME, f"no answer of use after {_TRIES} tries: {reason}")
+
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_SIGNATURE = re.compile(r"(?i)\b(sig|signature|se|sp|sv|skoid|sktid)=[^&\s\"']*")
+
+
+def _is_address(url: str, scheme: str, hosts: Collection[str] = ()) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == scheme and bool(parts.hostname) and (not hosts or parts.hostname in hosts)
+    except ValueError:
+        return False
+
+
+def _body(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
+    """What was answered, up to one byte beyond ``limit``; TimeoutError when it comes so slowly that it never ends."""
+    deadline = time.monotonic() + _SLOWEST + limit / _LEAST_SPEED
+    data = bytearray()
+    while len(data) <= limit and (more := response.read1(limit + 1 - len(data), decode_content=False)):
+        data += more
+        if time.monotonic() > deadline:
+            response.close()
+            raise TimeoutError("too slow")
+    if len(data) > limit:
+        response.close()  # there may be no end to it
+    return bytes(data)
 
 
 def _drain(pool: ThreadPoolExecutor, futures: Sequence[Any]) -> Iterator[Any]:
@@ -288,7 +320,7 @@ class Actions:
         self.records = tuple(records)
         self._found: dict[ObjectId, _Opened | str] = {}  # or why it can't be had
         self._bad: dict[ObjectId, str] = {}
-        self._down = service.unreadable
+        self.down = service.unreadable  # why nothing can be read, whatever there is
         self._opening = threading.Lock()
 
     def get(self, wanted: ObjectId) -> bytes | None:
@@ -302,7 +334,7 @@ class Actions:
             except CorruptBundle as error:
                 reason = f"bundle {own[:12]}: {error}"
             except RemoteUnavailable as error:
-                self._down = error.reason  # asking for the next object would take as long
+                self.down = error.reason  # asking for the next object would take as long
                 raise
         self._bad[wanted] = reason
         return None
@@ -314,15 +346,15 @@ class Actions:
         if any(not self._holding(one) and not self.bundles_of(one) for one in wanted):
             # a chunk of which no record speaks: any bundle may have it
             self._open(record.bundle for record in self.records)
-        return {one for one in wanted if self._holding(one)} if not self._down else set()
+        return {one for one in wanted if self._holding(one)} if not self.down else set()
 
     def lacks(self, wanted: ObjectId) -> str:
         """Why there is no such object, in words."""
         if wanted in self._bad:
             return self._bad[wanted]
         bundles = self.bundles_of(wanted)
-        if self._down or not bundles:
-            return self._down or "no bundle has it"
+        if self.down or not bundles:
+            return self.down or "no bundle has it"
         told = (f"bundle {own[:12]}: {found}" for own in bundles if isinstance(found := self._found.get(own), str))
         return "; ".join(told) or "no bundle has it"
 
@@ -343,7 +375,7 @@ class Actions:
 
     def missing(self) -> set[ObjectId]:
         """The bundles that were looked for and are not there."""
-        return {own for own, found in self._found.items() if isinstance(found, str)} if not self._down else set()
+        return {own for own, found in self._found.items() if isinstance(found, str)} if not self.down else set()
 
     def upload(self, layout: Layout, read: Read, progress: Progress) -> str:
         """Upload a bundle, of which ``read`` gives any range, and return the key under which a look-up found it then.
@@ -352,7 +384,7 @@ class Actions:
         else stands, is passed over. UploadRefused, RemoteUnavailable.
         """
         for attempt in range(_MOST_ATTEMPTS):
-            key = f"castore-{layout.id}{f'-{attempt}' if attempt else ''}"
+            key = f"castore-{layout.id}{f'-{secrets.token_hex(4)}' if attempt else ''}"
             url = self.service.reserve(key)
             if url is None:
                 if self._confirm(layout, key) is None:
@@ -367,7 +399,7 @@ class Actions:
                 if problem is None:
                     return key
                 raise refusal or UploadRefused(NAME, f"it was accepted, but a look-up says: {problem}")
-        raise UploadRefused(NAME, f"{_MOST_ATTEMPTS} keys for the same bytes are taken, or left by uploads that failed")
+        raise UploadRefused(NAME, f"{_MOST_ATTEMPTS} uploads of the same bytes were not taken: no signature held")
 
     def _confirm(self, layout: Layout, key: str, *, patient: bool = False) -> str | None:
         """What is wrong with the bundle under a key; None when it is the one."""
@@ -385,7 +417,7 @@ class Actions:
     def _open(self, bundles: Iterable[ObjectId]) -> None:
         with self._opening:
             new = [own for own in dict.fromkeys(bundles) if own not in self._found]
-            if not new or self._down:
+            if not new or self.down:
                 return
             with ThreadPoolExecutor(min(_READERS, len(new)), thread_name_prefix="castore-lookup") as pool:
                 found = list(_drain(pool, [pool.submit(self._find, own) for own in new]))
@@ -394,14 +426,14 @@ class Actions:
     def _find(self, own: ObjectId) -> _Opened | str:
         reason = "git has no record of it"
         for record in self.records:
-            if record.bundle == own and not self._down:
+            if record.bundle == own and not self.down:
                 try:
                     return self._look_up(record)
                 except CorruptBundle as error:
                     reason = str(error)
                 except RemoteUnavailable as error:
-                    self._down = error.reason  # asking for the next one would take as long
-        return self._down or reason
+                    self.down = error.reason  # asking for the next one would take as long
+        return self.down or reason
 
     def _look_up(self, record: Record) -> _Opened:
         """CorruptBundle when it is not there or is not what git says."""
