@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINT := build/lint
 PEERS := build/peers
+BENCH := build/bench
 
-.PHONY: train test check lint-workflows test-peers clean
+.PHONY: train test check bench bench-full lint-workflows test-peers clean
 
 train: $(READY)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
@@ -18,6 +19,18 @@ check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(BENCH)/.ready  ## castore beside its peers, small states: a few minutes
+	$(BIN)/python bench/suite.py --quick
+
+bench-full: $(BENCH)/.ready  ## the same with 1.5 GB of state, and 6 GB for memory: half an hour, 16 GB of disk
+	$(BIN)/python bench/suite.py
+
+$(BENCH)/.ready: $(READY) bench/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(PYTHON) -m venv $(BENCH)/venv
+	$(BENCH)/venv/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	@touch $@
 
 lint-workflows:  ## lint the workflows and the action: needs Node.js 20 and npm
 	$(PYTHON) -m venv $(LINT)

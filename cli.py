@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ from nanecho import config as configs
 if TYPE_CHECKING:
     from castore import checkout as checkouts
     from castore import ci, diff, files, gc, retention, stats, verify
+    from castore.curves import Curve
     from castore.remotes.actions import Actions
     from nanecho import events
 
@@ -327,6 +329,72 @@ class _Bar:
         self._progress.stop()
 
 
+@app.command(epilog="Example: castore demo --quick")
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Two seeds and three short sessions.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the curves there, .svg or .png.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what going on from the best is worth.
+
+    Trains a small model in sessions of their own processes on emptied machines, with a folder as the remote between
+    them; beside that with a fresh start every session, and without a break. It says whatever comes out, and leaves
+    nothing behind. A few minutes on two processors.
+    """
+    import tempfile
+
+    from nanecho import demo as demonstration
+
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise errors.UsageError(f"--picture {picture}: there is no such folder")
+    size = demonstration.QUICK if quick else demonstration.FULL
+    program = [sys.executable, str(Path(__file__).resolve())]
+    with tempfile.TemporaryDirectory(prefix="castore-demo-") as folder, _count("sessions") as counter:
+        for one in demonstration.run(Path(folder).resolve(), program, size, castore.processors()):
+            if isinstance(one, demonstration.Progress):
+                counter(one.done, one.total)
+            else:
+                result = one
+    names = zip(demonstration.LIVES, ("resumed", "fresh start", "never stopped"), strict=True)
+    curves = [_life_curve(name, demonstration.curve(result.of(life))) for life, name in names]
+    if picture is not None:
+        from castore import curves as drawing
+
+        drawing.picture(curves, picture, x_label="steps of compute", y_label="validation loss")
+    if as_json:
+        _print_json(result)
+        return
+    say(*demonstration.describe(result))
+    try:
+        _say_curves(curves, "steps of compute", "validation loss")
+    except errors.PackageMissing as error:
+        say(f"no curves: {error}")
+
+
+def _life_curve(name: str, points: Sequence[tuple[int, float, float]]) -> Curve:
+    from castore.curves import Curve
+
+    return Curve(
+        name, [step for step, _, _ in points], [mean for _, mean, _ in points], [half for _, _, half in points]
+    )
+
+
+@contextmanager
+def _count(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many of how many are done: a bar on a terminal, and elsewhere a line for each on standard error."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: say(f"{done} of {total} {what}", out=sys.stderr)
+        return
+    from rich import console, progress
+
+    columns = (progress.TextColumn(what), progress.BarColumn(), progress.MofNCompleteColumn())
+    with progress.Progress(*columns, progress.TimeElapsedColumn(), console=console.Console(file=sys.stderr)) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 # -- looking ---------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +403,7 @@ def log(
     run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option("-n", "--limit", min=1, help="At most so many.")] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Draw which was resumed from which.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the validation loss of each run.")] = False,
     kind: Annotated[_Kind, typer.Option(help="Prepared data and added files are listed on request.")] = "checkpoint",
     as_json: Json = False,
 ) -> None:
@@ -342,6 +411,8 @@ def log(
 
     With --graph, children stand above what they were resumed from.
     """
+    if graph + plot + as_json > 1:
+        raise errors.UsageError("--graph, --plot and --json are three ways to show the same: choose one")
     repo = castore.Repo.open()
     listing = repo.catalog.listing()
     for broken in listing.broken:
@@ -361,10 +432,42 @@ def log(
         known = {entry.id for entry in entries}
         for lines, entry in lineage.draw(entries):
             say(f"{lines} {_graph_text(repo, entry, known)}" if entry else lines)
+    elif plot:
+        _say_curves(_loss_curves(entries), "step", "validation loss")
     else:
         now = datetime.now(UTC)
         heads = ("id", "run", "step", "score", "val loss", "data", "size", "age", "tags")
         _print_table(heads, [_log_row(repo, entry, now) for entry in entries])
+
+
+def _loss_curves(entries: Sequence[Entry]) -> list[Curve]:
+    """The validation loss of each run, the one with the newest checkpoint first."""
+    from castore.curves import Curve
+
+    runs: dict[str, dict[int, float]] = {}
+    for entry in entries:
+        if "val_loss" in entry.manifest.metrics:
+            # of several at one step the newest counts
+            runs.setdefault(entry.manifest.run, {}).setdefault(entry.manifest.step, entry.manifest.metrics["val_loss"])
+    if not runs:
+        raise errors.NotFound("no checkpoint here has a validation loss")
+    return [Curve(run, sorted(points), [points[step] for step in sorted(points)]) for run, points in runs.items()]
+
+
+def _say_curves(curves: Sequence[Curve], x_label: str, y_label: str) -> None:
+    from castore import curves as drawing
+
+    terminal = shutil.get_terminal_size()
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    lines = drawing.draw(
+        curves,
+        width=max(40, min(terminal.columns, 110)),
+        height=max(12, min(terminal.lines - 4, 24)),
+        x_label=x_label,
+        y_label=y_label,
+        colour=colour,
+    )
+    print(*lines, sep="\n", flush=True)
 
 
 def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]:

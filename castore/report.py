@@ -481,11 +481,12 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield from _retention(report)
     total = report.store.total
-    shared, packed = words.size(total.saved_by_sharing), words.size(total.saved_by_compression)
-    yield (
-        f"- **Store**: {words.size(total.stored)} hold what would take {words.size(total.raw)}; "
-        f"sharing saves {shared}, compression {packed}."
-    )
+    if total.raw:
+        shared, packed = words.size(total.saved_by_sharing), words.size(total.saved_by_compression)
+        held = f"{words.size(total.stored)} hold what would take {words.size(total.raw)}"
+        yield f"- **Store**: {held}; sharing saves {shared}, compression {packed}."
+    else:
+        yield "- **Store**: none of the data is here."
 
 
 def _standing(report: Report) -> Iterator[str]:

@@ -365,7 +365,7 @@
     const drawing = chart("chart-lineage", "Lineage of checkpoints", Math.min(620, Math.max(150, 64 + rows * 34)), () => ({
       traces: [
         { ...edges(data.checkpoints.filter((one) => isShown(one) && !one.on_best_path)), line: { color: "#8d939b", width: 1.3 } },
-        { ...edges(onPath.filter(isShown)), line: { color: "#e0a100", width: big + 3 }, opacity: 0.45 },
+        { ...edges(onPath.filter(isShown)), line: { color: "#e0a100", width: data.checkpoints.length > 120 ? big + 5 : 6 }, opacity: 0.5 },
         ...shown().flatMap((group) => Object.keys(look).map((state) =>
           dots(group.points.filter((one) => one.availability === state), place, look[state](group)))),
         ...star(place),
@@ -453,7 +453,7 @@
     const bytes = (one) => Object.values(one.parts).reduce((sum, part) => sum + part.stored_bytes, 0);
     const columns = [
       { name: "Checkpoint", sort: (one) => latest.get(one), cell: (one) => [link(one.id), one.id === data.best && [" ", h("span.badge.gold", null, "best")], one.id === data.next?.id && one.id !== data.best && [" ", h("span.badge", null, "next")]] },
-      { name: "Run", css: ".phone", sort: (one) => one.run, cell: (one) => one.run },
+      { name: "Run", css: ".run.phone", sort: (one) => one.run, cell: (one) => one.run },
       { name: "Step", css: ".num", sort: (one) => one.step, cell: (one) => count(one.step) },
       { name: "Val loss", css: ".num", sort: (one) => one.metrics.val_loss ?? null, cell: (one) => number(one.metrics.val_loss) },
       { name: "Score", css: ".num.phone", sort: (one) => one.score, cell: (one) => number(one.score) },
@@ -636,7 +636,7 @@
     const gone = data.checkpoints.filter((one) => one.keep && !one.keep.length);
     const columns = [
       { name: "Checkpoint", cell: (one) => link(one.id) },
-      { name: "Run", css: ".phone", sort: (one) => one.run, cell: (one) => one.run },
+      { name: "Run", css: ".run.phone", sort: (one) => one.run, cell: (one) => one.run },
       { name: "Step", css: ".num", sort: (one) => one.step, cell: (one) => count(one.step) },
       { name: "Kept as", css: ".kept", sort: (one) => one.kept_as, cell: (one) => pill(one.kept_as) },
       { name: "Here now", css: ".phone", sort: (one) => one.availability, cell: (one) => pill(one.availability) },

@@ -1,0 +1,978 @@
+"""castore beside what one would use instead of it: speed, stored bytes, memory; medians, spreads and ratios.
+
+    python bench/suite.py --quick    # small states, some minutes on two cores
+    python bench/suite.py            # GPT-2's 1.5 GB of training state, and 6 GB for memory
+
+Every round runs each contender once, the order reversed from round to round; a ratio is the median over rounds of what
+a peer took by what castore took in the same round. The disk is synced between runs; output goes to a fresh folder
+and is removed outside of the timing. The whole process tree is held to two cores. A peer that isn't installed is left
+out, with a word on how to install it. Writes JSON and a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import blake3
+import catalog
+import peers
+import states
+import torch
+import torch.distributed.checkpoint as dcp
+import zstandard
+from states import State
+
+import castore
+import castore.torch
+from castore import codecs, ids, objects, verify
+from nanecho import config as configs
+from nanecho import events, train
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "bench"
+CHUNK = 4 << 20
+DISK_GB = {True: 4, False: 16}  # what a run needs free; what it took at most is in its output
+MEMORY_STATE = {True: 1_000_000_000, False: 6_000_000_000}
+SLOW_ROUNDS = 3
+
+Act = Callable[[], Any]
+
+
+def nothing(_: Any) -> None:
+    """For contenders that need no check and nothing done afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """``prepare`` gets a fresh empty folder and returns what is timed. ``check`` gets the result of the warm-up and
+    raises if it is wrong; ``finish`` gets every result. Neither is timed."""
+
+    name: str
+    prepare: Callable[[Path], Act]
+    check: Callable[[Any], None] = nothing
+    finish: Callable[[Any], None] = nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Samples of each contender, the first of which the others are compared with; less is better: seconds, bytes or a
+    share. ``unit`` is how they are shown; MB/s are ``size`` bytes by the sample."""
+
+    key: str
+    title: str
+    unit: str
+    samples: dict[str, list[float]]
+    size: int = 0
+
+    def shown(self, sample: float) -> float:
+        scale = {"s": 1, "ms": 1e3, "MB": 1e-6, "%": 100}
+        return self.size / 1e6 / sample if self.unit == "MB/s" else sample * scale[self.unit]
+
+    def figures(self, name: str) -> tuple[float, float, float]:
+        """Median, lowest and highest, as shown."""
+        values = [self.shown(sample) for sample in self.samples[name]]
+        return statistics.median(values), min(values), max(values)
+
+    def ratio(self, name: str) -> float:
+        """How many times as good the first is as ``name``: the median over rounds."""
+        first = next(iter(self.samples.values()))
+        return statistics.median(theirs / ours for theirs, ours in zip(self.samples[name], first, strict=True))
+
+
+@dataclass(slots=True)
+class Bench:
+    """The measurements: where they are made, how often, and what came out."""
+
+    scratch: Path
+    quick: bool
+    rows: dict[str, Row] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    disk_peak: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def rounds(self) -> int:
+        return 5 if self.quick else 7
+
+    def say(self, text: str) -> None:
+        """Show where it is, on standard error."""
+        line = f"[{time.monotonic() - self.began:4.0f} s] {text}"
+        print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
+        if not sys.stderr.isatty():
+            print(file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def compare(
+        self,
+        key: str,
+        title: str,
+        unit: str,
+        contenders: Sequence[Contender],
+        *,
+        size: int = 0,
+        rounds: int = 0,
+        warm_up: bool = True,
+    ) -> None:
+        """Time the contenders in turn, after a warm-up. A peer that fails is left out; castore, the first, may not."""
+        running = list(contenders)
+        samples: dict[str, list[float]] = {one.name: [] for one in running}
+        rounds = rounds or self.rounds
+        if not sys.stderr.isatty():
+            self.say(title)
+        for number in range(0 if warm_up else 1, rounds + 1):
+            for one in list(running if number % 2 else reversed(running)):
+                if sys.stderr.isatty():
+                    self.say(f"{title}: {f'round {number} of {rounds}' if number else 'warm-up'}, {one.name}")
+                try:
+                    seconds = self._once(one, is_warm_up=number == 0)
+                except Exception as error:
+                    if one is contenders[0]:
+                        raise
+                    self.note(f"{title}: {one.name} is left out, it failed: {type(error).__name__}: {error}")
+                    running.remove(one)
+                    del samples[one.name]
+                    continue
+                if number:
+                    samples[one.name].append(seconds)
+        self.rows[key] = Row(key, title, unit, samples, size)
+
+    def _once(self, one: Contender, *, is_warm_up: bool) -> float:
+        """Seconds of one run. The disk is synced before and after, so that none pays for another's dirty pages."""
+        folder = self.fresh()
+        try:
+            act = one.prepare(folder)
+            if any(folder.iterdir()):
+                os.sync()
+            gc.collect()
+            gc.disable()
+            began = time.perf_counter()
+            result = act()
+            seconds = time.perf_counter() - began
+            gc.enable()
+            one.finish(result)
+            if is_warm_up:
+                one.check(result)
+            self.disk_peak = max(self.disk_peak, peers.size(self.scratch))
+        finally:
+            gc.enable()
+            has_written = any(folder.iterdir())
+            shutil.rmtree(folder)
+        if has_written:
+            os.sync()
+        return seconds
+
+    def fresh(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.scratch))
+
+    def measured(self, key: str, title: str, unit: str, values: dict[str, float]) -> None:
+        """A row of what needs no repeating."""
+        self.say(title)
+        self.rows[key] = Row(key, title, unit, {name: [value] for name, value in values.items()})
+
+
+# -- saving and loading ----------------------------------------------------------------------------------------------
+
+FORMATS: tuple[peers.Format, ...] = (peers.CASTORE, peers.TORCH, peers.SAFETENSORS, peers.DCP)
+LOADERS: tuple[peers.Format, ...] = (peers.CASTORE, peers.TORCH, peers.MAPPED, peers.SAFETENSORS, peers.DCP)
+
+
+def saving(one: peers.Format, state: State, durable: bool) -> Contender:
+    def prepare(folder: Path) -> Act:
+        one.prepare(folder, durable)
+        return lambda: one.save(state, folder, durable)
+
+    return Contender(one.name + (" + fsync" if durable and one is not peers.CASTORE else ""), prepare)
+
+
+def saves(bench: Bench, key: str, label: str, state: State, *, both: bool = True) -> None:
+    size = states.nbytes(state)
+    for durable in (True, False) if both else (True,):
+        contenders = [saving(one, state, durable) for one in FORMATS]
+        how = "durable" if durable else "no fsync"
+        name = f"{key}-{'durable' if durable else 'no-fsync'}"
+        bench.compare(name, f"save, {how}, {label}", "MB/s", contenders, size=size)
+
+
+def repeated_saves(bench: Bench, label: str, state: State) -> None:
+    """Saving what is stored already, and what is for the most part."""
+    size = states.nbytes(state)
+    folder = bench.fresh()
+    repo = peers.repository(folder, durable=True)
+    repo.save(state, run="bench", step=0)
+
+    def again(_: Path) -> Act:
+        return lambda: repo.save(state, run="bench", step=0)
+
+    def reopened(_: Path) -> Act:
+        fresh = castore.Repo.open(folder)
+        return lambda: fresh.save(state, run="bench", step=0)
+
+    views = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in states.tensors(state)]
+    pieces = [view[start : start + CHUNK] for view in views for start in range(0, len(view), CHUNK)]
+
+    def hashing(_: Path) -> Act:
+        def act() -> None:
+            with ThreadPoolExecutor(peers.THREADS) as pool:
+                list(pool.map(lambda piece: blake3.blake3(piece).digest(), pieces))
+
+        return act
+
+    contenders = [
+        Contender("castore", again),
+        Contender("castore, in a new process: stored copies are verified", reopened),
+        Contender("BLAKE3 of the same bytes, two threads", hashing),
+    ]
+    bench.compare("unchanged", f"save again unchanged, durable, {label}", "MB/s", contenders, size=size)
+
+    changing = list(states.tensors(state))[50::100]  # not the embedding, a third of all
+    share = sum(tensor.nbytes for tensor in changing) / size
+
+    def changed(one: peers.Format) -> Contender:
+        def prepare(own: Path) -> Act:
+            for tensor in changing:
+                tensor.mul_(1.001)
+            if one is peers.CASTORE:
+                return lambda: repo.save(state, run="bench", step=1)
+            return lambda: one.save(state, own, True)
+
+        return Contender(one.name + ("" if one is peers.CASTORE else " + fsync"), prepare)
+
+    title = f"save after 1 % of the tensors changed ({share:.1%} of the bytes), durable, {label}"
+    bench.compare("changed", title, "MB/s", [changed(one) for one in FORMATS], size=size)
+    shutil.rmtree(folder)
+
+
+def keep(bench: Bench, state: State) -> dict[str, Path]:
+    """The state saved once in each format: what is loaded."""
+    kept = {}
+    for one in FORMATS:
+        folder = kept[one.name] = bench.fresh()
+        one.prepare(folder, False)
+        one.save(state, folder, False)
+    kept[peers.MAPPED.name] = kept[peers.TORCH.name]
+    os.sync()
+    return kept
+
+
+def warm(folder: Path) -> None:
+    """Have the page cache hold every file."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.read(CHUNK):
+                    pass
+
+
+def chill(folder: Path) -> bool:
+    """Ask the kernel to drop the files from the page cache; whether it did, of 99 in 100."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+    held = 0
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(BlockingIOError):  # not in the page cache
+                held += os.preadv(descriptor, [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT)
+        finally:
+            os.close(descriptor)
+    return held <= len(files) / 100
+
+
+Load = Callable[[peers.Format, Path], Any]
+
+
+def loading(bench: Bench, one: peers.Format, folder: Path, load: Load, expected: Any, *, cold: bool) -> Contender:
+    def prepare(_: Path) -> Act:
+        if not cold:
+            warm(folder)
+        elif not chill(folder):
+            bench.note("cold: the kernel kept files in the page cache, so these figures are too high")
+        return lambda: load(one, folder)
+
+    def check(result: Any) -> None:
+        if not states.equal(result, expected):
+            raise ValueError("what was loaded is not what was saved")
+
+    return Contender(one.name, prepare, check)
+
+
+def loads(bench: Bench, key: str, label: str, state: State, *, everything: bool = True) -> None:
+    kept = keep(bench, state)
+    size = states.nbytes(state)
+
+    def compare(what: str, title: str, unit: str, load: Load, expected: Any, size: int, cold: bool = False) -> None:
+        contenders = [loading(bench, one, kept[one.name], load, expected, cold=cold) for one in LOADERS]
+        bench.compare(f"{key}-{what}", f"{title}, {label}", unit, contenders, size=size)
+
+    def whole(one: peers.Format, folder: Path) -> Any:
+        return one.load(folder, state)
+
+    compare("hot", "load, page cache warm", "MB/s", whole, state, size)
+    if everything:
+        compare("cold", "load, page cache dropped", "MB/s", whole, state, size, cold=True)
+        model = {"model": state["model"]}
+
+        def part(one: peers.Format, folder: Path) -> Any:
+            return one.load_part(folder, "model", state)
+
+        compare("part", "load the model alone", "MB/s", part, model, states.nbytes(model))
+        name = "h.0.mlp.c_fc.weight"
+
+        def single(one: peers.Format, folder: Path) -> Any:
+            return one.load_one(folder, "model", name, state)
+
+        if missing := peers.CASTORE.lacks("tensors"):
+            bench.note(f"load one tensor: {missing}")
+        else:
+            compare("one", "load one tensor", "ms", single, state["model"][name], state["model"][name].nbytes)
+        if missing := peers.CASTORE.lacks("into"):
+            bench.note(f"load into tensors that are there: {missing}")
+        else:
+            there = states.empty_like(state)
+            states.mapped(there, torch.Tensor.zero_)
+
+            def into(one: peers.Format, folder: Path) -> Any:
+                one.load_into(folder, there)
+                return there
+
+            compare("into", "load into tensors that are there", "MB/s", into, state, size)
+            del there
+        verifying(bench, label, kept["castore"], size)
+        stores(bench, label, kept["torch.save"] / "state.pt", state)
+    for folder in set(kept.values()):
+        shutil.rmtree(folder)
+
+
+def verifying(bench: Bench, label: str, folder: Path, size: int) -> None:
+    repo = castore.Repo.open(folder)
+    own = repo.checkpoints()[0].id
+
+    def act() -> None:
+        if findings := list(verify.verify(repo, [own], repair=False, progress=None)):
+            raise ValueError(f"verify found {findings}")
+
+    contenders = [
+        Contender("castore verify", lambda _: act),
+        Contender("castore load", lambda _: lambda: repo.load(own)),
+    ]
+    bench.compare("verify", f"verify, page cache warm, {label}", "MB/s", contenders, size=size)
+
+
+def stores(bench: Bench, label: str, file: Path, state: State) -> None:
+    """One file, stored by programs; castore both from the file and, as it is meant, from the state."""
+    contenders = [Contender("castore, the state", saving(peers.CASTORE, state, True).prepare)]
+    contenders += [storing(tool, [file]) for tool in (peers.CASTORE_ADD, *peers.TOOLS) if tool.path]
+    size = states.nbytes(state)
+    title = f"store once, {label}; programs get torch.save's file"
+    bench.compare("store", title, "MB/s", contenders, size=size, rounds=SLOW_ROUNDS, warm_up=not bench.quick)
+
+
+def storing(tool: peers.Tool, files: Sequence[Path], sizes: dict[str, float] | None = None) -> Contender:
+    def prepare(folder: Path) -> Act:
+        tool.begin(folder)
+        own = [Path(shutil.copy(file, folder)) for file in files] if tool.inside else files
+
+        def act() -> Path:
+            for file in own:
+                tool.store(folder, file)
+            return folder
+
+        return act
+
+    def finish(folder: Path) -> None:
+        if sizes is not None:
+            sizes[tool.name] = tool.stored(folder)
+
+    return Contender(tool.name, prepare, finish=finish)
+
+
+# -- trained states --------------------------------------------------------------------------------------------------
+
+
+def sequence(bench: Bench, run: Sequence[states.Trained]) -> None:
+    """Nine consecutive checkpoints, one after another into the same place: time and bytes."""
+    folder = bench.fresh()
+    files = [folder / f"step-{one.step}.pt" for one in run]
+    for one, file in zip(run, files, strict=True):
+        torch.save(one.parts, file)
+    everything: dict[str, float] = {"castore": 0}
+    after: dict[str, float] = {"castore": 0}
+
+    def prepare(own: Path) -> Act:
+        repo = peers.repository(own, durable=True)
+
+        def act() -> castore.Repo:
+            for one in run:
+                repo.save(one.parts, run="bench", step=one.step, metrics=one.metrics, line=one.line)
+            return repo
+
+        return act
+
+    def finish(repo: castore.Repo) -> None:
+        everything["castore"] = peers.size(repo.root / "objects")
+        plan = castore.collect(repo, grace=timedelta())
+        after["castore"] = peers.size(repo.root / "objects")
+        parts = {one.step: one.parts for one in run}
+        after["the parts that castore kept, raw"] = sum(
+            states.nbytes(parts[decision.entry.manifest.step][part])
+            for decision in plan.decisions
+            for part in decision.parts
+        )
+
+    def archive(own: Path) -> Act:
+        def act() -> None:
+            compressor = zstandard.ZstdCompressor(level=1, threads=peers.THREADS)
+            with (
+                open(own / "all.tar.zst", "wb") as out,
+                compressor.stream_writer(out) as packed,
+                tarfile.open(fileobj=packed, mode="w|") as tar,
+            ):
+                for file in files:
+                    tar.add(file, file.name)
+            everything["tar + zstd -1"] = (own / "all.tar.zst").stat().st_size
+
+        return act
+
+    contenders = [
+        Contender("castore", prepare, finish=finish),
+        *(storing(tool, files, everything) for tool in peers.TOOLS if tool.path),
+        Contender("tar + zstd -1", archive),
+    ]
+    label = f"{len(run)} trained checkpoints in a row"
+    size = sum(states.nbytes(one.parts) for one in run)
+    rounds = 1 if bench.quick else SLOW_ROUNDS
+    bench.compare("sequence-time", f"store {label}", "MB/s", contenders, size=size, rounds=rounds, warm_up=False)
+    everything["torch.save, the files"] = after["torch.save, the files"] = peers.size(folder)
+    bench.measured("sequence-all", f"bytes of {label}, everything kept", "MB", everything)
+    after |= {name: value for name, value in everything.items() if name != "castore"}
+    bench.measured("sequence-kept", f"bytes of {label}, castore after gc by its default retention", "MB", after)
+    bench.note(
+        "default retention keeps every model of these nine, and the optimizer of the newest two and the best; the "
+        "others keep all that they were given. The row with everything kept compares like with like."
+    )
+    shutil.rmtree(folder)
+
+
+def to_bfloat16(parts: Any) -> Any:
+    return states.mapped(parts, lambda tensor: tensor.to(torch.bfloat16) if tensor.dim() else tensor)
+
+
+def compression(bench: Bench, newest: states.Trained) -> None:
+    """One trained checkpoint: bytes, and encoding and decoding on one core."""
+    for name, parts in (("fp32", newest.parts), ("bf16", to_bfloat16(newest.parts))):
+        distinct = {id(tensor): tensor for tensor in states.tensors(parts) if tensor.dim()}  # tied ones once
+        blob = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in distinct.values())
+        width = 4 if name == "fp32" else 2
+        dtype = "float32" if name == "fp32" else "bfloat16"
+        folder = bench.fresh()
+        repo = peers.repository(folder, durable=False)
+        repo.save(parts, run="bench", step=1)
+        values: dict[str, float] = {"castore, index included": peers.size(repo.root / "objects")}
+        if peers.has_zipnn():
+            values |= {
+                f"ZipNN, {label}": sum(len(zipnn(dtype).compress(bytearray(piece))) for piece in cut(blob, length))
+                for label, length in ZIPNN_PIECES.items()
+            }
+        else:
+            bench.note("ZipNN is left out: pip install -c constraints.txt zipnn")
+        values["zstd -1"] = len(zstandard.ZstdCompressor(level=1).compress(blob))
+        values["raw"] = len(blob)
+        shutil.rmtree(folder)
+        bench.measured(f"bytes-{name}", f"bytes of one trained checkpoint, {name}", "MB", values)
+        encoding(bench, name, blob, width, dtype)
+
+
+ZIPNN_PIECES = {"4 MiB pieces": CHUNK, "in one piece": 1 << 40}
+
+
+def cut(blob: bytes, length: int) -> list[bytes]:
+    return [blob[start : start + length] for start in range(0, len(blob), length)]
+
+
+@functools.cache
+def zipnn(dtype: str) -> Any:
+    from zipnn import ZipNN
+
+    return ZipNN(input_format="byte", bytearray_dtype=dtype, threads=1)
+
+
+def encoding(bench: Bench, name: str, blob: bytes, width: int, dtype: str) -> None:
+    pieces = cut(blob, CHUNK)
+
+    # what comes out is dropped at once, as a save drops what it has written
+    def encode(_: Path) -> Act:
+        return lambda: drop(objects.encode(piece, width) for piece in pieces)
+
+    def hash_and_encode(_: Path) -> Act:
+        return lambda: drop((ids.object_id(piece), objects.encode(piece, width)) for piece in pieces)
+
+    def compress(length: int, _: Path) -> Act:
+        fresh = [bytearray(piece) for piece in cut(blob, length)]  # ZipNN shuffles its input in place
+        return lambda: drop(zipnn(dtype).compress(piece) for piece in fresh)
+
+    ours = [Contender("castore", encode), Contender("castore, BLAKE3 included", hash_and_encode)]
+    zipnns = ZIPNN_PIECES.items() if peers.has_zipnn() else ()
+    theirs = [Contender(f"ZipNN, {label}", functools.partial(compress, length)) for label, length in zipnns]
+    title = f"on one core, trained checkpoint, {name}"
+    bench.compare(f"encode-{name}", f"encode {title}", "MB/s", ours + theirs, size=len(blob))
+
+    frames = [(ids.object_id(piece), b"".join(objects.encode(piece, width))) for piece in pieces]
+    outs = [memoryview(bytearray(len(piece))) for piece in pieces]
+
+    def decode() -> None:
+        for (own, frame), out in zip(frames, outs, strict=True):
+            objects.decode_into(own, memoryview(frame), out)
+
+    def decode_alone() -> None:
+        for (_, frame), out in zip(frames, outs, strict=True):
+            codecs.decode(frame[5], memoryview(frame)[objects.HEADER_BYTES :], out)
+
+    def decompress(length: int, _: Path) -> Act:
+        packed = [zipnn(dtype).compress(bytearray(piece)) for piece in cut(blob, length)]
+        if b"".join(map(zipnn(dtype).decompress, packed)) != blob:
+            raise ValueError("what was decoded is not what was encoded")
+        return lambda: drop(map(zipnn(dtype).decompress, packed))
+
+    ours = [
+        Contender("castore, verified by BLAKE3", lambda _: decode),
+        Contender("castore, not verified", lambda _: decode_alone),
+    ]
+    theirs = [Contender(f"ZipNN, {label}", functools.partial(decompress, length)) for label, length in zipnns]
+    bench.compare(f"decode-{name}", f"decode {title}", "MB/s", ours + theirs, size=len(blob))
+
+
+def drop(results: Iterable[Any]) -> None:
+    for _ in results:
+        pass
+
+
+# -- memory, stalls and start-up -------------------------------------------------------------------------------------
+
+
+def memory(bench: Bench) -> None:
+    size = MEMORY_STATE[bench.quick]
+    if available() < 1.3 * size + 1e9:
+        bench.note(f"memory: left out, {size / 1e9:g} GB of state need more than there is")
+        return
+    used: dict[str, dict[str, float]] = {"save": {}, "load": {}}
+    for one in FORMATS[:2] if bench.quick else FORMATS:
+        folder = bench.fresh()
+        one.prepare(folder, True)
+        for action, found in used.items():
+            bench.say(f"memory of {one.name}'s {action} of {size / 1e9:g} GB")
+            command = [sys.executable, str(ROOT / "bench" / "memory.py"), action, one.name, str(folder), str(size)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                if one is peers.CASTORE:
+                    raise RuntimeError(done.stderr[-2000:])
+                bench.note(f"memory of {one.name}'s {action} is left out, it failed: {done.stderr.strip()[-200:]}")
+                break
+            found[one.name] = float(done.stdout)
+            bench.disk_peak = max(bench.disk_peak, peers.size(bench.scratch))
+        shutil.rmtree(folder)
+        os.sync()
+    bench.note(
+        "peak memory counts pages of a mapped file, as safetensors' load has them, though the kernel can drop them"
+    )
+    for action, found in used.items():
+        bench.measured(f"memory-{action}", f"peak memory beside a state of {size / 1e9:g} GB, {action}", "MB", found)
+
+
+def available() -> int:
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+
+
+def stall(bench: Bench, label: str, state: State) -> None:
+    """How long training stands still for a save that goes on in the background."""
+    if not hasattr(castore.torch, "AsyncSaver"):
+        bench.note("stall of an asynchronous save: this castore has no castore.torch.AsyncSaver")
+        return
+
+    def change() -> None:
+        for tensor in states.tensors(state):
+            tensor.mul_(1.001)
+
+    def saving_by(saver: castore.torch.AsyncSaver) -> Act:
+        def act() -> castore.torch.AsyncSaver:
+            saver.save(state, run="bench", step=2)
+            return saver
+
+        return act
+
+    def steady(folder: Path) -> Act:
+        saver = castore.torch.AsyncSaver(peers.repository(folder, durable=True))
+        saver.save(state, run="bench", step=1)
+        saver.wait()
+        change()  # so that there is as much to do as in training
+        return saving_by(saver)
+
+    def first(folder: Path) -> Act:
+        return saving_by(castore.torch.AsyncSaver(peers.repository(folder, durable=True)))
+
+    def distributed(folder: Path) -> Act:
+        def act() -> Any:
+            return dcp.async_save(state, storage_writer=peers.DCP.writer(folder, True), no_dist=True)
+
+        return act
+
+    def into(_: Path) -> Act:
+        there = states.copy(state)
+
+        def act() -> None:
+            for to, source in zip(states.tensors(there), states.tensors(state), strict=True):
+                to.copy_(source)
+
+        return act
+
+    contenders = [
+        Contender("castore", steady, finish=lambda saver: saver.wait()),
+        Contender("castore, a saver's first save", first, finish=lambda saver: saver.wait()),
+        Contender("DCP async_save", distributed, finish=lambda future: future.result()),
+        Contender("one copy of the state", lambda _: lambda: states.copy(state)),
+        Contender("one copy into memory that is there", into),
+    ]
+    bench.compare("stall", f"stall of an asynchronous save, {label}", "ms", contenders)
+
+
+def overhead(bench: Bench) -> None:
+    """Of nanecho's time with default options, what saving costs: the loop standing still, and slower steps after.
+
+    Measured within one session, since two differ by more than is to be measured: what passes from an evaluation to the
+    tenth step after it, beyond ten steps as they are elsewhere.
+    """
+    folder = bench.fresh()
+    repo = castore.Repo.init(folder)
+    steps = 200 if bench.quick else 500
+    title = f"training overhead of saving, {steps} steps with default options"
+    bench.say(title)
+    config = configs.make({"session_iters": steps, "log_every": 1, "device": "cpu", "threads": peers.THREADS})
+    passed: list[tuple[events.Event, float]] = []
+    at = time.perf_counter()
+    for event in train.train(repo, config, started="2026-01-01T00:00:00.000000Z"):
+        now = time.perf_counter()
+        passed.append((event, now - at))
+        at = now
+    quiet: list[float] = []
+    busy = stalls = 0.0
+    busy_steps = saves = number = 0
+    since_save = 10
+    for event, seconds in passed:
+        is_step = isinstance(event, events.Stepped)
+        number += is_step
+        if isinstance(event, events.Evaluated):
+            since_save = 0
+        elif since_save < 10:
+            busy += seconds
+            if not since_save:  # up to the end of the first step after it
+                stalls += seconds
+                saves += is_step
+            busy_steps += is_step
+            since_save += is_step
+        elif is_step and number > 20:  # the first ones are slower
+            quiet.append(seconds)
+    step = statistics.fmean(quiet)
+    spent, stalls = busy - busy_steps * step, stalls - saves * step
+    whole = sum(seconds for event, seconds in passed if not isinstance(event, events.Prepared | events.Began))
+    noise = statistics.stdev(quiet) * busy_steps**0.5
+    bench.note(
+        f"training overhead: {noise / whole:.1%} is its standard error; the loop stood still {stalls / whole:.2%}"
+    )
+    bench.measured("overhead", title, "%", {"castore": max(spent, stalls) / whole})  # noise hides no stall
+    shutil.rmtree(folder)
+
+
+def commands(bench: Bench) -> None:
+    """Start-up of the commands one types."""
+    folder = bench.fresh()
+    catalog.fill(peers.repository(folder, durable=False), 1000)
+
+    def running(*command: str) -> Contender:
+        def act() -> None:
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        return Contender(" ".join(command), lambda _: act)
+
+    program = shutil.which("castore")
+    if program is None:
+        bench.note("commands: castore is not in PATH")
+        return
+    helps = [running(tool.program, "--help") for tool in peers.TOOLS if tool.path and tool.program != "git-lfs"]
+    bench.compare("help", "start-up of a program, --help", "ms", [running("castore", "--help"), *helps])
+    bench.compare("log", "castore log of 1,000 manifests", "ms", [running("castore", "log")])
+    shutil.rmtree(folder)
+
+
+# -- bars ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A figure and what it should be: at least ``limit``, or at most. None when it couldn't be measured."""
+
+    what: str
+    value: float | None
+    limit: float
+    at_most: bool
+    unit: str
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not measured"
+        passed = self.value <= self.limit if self.at_most else self.value >= self.limit
+        margin = abs(self.value / self.limit - 1)
+        return f"{'pass' if passed else 'FAIL'}, by {margin:.0%}"
+
+
+def bars(rows: dict[str, Row]) -> list[Bar]:
+    def times(key: str, *names: str) -> float | None:
+        """How many times as good castore is as the best of the peers named."""
+        found = [rows[key].ratio(name) for name in names if key in rows and name in rows[key].samples]
+        return min(found) if found else None
+
+    def share(key: str, *names: str) -> float | None:
+        found = times(key, *names)
+        return 1 / found if found else None
+
+    def figure(key: str) -> float | None:
+        return rows[key].figures(next(iter(rows[key].samples)))[0] if key in rows else None
+
+    zipnns = [f"ZipNN, {label}" for label in ZIPNN_PIECES]
+    return [
+        Bar("durable save by torch.save + fsync", times("fp32-durable", "torch.save + fsync"), 1.5, False, "x"),
+        Bar("durable save by DCP + fsync", times("fp32-durable", "DCP + fsync"), 1.0, False, "x"),
+        Bar("verified load, hot, by torch.load", times("fp32-hot", "torch.save"), 1.8, False, "x"),
+        Bar(
+            "unchanged save by BLAKE3 on two threads",
+            times("unchanged", "BLAKE3 of the same bytes, two threads"), 0.8, False, "x",
+        ),
+        Bar("bytes, trained fp32, by ZipNN", share("bytes-fp32", *zipnns), 1.01, True, "x"),
+        Bar("bytes, trained bf16, by ZipNN", share("bytes-bf16", *zipnns), 1.01, True, "x"),
+        Bar("bytes of nine, default retention, by borg", share("sequence-kept", "borg, zstd,1"), 0.5, True, "x"),
+        Bar("bytes of nine, default retention, by DVC", share("sequence-kept", "DVC"), 0.5, True, "x"),
+        Bar("encode on one core, fp32, by ZipNN", times("encode-fp32", *zipnns), 1.8, False, "x"),
+        Bar("memory beside the state, save", figure("memory-save"), 256, True, "MB"),
+        Bar("memory beside the state, load", figure("memory-load"), 256, True, "MB"),
+        Bar("stall by one copy", share("stall", "one copy into memory that is there"), 1.25, True, "x"),
+        Bar("training overhead", figure("overhead"), 1.0, True, "%"),
+        Bar("verify by load", times("verify", "castore load"), 0.8, False, "x"),
+        *(
+            Bar(f"store by {name}", times("store", name), 5.0, False, "x")
+            for name in ("DVC", "restic", "borg, zstd,1")
+        ),
+        Bar("castore --help", figure("help"), 200, True, "ms"),
+        Bar("castore log of 1,000 manifests", figure("log"), 400, True, "ms"),
+    ]  # fmt: skip
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """What it ran on; no names and no paths."""
+    with open("/proc/cpuinfo") as file:
+        models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory_bytes / 1e9, 1),
+        "file_system": file_system(folder),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def file_system(folder: Path) -> str:
+    """The type of the file system that a folder lies on."""
+    real = str(folder.resolve())
+    best = ("", "unknown")
+    with open("/proc/self/mounts") as file:
+        for line in file:
+            _, point, kind = line.split()[:3]
+            if Path(real).is_relative_to(point) and len(point) >= len(best[0]):
+                best = (point, kind)
+    return best[1]
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that is also readable as it is; columns after the second are numbers."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (width + 2) if i < 2 else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+    return "\n".join([line(head), f"|{rule}|", *map(line, lines)])
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def markdown(report: dict[str, Any], rows: dict[str, Row], found: Sequence[Bar]) -> str:
+    lines = []
+    for row in rows.values():
+        for i, (name, samples) in enumerate(row.samples.items()):
+            median, low, high = row.figures(name)
+            spread = f"{number(low)} .. {number(high)}" if len(samples) > 1 else ""
+            better = f"{row.ratio(name):.2f} x" if i and row.samples[name][0] else ""
+            cells = [row.title if i == 0 else "", name, f"{number(median)} {row.unit}", spread, str(len(samples))]
+            lines.append([*cells, better])
+    limits = [
+        [bar.what, "at most" if bar.at_most else "at least", f"{bar.limit:g} {bar.unit}",
+         f"{bar.value:.3g} {bar.unit}" if bar.value is not None else "", bar.verdict]
+        for bar in found
+    ]  # fmt: skip
+    on = report["machine"]
+    text = [
+        f"# castore beside its peers, {report['mode']}",
+        "",
+        f"{on['processor']}, held to {on['cores']} cores, {on['memory_gb']} GB, {on['file_system']}, {on['system']}; "
+        f"{report['seconds']:.0f} s, at most {report['disk_peak_bytes'] / 1e9:.1f} GB of disk.",
+        "",
+        ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
+        "",
+        "Medians; the last column says how many times as good castore (the first of each group) is: the median over "
+        "rounds.",
+        "",
+        table(["what", "who", "median", "min .. max", "runs", "castore is"], lines),
+        "",
+        *(["The bars are meant for the full run:", ""] if "quick" in report["mode"] else []),
+        table(["bar", "should be", "limit", "is", "verdict"], limits),
+        "",
+        *(f"* {note}" for note in report["notes"]),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def write(out: Path, bench: Bench, on: dict[str, Any]) -> None:
+    found = bars(bench.rows)
+    report = {
+        "mode": "quick: small states, where fixed costs weigh more" if bench.quick else "full",
+        "machine": on,
+        "versions": peers.versions(),
+        "seconds": round(time.monotonic() - bench.began, 1),
+        "disk_peak_bytes": bench.disk_peak,
+        "notes": bench.notes,
+        "rows": [
+            {
+                "key": row.key, "title": row.title, "unit": row.unit, "state_bytes": row.size or None,
+                "found": {
+                    name: dict(zip(("median", "min", "max"), row.figures(name), strict=True))
+                    | {"samples": [round(row.shown(sample), 4) for sample in row.samples[name]]}
+                    for name in row.samples
+                },
+                "castore_is_times": {name: row.ratio(name) for name in list(row.samples)[1:] if row.samples[name][0]},
+            }
+            for row in bench.rows.values()
+        ],
+        "bars": [
+            {"what": bar.what, "value": bar.value, "at_most" if bar.at_most else "at_least": bar.limit,
+             "unit": bar.unit, "verdict": bar.verdict}
+            for bar in found
+        ],
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    name = "quick" if bench.quick else "full"
+    text = markdown(report, bench.rows, found)
+    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / f"{name}.md").write_text(text)
+    print(text)
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench) -> None:
+    """Every row, the big states one at a time."""
+    shapes = states.gpt2(192, 16_384) if bench.quick else states.gpt2()
+    for tool in peers.TOOLS:
+        if not tool.path:
+            bench.note(f"{tool.name} is left out: {tool.install}")
+    run = list(states.trained(BUILD, bench.quick, bench.say))
+    sequence(bench, run)
+    compression(bench, run[-1])
+    del run
+    for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        bench.say(f"making a state in GPT-2's shape, {key}")
+        state = states.synthetic(shapes, dtype)
+        label = f"GPT-2's shape, {states.nbytes(state) / 1e6:,.0f} MB {key}"
+        everything = key == "fp32"
+        saves(bench, key, label, state, both=everything)
+        loads(bench, key, label, state, everything=everything)
+        if everything:
+            repeated_saves(bench, label, state)
+            stall(bench, label, state)
+        del state
+    bench.note("states in GPT-2's shape are synthetic: take compressibility from the trained checkpoints only")
+    bench.note("restic also encrypts, and can't be told not to; DVC and git-lfs don't wait for the disk")
+    memory(bench)
+    commands(bench)
+    overhead(bench)
+
+
+def stop(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small states, some minutes")
+    parser.add_argument("-o", "--out", type=Path, default=BUILD, help="folder of the results (default: build/bench)")
+    parser.add_argument("--folder", type=Path, default=BUILD, help="where to work: on a disk (default: build/bench)")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if file_system(given.folder) in ("tmpfs", "ramfs"):
+        raise SystemExit(f"{given.folder} is in memory: give a --folder on a disk")
+    free = shutil.disk_usage(given.folder).free
+    if free < DISK_GB[given.quick] * 1e9:
+        raise SystemExit(f"{given.folder} has {free / 1e9:.1f} GB free, {DISK_GB[given.quick]} are needed")
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, stop)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: peers.THREADS])
+    torch.set_num_threads(peers.THREADS)
+    try:
+        with tempfile.TemporaryDirectory(prefix="suite-", dir=given.folder) as folder:
+            scratch = Path(folder)
+            # a repository of its own, so that git looks at no other
+            subprocess.run(["git", "init", "--quiet", folder], check=True)
+            (scratch / "home").mkdir()
+            peers.isolate(scratch / "home", [Path(sys.executable).parent, BUILD / "venv" / "bin"])
+            bench = Bench(scratch, given.quick)
+            gc.freeze()  # what was imported needn't be looked through before every run
+            measure(bench)
+            write(given.out, bench, machine(scratch))
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped: nothing was written") from None
+
+
+if __name__ == "__main__":
+    main()
