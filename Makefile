@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 LINT := build/lint
 PEERS := build/peers
 BENCH := build/bench
+BROWSER := build/browser
 
-.PHONY: train test check bench bench-full lint-workflows test-peers clean
+.PHONY: train test check bench bench-full lint-workflows test-peers test-browser clean
 
 train: $(READY)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
@@ -43,6 +44,16 @@ lint-workflows:  ## lint the workflows and the action: needs Node.js 20 and npm
 
 test-peers: $(READY) $(PEERS)/.ready  ## run the tests against programs of others: needs Node.js 20 and npm
 	$(BIN)/python -m pytest tests/peers
+
+test-browser: $(READY) $(BROWSER)/chromium  ## look at the report in a real browser: needs Linux on x86-64, Node.js 20 and npm
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright==1.65.2
+	CASTORE_BROWSER=$(abspath $(BROWSER)/chromium) $(BIN)/python -m pytest tests/browser
+
+$(BROWSER)/chromium: Makefile
+	@mkdir -p $(BROWSER)
+	npm install --prefix $(BROWSER) --no-audit --no-fund --ignore-scripts --silent @sparticuz/chromium@147.0.0
+	cd $(BROWSER) && TMPDIR=$$PWD node --input-type=module -e "import chromium from '@sparticuz/chromium'; await chromium.executablePath()"
+	@touch $@
 
 $(PEERS)/.ready: Makefile
 	@mkdir -p $(PEERS)

@@ -374,14 +374,15 @@ def _restored_lines(found: Restored) -> Iterator[str]:
         match = found.match
         told = f"Resuming from step **{match.step:,}** of run `{match.run}`, checkpoint `{match.id[:12]}`"
         quality = "" if match.score is None else f", score {match.score:.4f}"
-        yield f"{told}{quality}: {match.availability}, {_text(found.resolution.want if found.resolution else '')}."
+        want = words.markdown(found.resolution.want) if found.resolution else ""
+        yield f"{told}{quality}: {match.availability}, {want}."
         for further in found.further:
             yield ""
             yield f"From it a session was trained to step {further.manifest.step:,} before, which was fetched too."
         for text in match.differences:
-            yield f"- differs: {_text(text)}"
+            yield f"- differs: {words.markdown(text)}"
     else:
-        yield f"**Nothing to resume from**: {_text(found.fresh)}. Training begins at step 0."
+        yield f"**Nothing to resume from**: {words.markdown(found.fresh)}. Training begins at step 0."
     yield from _rejected_lines(found.resolution.rejected if found.resolution else ())
     yield ""
     yield _traffic_line(found.traffic)
@@ -390,7 +391,10 @@ def _restored_lines(found: Restored) -> Iterator[str]:
 def refused_markdown(reason: str) -> str:
     """The part of a job's summary for what ended in an error."""
     head, *rest = reason.split("\n")
-    lines = [f"### castore: failed\n\n**{_text(head)}**\n", *(f"- {_text(line.strip())}" for line in rest[:_SHOWN])]
+    lines = [
+        f"### castore: failed\n\n**{words.markdown(head)}**\n",
+        *(f"- {words.markdown(line.strip())}" for line in rest[:_SHOWN]),
+    ]
     return "\n".join(lines) + "\n\n"
 
 
@@ -401,7 +405,7 @@ def _rejected_lines(rejected: Sequence[Rejected]) -> Iterator[str]:
     yield "| passed over | step | score | why |"
     yield "|---|---|---|---|"
     for one in rejected[:_SHOWN]:
-        why = "; ".join(map(_text, one.reasons))
+        why = "; ".join(map(words.markdown, one.reasons))
         yield f"| `{one.id[:12]}` of `{one.run}` | {one.step:,} | {words.number(one.score)} | {why} |"
     if len(rejected) > _SHOWN:
         yield f"| and {len(rejected) - _SHOWN} more | | | |"
@@ -416,7 +420,7 @@ def _handed_on_lines(found: HandedOn) -> Iterator[str]:
     yield "### castore: saved"
     yield ""
     if found.skipped:
-        yield f"**Nothing was saved**: {_text(found.skipped)}."
+        yield f"**Nothing was saved**: {words.markdown(found.skipped)}."
         return
     session = found.session
     if session:
@@ -440,8 +444,8 @@ def _handed_on_lines(found: HandedOn) -> Iterator[str]:
         freed = words.size(found.plan.freed_bytes)
         yield f"{kept} checkpoints are kept, {len(decisions) - kept} are history; {freed} were deleted here."
     if found.not_collected:
-        yield f"**No garbage was collected**: {_text(found.not_collected)}"
-    yield from (f"- left out: `{own[:12]}`: {_text(reason)}" for own, reason in found.left_out)
+        yield f"**No garbage was collected**: {words.markdown(found.not_collected)}"
+    yield from (f"- left out: `{own[:12]}`: {words.markdown(reason)}" for own, reason in found.left_out)
     told = f"pushed as `{found.commit[:12]}`" if found.commit else "staged"
     yield f"In git: {len(found.files)} files more or less, {told}."
     yield ""
@@ -451,11 +455,3 @@ def _handed_on_lines(found: HandedOn) -> Iterator[str]:
 def _traffic_line(traffic: Traffic) -> str:
     up, down = words.size(traffic.uploaded), words.size(traffic.downloaded)
     return f"{up} up, {down} down, {traffic.requests} requests to the cache."
-
-
-def _text(text: str) -> str:
-    """``text`` as text: nothing in it is taken for Markdown, HTML or the end of a cell."""
-    return "".join(one if one.isalnum() or one in _PLAIN else f"&#{ord(one)};" for one in words.printable(text))
-
-
-_PLAIN = " .,;/'\"=%?-"

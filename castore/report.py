@@ -467,9 +467,12 @@ def as_markdown(report: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield f"### castore: {_text(report.name)}{f', run `{report.run}`' if report.run else ''}"
+    yield f"### castore: {words.markdown(report.name)}{f', run `{report.run}`' if report.run else ''}"
     yield ""
-    yield from (f"- **can't be read**: {_text(one.path)}: {_text(one.reason)}" for one in report.broken[:_SHOWN])
+    yield from (
+        f"- **can't be read**: {words.markdown(one.path)}: {words.markdown(one.reason)}"
+        for one in report.broken[:_SHOWN]
+    )
     if report.broken:
         yield ""
     if not report.checkpoints:
@@ -507,7 +510,7 @@ def _standing(report: Report) -> Iterator[str]:
         last = report.sessions[-1]
         losses = f"{words.number(last.start_loss)} to {words.number(last.final_loss)}"
         steps = f"step {_count(last.start_step)} to {_count(last.final_step)}"
-        stopped = f"stopped: {_text(last.stopped)}" if last.stopped else "no summary of it was kept"
+        stopped = f"stopped: {words.markdown(last.stopped)}" if last.stopped else "no summary of it was kept"
         yield f"- **Last session** of run `{last.run}`: {steps}, validation loss {losses}; {stopped}."
 
 
@@ -527,7 +530,7 @@ def _table(report: Report) -> Iterator[str]:
         yield (
             f"| `{one.entry.id[:12]}`{best} | `{found.run}` | {found.step:,} "
             f"| {words.number(found.metrics.get('val_loss'))} | {words.number(one.score)} | {one.availability} "
-            f"| {one.kept_as or '-'} | {' '.join(map(_text, found.tags))} |"
+            f"| {one.kept_as or '-'} | {' '.join(map(words.markdown, found.tags))} |"
         )
     if len(report.checkpoints) > _SHOWN:
         yield f"| and {len(report.checkpoints) - _SHOWN:,} older ones | | | | | | | |"
@@ -535,7 +538,7 @@ def _table(report: Report) -> Iterator[str]:
 
 def _retention(report: Report) -> Iterator[str]:
     if report.retention_problem:
-        yield f"- **Retention**: can't be told: {_text(report.retention_problem)}"
+        yield f"- **Retention**: can't be told: {words.markdown(report.retention_problem)}"
         return
     counts = _kept_counts(report)
     told = ", ".join(f"{counts[name]:,} {name}" for name in ("full", "weights-only", "history"))
@@ -545,14 +548,6 @@ def _retention(report: Report) -> Iterator[str]:
 
 def _count(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
-
-
-def _text(text: str) -> str:
-    """``text`` as text: nothing in it is taken for Markdown, HTML or the end of a cell."""
-    return "".join(one if one.isalnum() or one in _PLAIN else f"&#{ord(one)};" for one in words.printable(text))
-
-
-_PLAIN = " .,;/'\"=%?-"
 
 
 # -- as a file ---------------------------------------------------------------------------------------------------------

@@ -708,7 +708,7 @@
       fact("Newest checkpoint", `${count(newest.step)}`, "step of ", newest.run, h("br"), time(newest.created)),
       fact("Next session from step", next ? count(next.step) : "–", next ? ["resumes ", link(next.id), h("br"), next.availability === "full" ? "in full" : next.availability] : "finds no data to resume from"),
       tokens > 0 && fact("Tokens trained", tokens >= 1e6 ? `${(tokens / 1e6).toFixed(1)} M` : count(tokens), plural(data.sessions.length, "session")),
-      fact("Stored", size(data.store.total.stored), saved > 0 ? `${saved} % saved of ${size(data.store.total.raw)}` : "of all runs")));
+      fact("Stored", size(data.store.total.stored), saved > 0 ? `${saved} % saved of ${size(data.store.total.raw)}` : data.store.total.raw ? "of all runs" : "none of the data is here")));
     if (!next && data.passed_over.length) {
       main.append(h("div.notice.warn", null, h("b", null, "A session that resumes from the best finds nothing. "), h("details", null, h("summary", null, `${plural(data.passed_over.length, "checkpoint")} passed over`), h("ul", null, data.passed_over.slice(0, 20).map((one) => h("li.words", null, link(one.id), " ", foreign(one.reasons.join("; "))))))));
     }

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from castore.errors import printable
 
-__all__ = ["age", "number", "printable", "size"]
+__all__ = ["age", "markdown", "number", "printable", "size"]
 
 
 def size(count: float) -> str:
@@ -25,6 +25,14 @@ def age(span: timedelta) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+_PLAIN = " .,;/'\"=%?-"
+
+
+def markdown(text: str) -> str:
+    """``text`` as text: nothing in it is taken for Markdown, HTML or the end of a table's cell."""
+    return "".join(one if one.isalnum() or one in _PLAIN else f"&#{ord(one)};" for one in printable(text))
 
 
 def number(value: float | None) -> str:

@@ -368,8 +368,8 @@ def test_init_is_repeatable_and_prints_where(project: Project) -> None:
 # -- help and start-up -----------------------------------------------------------------------------------------------
 
 COMMANDS = (
-    "init", "train", "log", "show", "resolve", "gc", "pin", "unpin", "forget",
-    "verify", "stats", "diff", "doctor", "export", "import", "add", "checkout",
+    "init", "train", "demo", "log", "show", "resolve", "gc", "pin", "unpin", "forget",
+    "verify", "stats", "diff", "doctor", "export", "import", "add", "checkout", "report",
 )  # fmt: skip
 
 
