@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import json
@@ -60,6 +61,18 @@ Act = Callable[[], Any]
 
 def nothing(_: Any) -> None:
     """For contenders that need no check and nothing done afterwards."""
+
+
+def _give_back() -> None:
+    """Give free memory back to the system: a run that resumes is a new process, and new memory is not free.
+
+    Without this, whoever comes after a run of the same sizes finds its memory warm, by chance of the allocator.
+    """
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +180,7 @@ class Bench:
             if any(folder.iterdir()):
                 os.sync()
             gc.collect()
+            _give_back()
             gc.disable()
             began = time.perf_counter()
             result = act()

@@ -7,12 +7,13 @@ thread is in memory beside the state itself, whatever its size.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from castore import chunking, index, remotes
+from castore import chunking, codecs, index, remotes
 from castore.errors import CorruptIndex, CorruptionError, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
 from castore.ids import Buffer, ObjectId
 from castore.index import ChunkRef, Index, TensorSpec
@@ -101,8 +102,10 @@ def _gather(chunk: chunking.Chunk, sources: Sequence[Source]) -> Buffer:
     if len(chunk.pieces) == 1:
         return sources[first.tensor].read(first.start, first.stop)
     data = bytearray(chunk.length)
+    view = memoryview(data)
     for piece in chunk.pieces:
-        data[piece.at : piece.at + piece.stop - piece.start] = sources[piece.tensor].read(piece.start, piece.stop)
+        length = piece.stop - piece.start
+        codecs.copy(sources[piece.tensor].read(piece.start, piece.stop), view[piece.at : piece.at + length])
     return data
 
 
@@ -165,17 +168,21 @@ def _read_chunks(
     views: Mapping[int, memoryview],
 ) -> list[Future[None]]:
     """Fill the views of the tensors numbered so. A chunk that has no piece of any is read only if all are wanted."""
+    scratch = threading.local()
 
     def fill(chunk: ChunkRef, pieces: Sequence[chunking.Piece]) -> None:
         if len(pieces) == 1 and pieces[0].stop - pieces[0].start == chunk.length:
             piece = pieces[0]
             remotes.read_into(store, sources, chunk.id, views[piece.tensor][piece.start : piece.stop])
             return
-        data = memoryview(bytearray(chunk.length))
+        # memory of the thread's own, used again: new memory for each chunk would cost as much as decoding it
+        if len(getattr(scratch, "data", b"")) < chunk.length:
+            scratch.data = bytearray(chunk.length)
+        data = memoryview(scratch.data)[: chunk.length]
         remotes.read_into(store, sources, chunk.id, data)
         for piece in pieces:
             length = piece.stop - piece.start
-            views[piece.tensor][piece.start : piece.stop] = data[piece.at : piece.at + length]
+            codecs.copy(data[piece.at : piece.at + length], views[piece.tensor][piece.start : piece.stop])
 
     every = len(views) == len(found.tensors)
     extents = [(spec.offset, spec.nbytes) for spec in found.tensors]

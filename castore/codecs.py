@@ -94,12 +94,26 @@ def _split(plain: Buffer, itemsize: int) -> list[memoryview]:
 
     planes = []
     offset = 0
-    for width in _GROUPS[itemsize]:
+    groups = _GROUPS[itemsize]
+    # the last two bytes of an element are fetched together and taken apart while they are in the cache
+    for width in groups[:-2]:
         numbers = np.frombuffer(plain, dtype=f"<u{width}")
-        plane = np.ascontiguousarray(numbers[offset // width :: itemsize // width])
-        planes.append(plane.view(np.uint8).data)
+        planes.append(np.ascontiguousarray(numbers[offset // width :: itemsize // width]))
         offset += width
-    return planes
+    pairs = np.frombuffer(plain, dtype="<u2")[offset // 2 :: itemsize // 2]
+    low, high = np.empty(len(pairs), np.uint8), np.empty(len(pairs), np.uint8)
+    scratch = np.empty(min(len(pairs), _PAIRS), np.uint16)
+    for start in range(0, len(pairs), _PAIRS):
+        some = pairs[start : start + _PAIRS]
+        both = scratch[: len(some)]
+        both[:] = some
+        low[start : start + _PAIRS] = both
+        np.right_shift(both, 8, out=both)
+        high[start : start + _PAIRS] = both
+    return [plane.view(np.uint8).data for plane in (*planes, low, high)]
+
+
+_PAIRS = 1 << 16
 
 
 def _encode_planes(plain: Buffer, itemsize: int, shrinks: Sequence[bool]) -> list[Buffer]:
@@ -115,6 +129,24 @@ def _encode_planes(plain: Buffer, itemsize: int, shrinks: Sequence[bool]) -> lis
     return [b"".join(header), *payload]
 
 
+# -- copying ---------------------------------------------------------------------------------------------------------
+
+_WORTH_NUMPY = 1 << 16
+
+
+def copy(source: Buffer, target: memoryview) -> None:
+    """Copy all of ``source`` into ``target``, of the same length, letting other threads run meanwhile if it is long.
+
+    Assigning to a memoryview doesn't, and the first touch of new memory takes longer than what is copied into it.
+    """
+    if len(target) < _WORTH_NUMPY:
+        target[:] = source
+        return
+    import numpy as np
+
+    np.frombuffer(target, np.uint8)[:] = np.frombuffer(source, np.uint8)
+
+
 # -- decode ----------------------------------------------------------------------------------------------------------
 
 
@@ -126,9 +158,9 @@ def decode(codec: int, payload: memoryview, out: memoryview) -> None:
     if codec == RAW:
         if len(payload) != len(out):
             raise CodecError(f"raw payload of {len(payload)} bytes where {len(out)} were expected")
-        out[:] = payload
+        copy(payload, out)
     elif codec == ZSTD:
-        out[:] = _decompress(payload, len(out))
+        copy(_decompress(payload, len(out)), out)
     elif codec == PLANES:
         _decode_planes(payload, out)
     else:

@@ -20,7 +20,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from castore.errors import Locked, StorageError
@@ -172,6 +172,11 @@ def publish(path: Path, data: bytes, temporary: Path, *, durable: bool = True) -
 
 def read(path: Path | str, limit: int) -> bytes:
     """The whole file. FileNotFoundError when there is none; StorageError when larger than ``limit`` bytes."""
+    return bytes(read_into(path, limit, lambda size: memoryview(bytearray(size))))
+
+
+def read_into(path: Path | str, limit: int, memory: Callable[[int], memoryview]) -> memoryview:
+    """The whole file, in the first bytes of what ``memory`` gives for its size. Errors as those of :func:`read`."""
     try:
         # not blocking: a pipe under an object's name would be waited for for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -179,11 +184,12 @@ def read(path: Path | str, limit: int) -> bytes:
             size = os.fstat(descriptor).st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, where at most {limit} make sense")
-            data = os.read(descriptor, size)
+            view = memory(size)[:size]
+            done = 0
             # some file systems return less than was asked for, which would look like damage
-            while len(data) < size and (more := os.read(descriptor, size - len(data))):
-                data += more
-            return data
+            while done < size and (more := os.readv(descriptor, [view[done:]])):
+                done += more
+            return view[:done]
         finally:
             os.close(descriptor)
     except FileNotFoundError:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,6 +289,8 @@ def publish(
     What others have pushed meanwhile stays: the commit is made anew on top of it. Returns the commit that was pushed,
     which need not be new. NotPushed after ``_PUSHES`` tries, or at once when the other side forbids it.
     """
+    import random
+
     remote, name = branch(folder)
     reason = ""
     base = "HEAD"
@@ -322,6 +322,8 @@ _QUIET = ("-c", "core.hooksPath=/dev/null")  # hooks are for the commits of peop
 
 def _commit(folder: Path, base: str, files: Sequence[str], removed: Sequence[str], message: str) -> str:
     """A commit on top of ``base`` in which the files are; ``base`` itself when they are there already."""
+    import tempfile
+
     head = _ask(folder, "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}")
     names = sorted({path.partition("/")[0] for path in (*files, *removed)})
     there = committed(folder, names, head) if head and names else set()

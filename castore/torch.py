@@ -225,7 +225,8 @@ class TensorSource:
         self.dtype = _NAMES[tensor.dtype]
         self.shape = tuple(tensor.shape)
         self._tensor = tensor
-        self._dense = _bytes_of(tensor) if tensor.is_cpu and tensor.is_contiguous() else None
+        self._is_dense = tensor.is_cpu and tensor.is_contiguous()
+        self._bytes: memoryview | None = None  # made when it is first read: who saves a copy reads that alone
 
     def buffer(self, old: torch.Tensor | None) -> torch.Tensor:
         """Dense main memory for a copy: that of ``old`` if it fits. Pinned for what a GPU has: it copies faster."""
@@ -239,13 +240,19 @@ class TensorSource:
         bits = self._bits()
         buffer.view(bits.dtype).copy_(bits, non_blocking=bits.is_cuda)
 
+    @property
+    def is_cuda(self) -> bool:
+        return self._tensor.is_cuda
+
     def _bits(self) -> torch.Tensor:
         # as plain integers: not every element type can be copied as itself
         return self._tensor.view(_BITS.get(self._tensor.element_size(), self._tensor.dtype))
 
     def read(self, start: int, stop: int) -> Buffer:
-        if self._dense is not None:
-            return self._dense[start:stop]
+        if self._is_dense:
+            if self._bytes is None:
+                self._bytes = _bytes_of(self._tensor)
+            return self._bytes[start:stop]
         size = self._tensor.element_size()
         bits = self._bits()
         out = torch.empty((stop - start) // size, dtype=bits.dtype)
@@ -341,7 +348,7 @@ class AsyncSaver:
         buffers = [source.buffer(old[i] if i < len(old) else None) for i, source in enumerate(sources)]
         for source, buffer in zip(sources, buffers, strict=True):
             source.copy_to(buffer)
-        if any(buffer.is_pinned() for buffer in buffers):
+        if any(source.is_cuda for source in sources):
             torch.cuda.synchronize()
         self._buffers[name] = buffers
         return Flat(flat.tree, [TensorSource(buffer) for buffer in buffers])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from castore import index, remotes
+from castore.catalog import Listing
 from castore.errors import CorruptIndex, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
 from castore.ids import ObjectId, is_object_id
 from castore.index import ChunkRef
@@ -102,30 +103,46 @@ class _Verification:
         self._mendable: dict[ObjectId, tuple[Finding, tuple[ChunkRef, ...]]] = {}
 
     def run(self, chosen: Collection[Entry] | None) -> Iterator[Finding]:
-        # manifests first: what a save that ends meanwhile refers to is found among the objects, which come after
-        listing = self._repo.catalog.listing()
-        entries = listing.entries if chosen is None else tuple(chosen)
-        if chosen is None:
-            for broken in listing.broken:
-                yield Finding(kind="manifest", reason=broken.reason, path=broken.path)
-        self._sizes = {own: found.size for own, found in self._store.stored().items()}
-        for path in self._store.strays():
-            if is_object_id(path.name) and path == self._store.path(ObjectId(path.name)):
-                self._displaced.add(ObjectId(path.name))
-            elif chosen is None:
-                yield Finding(kind="stray", reason="not an object, and never read", path=path)
-        indexes = self._indexes(entries)
-        if chosen is None:
-            yield from self._inconsistent(entries)
+        if chosen is not None:
+            indexes = self._indexes(chosen)
+            self._look_for(indexes)
+        else:
+            # manifests first: what a save that ends meanwhile refers to is found among the objects, which come after
+            listing = self._repo.catalog.listing()
+            yield from self._look_around(listing)
+            indexes = self._indexes(listing.entries)
+            yield from self._inconsistent(listing.entries)
             # what damage took away was not dropped
             indexes = [own for own in indexes if self._is_here(own) or own in self._quarantined]
         yield from self._check_indexes(indexes)
         if chosen is None:  # a save would take even those that nobody needs for stored
             yield from map(self._missing, sorted(self._displaced - self._needs.keys()))
         done = set(indexes)
-        wanted = self._sizes if chosen is None else self._needs
-        yield from self._check_chunks([own for own in wanted if own in self._sizes and own not in done], done)
+        yield from self._check_chunks([own for own in self._sizes if own not in done], done)
         yield from self._mend_indexes()
+
+    def _look_around(self, listing: Listing) -> Iterator[Finding]:
+        """See everything that is in the store; tell what is neither a manifest nor an object."""
+        for broken in listing.broken:
+            yield Finding(kind="manifest", reason=broken.reason, path=broken.path)
+        self._sizes = {own: found.size for own, found in self._store.stored().items()}
+        for path in self._store.strays():
+            if is_object_id(path.name) and path == self._store.path(ObjectId(path.name)):
+                self._displaced.add(ObjectId(path.name))
+            else:
+                yield Finding(kind="stray", reason="not an object, and never read", path=path)
+
+    def _look_for(self, wanted: Iterable[ObjectId]) -> None:
+        """See what is in the place of some objects: for a few, looking around would take longer than reading them."""
+        for own in wanted:
+            try:
+                size = self._store.stored_size(own)
+            except StorageError:
+                size = 0  # reading it tells what is wrong
+            if size is not None:
+                self._sizes[own] = size
+            elif os.path.lexists(self._store.path(own)):
+                self._displaced.add(own)
 
     # -- indexes -----------------------------------------------------------------------------------------------------
 
@@ -145,7 +162,9 @@ class _Verification:
                 self._needs.setdefault(chunk.id, _Needs()).lengths.add(chunk.length)
             for chunk_id in {chunk.id for chunk in result}:
                 self._needs[chunk_id].by += self._needs[own].by
-        missing = [own for own, needs in self._needs.items() if needs.lengths and own not in self._sizes]
+        chunks = [own for own, needs in self._needs.items() if needs.lengths]
+        self._look_for(own for own in chunks if own not in self._sizes)
+        missing = [own for own in chunks if own not in self._sizes]
         for _, found in _parallel(self._missing, missing, self._repo.threads):
             yield found
 
@@ -197,7 +216,11 @@ class _Verification:
             parts = entry.manifest.parts
             model = parts["model"].index
             # equal parts of other checkpoints have the same index: theirs is no sign of this one
-            left = [name for name in parts if name in RESUME_PARTS and parts[name].index in self._sizes.keys() - held]
+            left = [
+                name
+                for name in parts
+                if name in RESUME_PARTS and parts[name].index in self._sizes and parts[name].index not in held
+            ]
             if left and not remotes.having(self._repo.remotes, [model]):
                 reason = f"the model is gone but its {' and '.join(left)} is here: `castore gc` removes the rest"
                 yield Finding(

@@ -38,13 +38,13 @@ def test_the_tensors_of_matching_keys_come_alone(repo: Repo, saved: str) -> None
 
 def test_only_their_chunks_are_read(repo: Repo, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    whole = fs.read
+    whole = fs.read_into
 
-    def counting(path: Path | str, limit: int) -> bytes:
+    def counting(path: Path, *rest: Any) -> memoryview:
         read.append(str(path))
-        return whole(path, limit)
+        return whole(path, *rest)
 
-    monkeypatch.setattr(fs, "read", counting)
+    monkeypatch.setattr(fs, "read_into", counting)
     repo.load(saved, ["model"], tensors=["small"])
     assert sum("/objects/" in path for path in read) == 2  # the index, and the chunk that small ones share
 

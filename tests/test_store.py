@@ -134,8 +134,8 @@ def test_a_hit_is_verified_once_and_again_only_if_the_file_changed(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
-    read = fs.read
-    monkeypatch.setattr(fs, "read", lambda path, limit: reads.append(path) or read(path, limit))
+    read = fs.read_into
+    monkeypatch.setattr(fs, "read_into", lambda path, *rest: reads.append(path) or read(path, *rest))
     put(store, b"precious")
     fresh = LocalStore(store.objects.parent)
     for _ in range(3):
@@ -221,11 +221,11 @@ def test_an_object_that_the_disk_cant_read_is_not_deduplicated_against(
 ) -> None:
     put(store, b"precious")
 
-    def fail(path: Path, limit: int) -> bytes:
+    def fail(path: Path, limit: int, *_: object) -> bytes:
         raise StorageError("read", str(path), OSError(5, f"Input/output error below {limit}"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(fs, "read", fail)
+        patch.setattr(fs, "read_into", fail)
         assert put(LocalStore(store.objects.parent), b"precious").objects == 1
     assert store.read(object_id(b"precious")) == b"precious"
 

@@ -214,6 +214,23 @@ def test_files_that_are_no_objects_are_strays_and_harmless(repo: Repo) -> None:
     assert (folder / "README").exists()
 
 
+def test_for_one_checkpoint_the_rest_of_the_store_is_not_looked_at(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = save(repo)
+    for where, name in ((repo.store, "stored"), (repo.store, "strays"), (repo.catalog, "listing")):
+        monkeypatch.setattr(where, name, lambda: pytest.fail("everything was looked at"))
+    assert found(repo, own) == []
+    repo.store.path(chunks_of(repo, own)[0]).unlink()
+    assert [one.kind for one in found(repo, own)] == ["missing"]
+
+
+def test_objects_that_cannot_be_looked_for_are_unreadable(repo: Repo) -> None:
+    own = save(repo)
+    chunk = chunks_of(repo, own)[0]
+    shutil.rmtree(repo.store.path(chunk).parent)
+    repo.store.path(chunk).parent.write_text("a file where a folder was")
+    assert ("unreadable", chunk) in {(one.kind, one.object_id) for one in found(repo, own)}
+
+
 def test_a_pipe_under_the_name_of_an_object_is_not_waited_for(repo: Repo) -> None:
     own = save(repo)
     model, chunk = index_of(repo, own), chunks_of(repo, own)[0]
