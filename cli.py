@@ -28,16 +28,15 @@ import typer
 from typer.core import TyperCommand
 
 import castore
-from castore import config as settings
-from castore import errors, git, manifest, resolve, words
-from castore.ids import ObjectId
-from castore.quality import Entry
+from castore import errors, words
 from nanecho import config as configs
 
 if TYPE_CHECKING:
     from castore import checkout as checkouts
     from castore import ci, diff, files, gc, retention, stats, verify
     from castore.curves import Curve
+    from castore.ids import ObjectId
+    from castore.quality import Entry
     from castore.remotes.actions import Actions
     from nanecho import events
 
@@ -183,6 +182,8 @@ def train(
     for text in (note, *(tag or ())):
         if not text.isprintable():
             raise errors.UsageError(f"tags and notes are one line of text, unlike {words.printable(text)}")
+    from castore import manifest
+
     out = sys.stderr if as_json else sys.stdout
     repo = _open_or_init(out)
     now = datetime.now(UTC)
@@ -262,6 +263,8 @@ def _open_or_init(out: TextIO) -> castore.Repo:
     try:
         repo = castore.Repo.open()
     except errors.RepoNotFound:
+        from castore import git
+
         repo = castore.Repo.init(git.root(Path.cwd()) or Path.cwd())
         say(f"made    {repo.root}: commit it now and then, git ignores the data", out=out)
     else:
@@ -471,6 +474,8 @@ def _say_curves(curves: Sequence[Curve], x_label: str, y_label: str) -> None:
 
 
 def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]:
+    from castore import resolve
+
     found = entry.manifest
     score = castore.score(found)
     loss = found.metrics.get("val_loss")
@@ -488,6 +493,8 @@ def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]
 
 
 def _graph_text(repo: castore.Repo, entry: Entry, known: Container[str]) -> str:
+    from castore import resolve
+
     found = entry.manifest
     parent = "" if found.parent is None or found.parent in known else f"from {found.parent[:12]}, which isn't listed"
     loss = f"val loss {words.number(found.metrics['val_loss'])}" if "val_loss" in found.metrics else ""
@@ -497,6 +504,8 @@ def _graph_text(repo: castore.Repo, entry: Entry, known: Container[str]) -> str:
 
 
 def _entry_json(repo: castore.Repo, entry: Entry) -> dict[str, Any]:
+    from castore import resolve
+
     states = repo.part_states(entry)
     return {
         "id": entry.id,
@@ -568,8 +577,8 @@ def resolve_command(
     for damaged in found.damaged:
         say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
     match = found.require()
-    for one in () if as_json else found.rejected:
-        say(f"no      {report.describe_rejected(one)}")
+    for text in () if as_json else report.describe_rejections(found.rejected):
+        say(f"no      {text}")
     if not as_json:
         score = "no score" if match.score is None else f"score {match.score:.4f}"
         say(f"match   {match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}")
@@ -605,6 +614,7 @@ def gc_command(
     What isn't given is as in config.toml. Checkpoints are kept by score in their line; all of the work tree, the git
     index, every branch, tag and stash, linked worktrees and pins count. When one of those can't be read, nothing goes.
     """
+    from castore import config as settings
     from castore import gc
 
     repo = castore.Repo.open()
@@ -636,6 +646,8 @@ def gc_command(
 
 def _policy(repo: castore.Repo, given: Mapping[str, int | None], max_size: str | None) -> retention.Policy:
     """That of config.toml, with what was given in its place."""
+    from castore import config as settings
+
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         if max_size is not None:
@@ -714,6 +726,8 @@ def forget(
 
     In git it is history: commit the removal. Until then the index and every branch that has it still count.
     """
+    from castore import git
+
     repo = castore.Repo.open()
     entry = repo.find(wanted)
     if entry.id in repo.catalog.pins():
@@ -1038,8 +1052,8 @@ def ci_restore(
         return
     for damaged in found.resolution.damaged if found.resolution else ():
         say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
-    for one in found.resolution.rejected if found.resolution else ():
-        say(f"no      {report.describe_rejected(one)}")
+    for text in report.describe_rejections(found.resolution.rejected) if found.resolution else ():
+        say(f"no      {text}")
     if match:
         score = "no score" if match.score is None else f"score {match.score:.4f}"
         say(f"match   {match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}")
@@ -1315,7 +1329,7 @@ def report_command(
 
     The page is one file that needs no network. A report that is there is replaced.
     """
-    from castore import report, report_page
+    from castore import manifest, report, report_page
 
     form = "json" if as_json else form
     out = out or ("report.html" if form == "html" else "-")

@@ -250,7 +250,7 @@ def _parameters(kind: str) -> Any:
     return zstandard.ZstdCompressionParameters(
         strategy=zstandard.STRATEGY_FAST,
         min_match=7,
-        hash_log=8,
+        hash_log=6,
         window_log=17,
         chain_log=6,
         search_log=1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import castore
 from castore import words
 from nanecho import events
@@ -39,9 +41,7 @@ def describe(event: events.Event) -> list[str]:
 def _describe_begin(event: events.Began) -> list[str]:
     rejected = event.resolution.rejected if event.resolution else ()
     lines = [f"WARNING {one.path}: {one.reason}" for one in (event.resolution.damaged if event.resolution else ())]
-    lines += [f"no      {describe_rejected(one)}" for one in rejected[:10]]
-    if len(rejected) > 10:
-        lines.append(f"no      and {len(rejected) - 10} more: `castore resolve` lists them")
+    lines += [f"no      {text}" for text in describe_rejections(rejected)]
     if not event.match:
         return [*lines, f"fresh   starting at step 0: {event.fresh}"]
     loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
@@ -73,6 +73,22 @@ def describe_summary(summary: events.Summary) -> list[str]:
     return lines
 
 
-def describe_rejected(one: castore.Rejected) -> str:
-    """A checkpoint that is passed over, and why."""
-    return f"{one.id[:12]}, step {one.step:,} of run {one.run}: {'; '.join(one.reasons)}"
+_FEW = 3
+
+
+def describe_rejections(rejected: Sequence[castore.Rejected]) -> list[str]:
+    """Checkpoints that are passed over, and why: of many for the same reason in one run, where they begin and end."""
+    groups: dict[tuple[str, tuple[str, ...]], list[castore.Rejected]] = {}
+    for one in rejected:
+        groups.setdefault((one.run, one.reasons), []).append(one)
+    lines = []
+    for (run, reasons), members in groups.items():
+        if len(members) <= _FEW:
+            lines += [f"{one.id[:12]}, step {one.step:,} of run {run}: {'; '.join(reasons)}" for one in members]
+        else:
+            steps = [one.step for one in members]
+            span = f"steps {min(steps):,} to {max(steps):,}"
+            lines.append(f"{len(members)} checkpoints, {span} of run {run}: {'; '.join(reasons)}")
+    if len(lines) > 10:
+        lines[10:] = [f"and {len(lines) - 10} more: `castore resolve --json` lists them"]
+    return lines
