@@ -414,8 +414,8 @@ def log(
 
     With --graph, children stand above what they were resumed from.
     """
-    if graph + plot + as_json > 1:
-        raise errors.UsageError("--graph, --plot and --json are three ways to show the same: choose one")
+    if graph and plot:
+        raise errors.UsageError("--graph and --plot are two drawings: choose one")
     repo = castore.Repo.open()
     listing = repo.catalog.listing()
     for broken in listing.broken:

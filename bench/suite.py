@@ -27,7 +27,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -925,32 +925,43 @@ def write(out: Path, bench: Bench, on: dict[str, Any]) -> None:
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-def measure(bench: Bench) -> None:
-    """Every row, the big states one at a time."""
+GROUPS = ("sequence", "compression", "saves", "loads", "repeated", "stall", "memory", "commands", "overhead")
+
+
+def measure(bench: Bench, groups: Collection[str]) -> None:
+    """Every row of these groups, the big states one at a time."""
     shapes = states.gpt2(192, 16_384) if bench.quick else states.gpt2()
     for tool in peers.TOOLS:
         if not tool.path:
             bench.note(f"{tool.name} is left out: {tool.install}")
-    run = list(states.trained(BUILD, bench.quick, bench.say))
-    sequence(bench, run)
-    compression(bench, run[-1])
-    del run
+    if {"sequence", "compression"} & set(groups):
+        run = list(states.trained(BUILD, bench.quick, bench.say))
+        if "sequence" in groups:
+            sequence(bench, run)
+        if "compression" in groups:
+            compression(bench, run[-1])
+        del run
     for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if not {"saves", "loads", "repeated", "stall"} & set(groups):
+            break
         bench.say(f"making a state in GPT-2's shape, {key}")
         state = states.synthetic(shapes, dtype)
         label = f"GPT-2's shape, {states.nbytes(state) / 1e6:,.0f} MB {key}"
         everything = key == "fp32"
-        saves(bench, key, label, state, both=everything)
-        loads(bench, key, label, state, everything=everything)
-        if everything:
+        if "saves" in groups:
+            saves(bench, key, label, state, both=everything)
+        if "loads" in groups:
+            loads(bench, key, label, state, everything=everything)
+        if everything and "repeated" in groups:
             repeated_saves(bench, label, state)
+        if everything and "stall" in groups:
             stall(bench, label, state)
         del state
     bench.note("states in GPT-2's shape are synthetic: take compressibility from the trained checkpoints only")
     bench.note("restic also encrypts, and can't be told not to; DVC and git-lfs don't wait for the disk")
-    memory(bench)
-    commands(bench)
-    overhead(bench)
+    for name, act in (("memory", memory), ("commands", commands), ("overhead", overhead)):
+        if name in groups:
+            act(bench)
 
 
 def stop(_number: int, _frame: Any) -> None:
@@ -962,7 +973,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small states, some minutes")
     parser.add_argument("-o", "--out", type=Path, default=BUILD, help="folder of the results (default: build/bench)")
     parser.add_argument("--folder", type=Path, default=BUILD, help="where to work: on a disk (default: build/bench)")
+    parser.add_argument("--only", action="append", choices=GROUPS, help="these rows alone; may be repeated")
     given = parser.parse_args()
+    if given.only:
+        given.out /= "only"  # beside the whole, not in its place
     given.folder.mkdir(parents=True, exist_ok=True)
     if file_system(given.folder) in ("tmpfs", "ramfs"):
         raise SystemExit(f"{given.folder} is in memory: give a --folder on a disk")
@@ -982,7 +996,7 @@ def main() -> None:
             peers.isolate(scratch / "home", [Path(sys.executable).parent, BUILD / "venv" / "bin"])
             bench = Bench(scratch, given.quick)
             gc.freeze()  # what was imported needn't be looked through before every run
-            measure(bench)
+            measure(bench, given.only or GROUPS)
             write(given.out, bench, machine(scratch))
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: nothing was written") from None

@@ -157,4 +157,4 @@ def test_log_draws_the_loss_of_each_run(tmp_path: Path) -> None:
     text = project.run("log", "--plot")
     assert all(word in text for word in ("first", "second", "validation loss", "step"))
     assert "second" not in project.run("log", "--plot", "--run", "first")
-    assert "choose one" in project.run("log", "--plot", "--json", code=2)
+    assert "choose one" in project.run("log", "--plot", "--graph", code=2)
