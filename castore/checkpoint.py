@@ -7,13 +7,12 @@ thread is in memory beside the state itself, whatever its size.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from castore import chunking, codecs, index, remotes
+from castore import chunking, codecs, fs, index, remotes
 from castore.errors import CorruptIndex, CorruptionError, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
 from castore.ids import Buffer, ObjectId
 from castore.index import ChunkRef, Index, TensorSpec
@@ -168,17 +167,14 @@ def _read_chunks(
     views: Mapping[int, memoryview],
 ) -> list[Future[None]]:
     """Fill the views of the tensors numbered so. A chunk that has no piece of any is read only if all are wanted."""
-    scratch = threading.local()
+    scratch = fs.Scratch()
 
     def fill(chunk: ChunkRef, pieces: Sequence[chunking.Piece]) -> None:
         if len(pieces) == 1 and pieces[0].stop - pieces[0].start == chunk.length:
             piece = pieces[0]
             remotes.read_into(store, sources, chunk.id, views[piece.tensor][piece.start : piece.stop])
             return
-        # memory of the thread's own, used again: new memory for each chunk would cost as much as decoding it
-        if len(getattr(scratch, "data", b"")) < chunk.length:
-            scratch.data = bytearray(chunk.length)
-        data = memoryview(scratch.data)[: chunk.length]
+        data = scratch.take(chunk.length)
         remotes.read_into(store, sources, chunk.id, data)
         for piece in pieces:
             length = piece.stop - piece.start

@@ -106,11 +106,8 @@ def restore(repo: Repo, remote: Actions, want: str, *, allow_fresh: bool, progre
     if resolution.unavailable and remote.down and not remote.service.unreadable:
         # not the same as gone: a fresh start would throw away what is only out of reach
         raise RemoteUnavailable(remote.name, f"{remote.down}; so it can't be told which checkpoints can be had")
-    if not resolution.rejected and not resolution.damaged:
-        return _fresh(remote, resolution, "there is no checkpoint yet")
-    if allow_fresh or repo.config.resume.on_missing == "fresh":
-        why = "--allow-fresh" if allow_fresh else 'on_missing = "fresh" in config.toml'
-        return _fresh(remote, resolution, f"no checkpoint can be had, and {why} allows a fresh start")
+    if why := repo.fresh_start(resolution, allow_fresh=allow_fresh):
+        return _fresh(remote, resolution, why)
     resolution.require()
     raise AssertionError("a resolution without a match demands one")
 

@@ -19,6 +19,7 @@ import fcntl
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -176,7 +177,7 @@ def read(path: Path | str, limit: int) -> bytes:
 
 
 def read_into(path: Path | str, limit: int, memory: Callable[[int], memoryview]) -> memoryview:
-    """The whole file, in the first bytes of what ``memory`` gives for its size. Errors as those of :func:`read`."""
+    """The whole file, in what ``memory`` gives for its size. Errors as those of :func:`read`."""
     try:
         # not blocking: a pipe under an object's name would be waited for for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -184,7 +185,7 @@ def read_into(path: Path | str, limit: int, memory: Callable[[int], memoryview])
             size = os.fstat(descriptor).st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, where at most {limit} make sense")
-            view = memory(size)[:size]
+            view = memory(size)
             done = 0
             # some file systems return less than was asked for, which would look like damage
             while done < size and (more := os.readv(descriptor, [view[done:]])):
@@ -196,6 +197,19 @@ def read_into(path: Path | str, limit: int, memory: Callable[[int], memoryview])
         raise
     except OSError as error:
         raise StorageError("read", str(path), error) from error
+
+
+class Scratch(threading.local):
+    """Memory of each thread's own that is used again: new memory costs as much as what is decoded into it."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def take(self, size: int) -> memoryview:
+        """``size`` bytes, until this thread takes some the next time. What is in them means nothing."""
+        if len(self._data) < size:
+            self._data = bytearray(size)
+        return memoryview(self._data)[:size]
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:

@@ -278,6 +278,15 @@ class Repo:
         damaged = tuple(Damaged(str(broken.path), broken.reason) for broken in listing.broken)
         return dataclasses.replace(found, damaged=damaged)
 
+    def fresh_start(self, found: Resolution, *, allow_fresh: bool) -> str:
+        """Why a run to which ``found`` gives no match may begin anew; empty when it may not."""
+        if not found.rejected and not found.damaged:
+            return "there is no checkpoint yet"
+        if not allow_fresh and self.config.resume.on_missing != "fresh":
+            return ""
+        why = "--allow-fresh" if allow_fresh else 'on_missing = "fresh" in config.toml'
+        return f"no checkpoint can be resumed, and {why} allows that"
+
     def find(self, wanted: str) -> Entry:
         """The manifest that ``wanted`` names: first digits of its id, or ``best`` and so on as in :meth:`resolve`.
 

@@ -415,10 +415,8 @@ class Checkpointer:
         permits a fresh start; else NothingMatches, NothingAvailable.
         """
         found = self.repo.resolve(want, self._line)
-        if found.match is None:
-            nothing = not (found.rejected or found.damaged)
-            if nothing or allow_fresh or self.repo.config.resume.on_missing == "fresh":
-                return 0
+        if found.match is None and self.repo.fresh_start(found, allow_fresh=allow_fresh):
+            return 0
         match = found.require()
         state = self.repo.load(match.id, parts=["model"], into=self._model)
         state |= self.repo.load(match.id, parts=["trainer", *(["optimizer"] if self._optimizer else [])])

@@ -52,11 +52,8 @@ def choose(repo: castore.Repo, config: Config, line: castore.Line) -> Choice:
         if want.rpartition(":")[2] != "best":
             return Choice(resolution=resolution, match=resolution.match)
         return _go_on(repo, config, line, resolution, resolve)
-    if not resolution.rejected and not resolution.damaged:
-        return Choice(resolution=resolution, fresh="there is no checkpoint yet")
-    if config.run.allow_fresh or repo.config.resume.on_missing == "fresh":
-        why = "--allow-fresh" if config.run.allow_fresh else 'on_missing = "fresh" in config.toml'
-        return Choice(resolution=resolution, fresh=f"no checkpoint can be resumed, and {why} allows that")
+    if why := repo.fresh_start(resolution, allow_fresh=config.run.allow_fresh):
+        return Choice(resolution=resolution, fresh=why)
     try:
         return Choice(resolution=resolution, match=resolution.require())
     except (errors.NothingMatches, errors.NothingAvailable) as error:

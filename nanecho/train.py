@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,9 +144,9 @@ def _session(
             f"{config.training.max_iters}: give a higher --max-iters, or --resume none to start anew"
         )
     with AsyncSaver(repo) as saver:
-        saving = _Saving(repo, session, saver)
+        saving = _Saving(repo, session, saver, {"line": line, "tags": tags, "note": note})
         try:
-            yield from _steps(session, saving, line, windows, stop, tags, note, clock)
+            yield from _steps(session, saving, windows, stop, clock)
         except errors.CastoreError:
             # what was under way counts, whatever ended the session
             with suppress(errors.CastoreError):
@@ -157,11 +157,8 @@ def _session(
 def _steps(
     session: Session,
     saving: _Saving,
-    line: castore.Line,
     windows: npt.NDArray[np.int64],
     stop: Callable[[], str],
-    tags: Sequence[str],
-    note: str,
     clock: Callable[[], float],
 ) -> Iterator[Event]:
     config, last = session.config, session.began.last
@@ -194,13 +191,7 @@ def _steps(
             continue
         yield from saving.landed(wait=True)
         session.best_loss = val_loss if session.best_loss is None else min(val_loss, session.best_loss)
-        saving.begin(
-            reasons,
-            metrics={"val_loss": val_loss, "val_accuracy": val_accuracy, "train_loss": loss},
-            line=line,
-            tags=tags,
-            note=note,
-        )
+        saving.begin(reasons, {"val_loss": val_loss, "val_accuracy": val_accuracy, "train_loss": loss})
         yield from saving.landed(wait=not config.machine.background)
     yield from saving.landed(wait=True)
     stopped = stopping or ("max-iters" if session.step == config.training.max_iters else "session-iters")
@@ -208,14 +199,14 @@ def _steps(
 
 
 class _Saving:
-    """The checkpoint that is saved while training goes on."""
+    """The checkpoint that is saved while training goes on. ``fields`` are what the manifests of a session share."""
 
-    def __init__(self, repo: castore.Repo, session: Session, saver: AsyncSaver) -> None:
-        self._repo, self._session, self._saver = repo, session, saver
+    def __init__(self, repo: castore.Repo, session: Session, saver: AsyncSaver, fields: Mapping[str, Any]) -> None:
+        self._repo, self._session, self._saver, self._fields = repo, session, saver, fields
         self._step = 0
         self._reasons: tuple[str, ...] = ()
 
-    def begin(self, reasons: Sequence[str], **fields: Any) -> None:
+    def begin(self, reasons: Sequence[str], metrics: Mapping[str, float]) -> None:
         """Begin to save the session as it is now. The one before must have landed: it is the parent."""
         session = self._session
         self._step, self._reasons = session.step, tuple(reasons)
@@ -223,10 +214,11 @@ class _Saving:
             _state(session),
             run=session.config.run.run,
             step=session.step,
+            metrics=metrics,
             parent=session.parent,
             config=configs.recorded(session.config),
             info=_info(session, reasons),
-            **fields,
+            **self._fields,
         )
 
     def landed(self, *, wait: bool = False) -> Iterator[Event]:

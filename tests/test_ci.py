@@ -192,7 +192,7 @@ def test_a_bundle_that_is_gone_ends_restore_and_training_with_4(world: World, on
     # the escape, and the one that is for ever
     assert "--allow-fresh allows" in machine.run("ci", "restore", "--allow-fresh")
     world.configure(machine, '[resume]\non_missing = "fresh"\n')
-    assert machine.json("ci", "restore")["fresh"].startswith("no checkpoint can be had")
+    assert machine.json("ci", "restore")["fresh"].startswith("no checkpoint can be resumed")
 
 
 def test_outside_of_actions_it_says_so_and_changes_nothing(world: World) -> None:
