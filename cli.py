@@ -770,7 +770,11 @@ def verify_command(
     else:
         for one in findings:
             say(*_describe_finding(one))
-        told = f"{len(findings)} findings, {wrong} to be mended" if findings else "all is well"
+        told = (
+            f"{len(findings)} finding{'' if len(findings) == 1 else 's'}, {wrong} to be mended"
+            if findings
+            else "all is well"
+        )
         say(f"verify  {words.size(meter.done)} read: {told}")
     if wrong:
         sys.exit(5)

@@ -97,7 +97,7 @@ def test_verify_exits_5_and_names_what_is_damaged_and_who_needs_it(project: Proj
     out, err = project.start("verify").communicate()
     assert out.splitlines()[0].startswith(f"damaged object {chunk[:12]}: ")
     assert f"needed by model of {own[:12]}" in out
-    assert "1 findings, 1 to be mended" in out
+    assert "1 finding, 1 to be mended" in out
     assert err == ""
     project.run("verify", code=5)
     project.run("verify", own, code=5)
@@ -147,7 +147,7 @@ def test_strays_are_told_but_are_no_failure(project: Project) -> None:
     out = project.run("verify")
     assert out.startswith("stray")
     assert "\x1b" not in out
-    assert "1 findings, 0 to be mended" in out
+    assert "1 finding, 0 to be mended" in out
     assert project.json("verify")["findings"][0]["harmless"] is True
 
 
