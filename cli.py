@@ -28,16 +28,20 @@ import typer
 from typer.core import TyperCommand
 
 import castore
-from castore import errors, words
+from castore import errors
+from castore.text import format_age, format_number, format_size, printable
 from nanecho import config as configs
 
 if TYPE_CHECKING:
-    from castore import checkout as checkouts
-    from castore import ci, diff, files, gc, retention, stats, verify
-    from castore.curves import Curve
-    from castore.ids import ObjectId
-    from castore.quality import Entry
-    from castore.remotes.actions import Actions
+    from castore import diff, gc, stats, verify
+    from castore.format.ids import ObjectId
+    from castore.format.manifest import Entry
+    from castore.github import sessions
+    from castore.policy import retention
+    from castore.remotes.github_cache import GitHubCache
+    from castore.report.curves import Curve
+    from castore.trees import checkout as checkouts
+    from castore.trees.add import Added
     from nanecho import events
 
 EXIT_CODES: tuple[tuple[type[castore.CastoreError], int], ...] = (
@@ -113,7 +117,7 @@ def fail(reason: str, code: int) -> NoReturn:
 def say(*lines: str, out: TextIO | None = None) -> None:
     """Print lines for people. Whatever they quote, none of it reaches the terminal as anything but text."""
     if lines:
-        print(*map(words.printable, lines), sep="\n", file=out, flush=True)
+        print(*map(printable, lines), sep="\n", file=out, flush=True)
 
 
 def _version(wanted: bool) -> None:
@@ -181,8 +185,8 @@ def train(
     config = configs.make({**(configs.read_toml(_text(file), str(file)) if file else {}), **given})
     for text in (note, *(tag or ())):
         if not text.isprintable():
-            raise errors.UsageError(f"tags and notes are one line of text, unlike {words.printable(text)}")
-    from castore import manifest
+            raise errors.UsageError(f"tags and notes are one line of text, unlike {printable(text)}")
+    from castore.format import manifest
 
     out = sys.stderr if as_json else sys.stdout
     repo = _open_or_init(out)
@@ -263,7 +267,7 @@ def _open_or_init(out: TextIO) -> castore.Repo:
     try:
         repo = castore.Repo.open()
     except errors.RepoNotFound:
-        from castore import git
+        from castore.storage import git
 
         repo = castore.Repo.init(git.root(Path.cwd()) or Path.cwd())
         say(f"made    {repo.root}: commit it now and then, git ignores the data", out=out)
@@ -323,7 +327,7 @@ class _Bar:
         if isinstance(event, events.Finished):
             self.stop()
         for line in lines:
-            self._progress.console.print(words.printable(line), markup=False, emoji=False, soft_wrap=True)
+            self._progress.console.print(printable(line), markup=False, emoji=False, soft_wrap=True)
         if isinstance(event, events.Began) and event.last > event.step:
             self._progress.start()
             self._task = self._progress.add_task("", total=event.last, completed=event.step, text="")
@@ -363,7 +367,7 @@ def demo(
     names = zip(demonstration.LIVES, ("resumed", "fresh start", "never stopped"), strict=True)
     curves = [_life_curve(name, demonstration.curve(result.of(life))) for life, name in names]
     if picture is not None:
-        from castore import curves as drawing
+        from castore.report import curves as drawing
 
         drawing.picture(curves, picture, x_label="steps of compute", y_label="validation loss")
     if as_json:
@@ -377,7 +381,7 @@ def demo(
 
 
 def _life_curve(name: str, points: Sequence[tuple[int, float, float]]) -> Curve:
-    from castore.curves import Curve
+    from castore.report.curves import Curve
 
     return Curve(
         name, [step for step, _, _ in points], [mean for _, mean, _ in points], [half for _, _, half in points]
@@ -430,7 +434,7 @@ def log(
     elif not entries:
         say(f"no checkpoint of run {run}" if run else "no checkpoint yet: `castore train` makes the first one")
     elif graph:
-        from castore import lineage
+        from castore.policy import lineage
 
         known = {entry.id for entry in entries}
         for lines, entry in lineage.draw(entries):
@@ -445,7 +449,7 @@ def log(
 
 def _loss_curves(entries: Sequence[Entry]) -> list[Curve]:
     """The validation loss of each run, the one with the newest checkpoint first."""
-    from castore.curves import Curve
+    from castore.report.curves import Curve
 
     runs: dict[str, dict[int, float]] = {}
     for entry in entries:
@@ -458,7 +462,7 @@ def _loss_curves(entries: Sequence[Entry]) -> list[Curve]:
 
 
 def _say_curves(curves: Sequence[Curve], x_label: str, y_label: str) -> None:
-    from castore import curves as drawing
+    from castore.report import curves as drawing
 
     terminal = shutil.get_terminal_size()
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -474,7 +478,7 @@ def _say_curves(curves: Sequence[Curve], x_label: str, y_label: str) -> None:
 
 
 def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]:
-    from castore import resolve
+    from castore.policy.resolution import availability
 
     found = entry.manifest
     score = castore.score(found)
@@ -483,28 +487,28 @@ def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]
         entry.id[:12],
         found.run,
         f"{found.step:,}",
-        words.number(score),
-        words.number(loss),
-        resolve.availability(repo.part_states(entry)),
-        words.size(sum(part.stored_bytes for part in found.parts.values())),
-        words.age(now - datetime.fromisoformat(found.created)),
+        format_number(score),
+        format_number(loss),
+        availability(repo.part_states(entry)),
+        format_size(sum(part.stored_bytes for part in found.parts.values())),
+        format_age(now - datetime.fromisoformat(found.created)),
         " ".join(found.tags),
     )
 
 
 def _graph_text(repo: castore.Repo, entry: Entry, known: Container[str]) -> str:
-    from castore import resolve
+    from castore.policy.resolution import availability
 
     found = entry.manifest
     parent = "" if found.parent is None or found.parent in known else f"from {found.parent[:12]}, which isn't listed"
-    loss = f"val loss {words.number(found.metrics['val_loss'])}" if "val_loss" in found.metrics else ""
-    state = resolve.availability(repo.part_states(entry))
+    loss = f"val loss {format_number(found.metrics['val_loss'])}" if "val_loss" in found.metrics else ""
+    state = availability(repo.part_states(entry))
     told = (f"{found.run}, step {found.step:,}", loss, state, " ".join(found.tags), parent)
     return "  ".join((entry.id[:12], *filter(None, told)))
 
 
 def _entry_json(repo: castore.Repo, entry: Entry) -> dict[str, Any]:
-    from castore import resolve
+    from castore.policy.resolution import availability
 
     states = repo.part_states(entry)
     return {
@@ -516,7 +520,7 @@ def _entry_json(repo: castore.Repo, entry: Entry) -> dict[str, Any]:
         "parent": entry.manifest.parent,
         "score": castore.score(entry.manifest),
         "metrics": entry.manifest.metrics,
-        "availability": resolve.availability(states),
+        "availability": availability(states),
         "tags": entry.manifest.tags,
         "note": entry.manifest.note,
         "parts": {
@@ -535,7 +539,7 @@ def show(
     repo = castore.Repo.open()
     entry = repo.find(wanted)
     found = entry.manifest
-    rest = {"line": msgspec.to_builtins(found.line), "config": found.config, "info": found.info}
+    rest = {"experiment": msgspec.to_builtins(found.experiment), "config": found.config, "info": found.info}
     if as_json:
         _print_json({**_entry_json(repo, entry), **rest})
         return
@@ -552,7 +556,7 @@ def show(
     for name, part in found.parts.items():
         state = states[name]
         where = state.where if state.where != "missing" else f"missing: {state.reason}"
-        say(f"part       {name}: {words.size(part.bytes)}, {words.size(part.stored_bytes)} stored, {where}")
+        say(f"part       {name}: {format_size(part.bytes)}, {format_size(part.stored_bytes)} stored, {where}")
     for name, section in rest.items():
         say(name, *_outline(section))
 
@@ -569,7 +573,6 @@ def resolve_command(
 
     Compared with what the newest checkpoint was trained on. `castore train` compares with its own options and data.
     """
-    from nanecho import report
 
     found = castore.Repo.open().resolve(want, parts=parts or None, weights_only=not parts)
     if as_json:
@@ -577,7 +580,7 @@ def resolve_command(
     for damaged in found.damaged:
         say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
     match = found.require()
-    for text in () if as_json else report.describe_rejections(found.rejected):
+    for text in () if as_json else found.explain_rejections():
         say(f"no      {text}")
     if not as_json:
         score = "no score" if match.score is None else f"score {match.score:.4f}"
@@ -591,7 +594,9 @@ def resolve_command(
 
 @app.command("gc", epilog="Example: castore gc --keep 10 --dry-run")
 def gc_command(
-    keep: Annotated[int | None, typer.Option(min=0, help="Of each line, the best so many.", show_default=False)] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=0, help="Of each experiment, the best so many.", show_default=False)
+    ] = None,
     keep_latest: Annotated[
         int | None, typer.Option(min=0, help="The newest so many beside them.", show_default=False)
     ] = None,
@@ -611,8 +616,9 @@ def gc_command(
 ) -> None:
     """Delete the data that no kept checkpoint needs. Manifests stay.
 
-    What isn't given is as in config.toml. Checkpoints are kept by score in their line; all of the work tree, the git
-    index, every branch, tag and stash, linked worktrees and pins count. When one of those can't be read, nothing goes.
+    What isn't given is as in config.toml. Checkpoints are kept by score in their experiment; all of the work tree, the
+    git index, every branch, tag and stash, linked worktrees and pins count. When one of those can't be read, nothing
+    goes.
     """
     from castore import config as settings
     from castore import gc
@@ -624,7 +630,7 @@ def gc_command(
         period = settings.parse_duration(grace) if grace is not None else None
     except ValueError as error:
         raise errors.UsageError(str(error)) from error
-    found = gc.collect(repo, policy, grace=period, dry_run=dry_run)
+    found = gc.collect_garbage(repo, policy, grace=period, dry_run=dry_run)
     if as_json:
         _print_json(_gc_json(found, dry_run))
         return
@@ -640,7 +646,7 @@ def gc_command(
     if found.young:
         say(f"wait    {found.young} objects that no manifest refers to, too new to go")
     verb = "would go" if dry_run else "deleted"
-    freed, kept = words.size(found.freed_bytes), words.size(found.kept_bytes)
+    freed, kept = format_size(found.freed_bytes), format_size(found.kept_bytes)
     say(f"gc      {len(found.delete)} objects, {freed} {verb}; {kept} kept")
 
 
@@ -654,7 +660,7 @@ def _policy(repo: castore.Repo, given: Mapping[str, int | None], max_size: str |
             changes["max_size"] = settings.parse_size(max_size) or None
     except ValueError as error:
         raise errors.UsageError(str(error)) from error
-    return dataclasses.replace(repo.config.policy, **changes)
+    return dataclasses.replace(repo.policy, **changes)
 
 
 def _describe_decision(decision: retention.Decision) -> str:
@@ -663,7 +669,7 @@ def _describe_decision(decision: retention.Decision) -> str:
     return f"{decision.entry.id[:12]}, step {found.step:,} of {found.run}{parts}: {', '.join(decision.reasons)}"
 
 
-def _gc_json(found: gc.Plan, dry_run: bool) -> dict[str, Any]:
+def _gc_json(found: gc.GCPlan, dry_run: bool) -> dict[str, Any]:
     return {
         "dry_run": dry_run,
         "deleted": sorted(found.delete),
@@ -726,7 +732,7 @@ def forget(
 
     In git it is history: commit the removal. Until then the index and every branch that has it still count.
     """
-    from castore import git
+    from castore.storage import git
 
     repo = castore.Repo.open()
     entry = repo.find(wanted)
@@ -775,7 +781,7 @@ def verify_command(
             if findings
             else "all is well"
         )
-        say(f"verify  {words.size(meter.done)} read: {told}")
+        say(f"verify  {format_size(meter.done)} read: {told}")
     if wrong:
         sys.exit(5)
 
@@ -857,20 +863,20 @@ def stats_command(as_json: Json = False) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.manifests.items())) or "none"
     states = ", ".join(f"{count} {state}" for state, count in sorted(found.availability.items()))
     say(f"manifests   {kinds}{f'; checkpoints: {states}' if states else ''}")
-    say(f"raw         {words.size(total.raw)} in {total.parts} parts")
-    say(f"sharing     saves {words.size(total.saved_by_sharing)}")
-    say(f"compression saves {words.size(total.saved_by_compression)}")
-    say(f"stored      {words.size(total.stored)}, and {words.size(found.unneeded)} that no manifest here needs")
+    say(f"raw         {format_size(total.raw)} in {total.parts} parts")
+    say(f"sharing     saves {format_size(total.saved_by_sharing)}")
+    say(f"compression saves {format_size(total.saved_by_compression)}")
+    say(f"stored      {format_size(total.stored)}, and {format_size(found.unneeded)} that no manifest here needs")
     gc = found.gc
-    freed = gc.problem or f"would delete {gc.objects} objects, {words.size(gc.bytes)}"
+    freed = gc.problem or f"would delete {gc.objects} objects, {format_size(gc.bytes)}"
     say(f"gc          {freed}")
     for name, folder in found.folders.items():
-        say(f"{name + '/':11} {folder.files} files, {words.size(folder.bytes)}")
+        say(f"{name + '/':11} {folder.files} files, {format_size(folder.bytes)}")
     for head, groups in (("part", found.by_part), ("run", found.by_run)):
         if groups:
             say("")
             _print_table((head, "count", "raw", "stored", "sharing", "compression"), [
-                (name, str(one.parts), *map(words.size, (one.raw, one.stored, one.saved_by_sharing,
+                (name, str(one.parts), *map(format_size, (one.raw, one.stored, one.saved_by_sharing,
                  one.saved_by_compression)))
                 for name, one in sorted(groups.items())
             ])  # fmt: skip
@@ -911,7 +917,7 @@ def diff_command(
     if as_json:
         _print_json(_diff_json(found))
         return
-    for section in ("identity", "config", "line", "metrics"):
+    for section in ("identity", "config", "experiment", "metrics"):
         prefix = "" if section == "identity" else f"{section}."
         say(*(prefix + _describe_value(one) for one in getattr(found, section)))
     for part in found.parts:
@@ -963,7 +969,8 @@ def _shortened(value: Any, limit: int) -> str:
 
 def _diff_json(found: diff.Difference) -> dict[str, Any]:
     sections: dict[str, Any] = {
-        name: [_value_json(one) for one in getattr(found, name)] for name in ("identity", "config", "line", "metrics")
+        name: [_value_json(one) for one in getattr(found, name)]
+        for name in ("identity", "config", "experiment", "metrics")
     }
     parts = {
         part.name: {
@@ -1036,12 +1043,11 @@ def ci_restore(
     It runs inside an action, as GitHub gives access to the cache to no other step: `uses: OWNER/castore@v1` with
     `mode: restore`. What it did is also told in the job's summary.
     """
-    from nanecho import report
 
-    with _job("restore") as (repo, remote, ci), _meter("restore") as meter:
-        found = ci.restore(repo, remote, resume, allow_fresh=allow_fresh, progress=meter.show)
+    with _job("restore") as (repo, remote, sessions), _meter("restore") as meter:
+        found = sessions.restore(repo, remote, resume, allow_fresh=allow_fresh, progress=meter.show)
     match = found.match
-    _append("GITHUB_STEP_SUMMARY", ci.restored_markdown(found))
+    _append("GITHUB_STEP_SUMMARY", sessions.restored_markdown(found))
     _append_outputs(
         {
             "match": match.id if match else "",
@@ -1056,7 +1062,7 @@ def ci_restore(
         return
     for damaged in found.resolution.damaged if found.resolution else ():
         say(f"castore: {damaged.path}: {damaged.reason}", out=sys.stderr)
-    for text in report.describe_rejections(found.resolution.rejected) if found.resolution else ():
+    for text in found.resolution.explain_rejections() if found.resolution else ():
         say(f"no      {text}")
     if match:
         score = "no score" if match.score is None else f"score {match.score:.4f}"
@@ -1085,12 +1091,12 @@ def ci_save(
     Collects garbage, uploads what the cache lacks of the checkpoints that are kept as one bundle, and stages manifests
     and the record of the bundle once a look-up has confirmed it.
     """
-    with _job("save") as (repo, remote, ci), _meter("save") as meter:
+    with _job("save") as (repo, remote, sessions), _meter("save") as meter:
         given = {"keep": keep, "keep_optimizer": keep_optimizer}
         policy = _policy(repo, given, max_size)
         ref = os.environ.get("GITHUB_REF", "")
-        found = ci.save(repo, remote, policy, commit=commit, message=message, ref=ref, progress=meter.show)
-    _append("GITHUB_STEP_SUMMARY", ci.handed_on_markdown(found))
+        found = sessions.save(repo, remote, policy, commit=commit, message=message, ref=ref, progress=meter.show)
+    _append("GITHUB_STEP_SUMMARY", sessions.handed_on_markdown(found))
     _append_outputs(
         {
             "bundle": found.records[0].bundle if found.records else "",
@@ -1108,14 +1114,14 @@ def ci_save(
         sys.exit(5)
 
 
-def _say_handed_on(found: ci.HandedOn) -> None:
+def _say_handed_on(found: sessions.HandedOn) -> None:
     if session := found.session:
         steps = f"step {session.start_step:,} -> {session.final_step:,}"
-        losses = f"{words.number(session.start_loss)} -> {words.number(session.final_loss)}"
+        losses = f"{format_number(session.start_loss)} -> {format_number(session.final_loss)}"
         say(f"session {session.run}: {steps}, validation loss {losses}, {session.checkpoints} checkpoints")
     if found.records:
         record = found.records[0]
-        say(f"bundle  {record.bundle[:12]}: {record.objects} objects, {words.size(record.bytes)}; confirmed")
+        say(f"bundle  {record.bundle[:12]}: {record.objects} objects, {format_size(record.bytes)}; confirmed")
     else:
         say("bundle  none: the cache has all that is kept")
     for own, reason in found.left_out:
@@ -1127,27 +1133,27 @@ def _say_handed_on(found: ci.HandedOn) -> None:
     say(f"moved   {_describe_traffic(found.traffic)}")
 
 
-def _describe_traffic(traffic: ci.Traffic) -> str:
-    up, down = words.size(traffic.uploaded), words.size(traffic.downloaded)
+def _describe_traffic(traffic: sessions.Traffic) -> str:
+    up, down = format_size(traffic.uploaded), format_size(traffic.downloaded)
     return f"{up} up, {down} down, {traffic.requests} requests to the cache"
 
 
 @contextmanager
-def _job(what: str) -> Iterator[tuple[castore.Repo, Actions, Any]]:
+def _job(what: str) -> Iterator[tuple[castore.Repo, GitHubCache, Any]]:
     """The repository, with the cache of this job; an error is told in the job's summary, too."""
-    from castore import ci
-    from castore.remotes.actions import Service
+    from castore.github import sessions
+    from castore.remotes.github_cache import CacheService
 
-    service = Service.of_job(os.environ)
+    service = CacheService.of_job(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, without waiting for the network: the store survives it
     try:
         repo = castore.Repo.open()
-        remote, broken = ci.connect(repo, service)
+        remote, broken = sessions.connect(repo, service)
         for one in broken:
             say(f"castore: {one.path}: {one.reason}", out=sys.stderr)
-        yield repo, remote, ci
+        yield repo, remote, sessions
     except castore.CastoreError as error:
-        _append("GITHUB_STEP_SUMMARY", ci.refused_markdown(f"{what}: {error}"))
+        _append("GITHUB_STEP_SUMMARY", sessions.refused_markdown(f"{what}: {error}"))
         raise
 
 
@@ -1178,15 +1184,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint's weights to a file for other programs."""
-    from castore import interchange
+    from castore import convert
 
     repo = castore.Repo.open()
     with _busy("exporting"):
-        found = interchange.export(repo, wanted, out, part=part, force=force)
+        found = convert.export(repo, wanted, out, part=part, force=force)
     if as_json:
         _print_json({**dataclasses.asdict(found), "path": str(found.path)})
     else:
-        say(f"wrote {found.path}: {found.tensors} tensors, {words.size(found.bytes)}, of checkpoint {found.id[:12]}")
+        say(f"wrote {found.path}: {found.tensors} tensors, {format_size(found.bytes)}, of checkpoint {found.id[:12]}")
 
 
 @app.command("import", epilog="Example: castore import model.safetensors --run imported --metric val_loss=2.3")
@@ -1199,7 +1205,7 @@ def import_command(
     ] = None,
     like: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Take line, settings, run and step of this one.", show_default=False),
+        typer.Option(metavar="ID", help="Take experiment, settings, run and step of this one.", show_default=False),
     ] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", help="Tag; may be repeated.")] = None,
     note: Annotated[str, typer.Option(help="Note.", show_default=False)] = "",
@@ -1209,19 +1215,19 @@ def import_command(
 
     With --like it can be compared with that checkpoint, and resumed in its place: say so only if it is so.
     """
-    from castore import interchange
+    from castore import convert
 
     repo = castore.Repo.open()
     metrics = dict(_metric(text) for text in metric or ())
     _check_line(note, *(tag or ()))
     with _busy("importing"):
-        saved = interchange.import_file(
+        saved = convert.import_file(
             repo, file, run=run, step=step, metrics=metrics, like=like, tags=tag or (), note=note
         )
     if as_json:
         _print_json({"id": saved.id, "path": str(saved.path), "new_bytes": saved.new_bytes})
     else:
-        new = words.size(saved.new_bytes)
+        new = format_size(saved.new_bytes)
         say(f"saved {saved.id}: step {saved.manifest.step:,} of run {saved.manifest.run}, {new} new")
 
 
@@ -1247,19 +1253,19 @@ def add(
 
     Names, permissions, links and empty folders are kept. Folders called .git and .castore are passed over.
     """
-    from castore import files
+    from castore.trees.add import add_tree
 
     repo = castore.Repo.open()
     _check_line(note, *(tag or ()))
     with _meter("add") as meter:
-        found = files.add(repo, path, name=name, tags=tag or (), note=note, progress=meter.show)
+        found = add_tree(repo, path, name=name, tags=tag or (), note=note, progress=meter.show)
     if as_json:
         shown = {name: value for name, value in _fields(found).items() if name != "manifest"}
         _print_json({**shown, "path": str(found.path), "name": found.manifest.run})
         return
     for one in found.skipped:
         say(f"passed  {one}, which is never checked out")
-    say(f"added   {found.id[:12]}, {found.manifest.run}: {_contents(found)}, {words.size(found.new_bytes)} new")
+    say(f"added   {found.id[:12]}, {found.manifest.run}: {_contents(found)}, {format_size(found.new_bytes)} new")
 
 
 @app.command(epilog="Example: castore checkout books:latest data")
@@ -1272,7 +1278,7 @@ def checkout(
     as_json: Json = False,
 ) -> None:
     """Write added files back, every byte verified."""
-    from castore import checkout as checkouts
+    from castore.trees import checkout as checkouts
 
     repo = castore.Repo.open()
     with _meter("checkout") as meter:
@@ -1284,10 +1290,10 @@ def checkout(
         say(f"wrote   {paths}: {_contents(found)}, of {found.id[:12]}")
 
 
-def _contents(found: files.Added | checkouts.CheckedOut) -> str:
+def _contents(found: Added | checkouts.CheckedOut) -> str:
     counts = {"file": found.files, "folder": found.folders, "link": found.links}
     shown = [f"{count:,} {what}{'' if count == 1 else 's'}" for what, count in counts.items() if count]
-    return ", ".join([*shown, words.size(found.bytes)])
+    return ", ".join([*shown, format_size(found.bytes)])
 
 
 def _fields(found: Any) -> dict[str, Any]:
@@ -1297,7 +1303,7 @@ def _fields(found: Any) -> dict[str, Any]:
 def _check_line(*texts: str) -> None:
     for text in texts:
         if not text.isprintable():
-            raise errors.UsageError(f"tags and notes are one line of text, unlike {words.printable(text)}")
+            raise errors.UsageError(f"tags and notes are one line of text, unlike {printable(text)}")
 
 
 @contextmanager
@@ -1333,26 +1339,27 @@ def report_command(
 
     The page is one file that needs no network. A report that is there is replaced.
     """
-    from castore import manifest, report, report_page
+    from castore.format import manifest
+    from castore.report import collect, html
 
     form = "json" if as_json else form
     out = out or ("report.html" if form == "html" else "-")
     repo = castore.Repo.open()
     if out != "-":
-        report.check_target(Path(out))
+        collect.check_target(Path(out))
     if form == "html":
-        report_page.charts_script()  # what can go wrong before anything is read
+        html.charts_script()  # what can go wrong before anything is read
     with _busy("making the report"):
-        found = report.collect(repo, datetime.now(UTC), run)
-        text = report_page.page(found) if form == "html" else report.as_markdown(found) if form == "md" else ""
+        found = collect.collect_report(repo, datetime.now(UTC), run)
+        text = html.page(found) if form == "html" else collect.as_markdown(found) if form == "md" else ""
     for one in found.broken:
         say(f"castore: {one.path}: {one.reason}", out=sys.stderr)
     if out == "-":
-        _print_json(report.as_json(found)) if form == "json" else print(text, end="")
+        _print_json(collect.as_json(found)) if form == "json" else print(text, end="")
         return
-    data = text.encode() if text else manifest.canonical(report.as_json(found))
-    report.write(Path(out), data)
-    say(f"wrote   {out}: {len(found.checkpoints):,} checkpoints, {words.size(len(data))}")
+    data = text.encode() if text else manifest.canonical(collect.as_json(found))
+    collect.write_report(Path(out), data)
+    say(f"wrote   {out}: {len(found.checkpoints):,} checkpoints, {format_size(len(data))}")
     if not found.checkpoints:
         say(f"        no checkpoint{f' of run {run}' if run else ''} yet: `castore train` makes the first one")
 

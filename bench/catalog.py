@@ -13,20 +13,22 @@ import time
 from pathlib import Path
 
 import castore
-from castore import manifest
-from castore.ids import object_id
+from castore.format import manifest
+from castore.format.ids import object_id
 
 RUNS = 5
 
 
 def fill(repo: castore.Repo, count: int) -> None:
     """Manifests like nanecho's, whose data was collected long ago, and a hundred that have theirs."""
-    line = castore.Line(model={"n_layer": 4, "n_embd": 128}, tokenizer="ab" * 32, data="cd" * 32)
+    experiment = castore.Experiment(model={"n_layer": 4, "n_embd": 128}, tokenizer="ab" * 32, data="cd" * 32)
     config = {f"option_{i}": i / 10 for i in range(25)}
     for step in range(count):
         metrics = {"val_loss": 5.0 - 4.0 * step / count, "val_accuracy": step / count}
         if step >= count - 100:
-            repo.save({"model": {"step": step}}, run="main", step=step, metrics=metrics, line=line, config=config)
+            repo.save(
+                {"model": {"step": step}}, run="main", step=step, metrics=metrics, experiment=experiment, config=config
+            )
             continue
         parts = {
             name: manifest.Part(index=object_id(f"{step}{name}".encode()), bytes=1 << 20, stored_bytes=1 << 19)
@@ -34,7 +36,7 @@ def fill(repo: castore.Repo, count: int) -> None:
         }
         created = f"2026-01-01T00:00:00.{step:06d}Z"
         one = manifest.Manifest(
-            run="main", step=step, created=created, parts=parts, metrics=metrics, line=line, config=config
+            run="main", step=step, created=created, parts=parts, metrics=metrics, experiment=experiment, config=config
         )
         repo.catalog.add(one)
 

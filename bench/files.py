@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from castore import Repo, checkout, files
+from castore import Repo
+from castore.trees import checkout
+from castore.trees.add import add_tree
 
 
 def timed(what: str, call: Callable[[], Any]) -> Any:
@@ -42,14 +44,14 @@ def main() -> None:
         with open(big, "wb") as file:
             for start in range(0, size, 1_000_000):
                 file.write(os.urandom(min(1_000_000, size - start)))
-        timed("add", lambda: files.add(repo, big))
-        timed("add again", lambda: files.add(repo, big))
+        timed("add", lambda: add_tree(repo, big))
+        timed("add again", lambda: add_tree(repo, big))
         with open(big, "r+b") as file:
             file.seek(size // 2)
             byte = file.read(1)[0]
             file.seek(size // 2)
             file.write(bytes([byte ^ 1]))
-        edited = timed("add edit", lambda: files.add(repo, big))
+        edited = timed("add edit", lambda: add_tree(repo, big))
         timed("checkout", lambda: checkout.check_out(repo, edited.id, folder / "out"))
         print("equal" if digest(big) == digest(folder / "out" / "big") else "DIFFERENT")
     finally:

@@ -98,7 +98,7 @@ class Castore(Format):
     def load_into(self, folder: Path, state: State) -> None:
         castore.Repo.open(folder).load("latest", into=state)
 
-    def lacks(self, option: str) -> str:
+    def explain_missing(self, option: str) -> str:
         """Why ``load`` can't be measured with an option; empty when it can."""
         if option in inspect.signature(castore.Repo.load).parameters:
             return ""

@@ -36,7 +36,9 @@ import torch
 from matplotlib import figure
 
 import castore
-from castore import ids, index, manifest, objects, verify
+from castore import verify
+from castore.format import ids, manifest, part_index
+from castore.format.frame import encode_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "bench"
@@ -288,9 +290,13 @@ class Filler:
         chunks = [self._put(self._random.randbytes(OBJECT_BYTES)) for _ in range(wanted - 1)]
         for _ in range(size - wanted):
             self._put(self._random.randbytes(OBJECT_BYTES))
-        refs = tuple(index.ChunkRef(own, OBJECT_BYTES) for own in chunks)
-        tensor = index.TensorSpec("uint8", (OBJECT_BYTES * len(chunks),), 0)
-        own = self._put(index.encode(index.Index(refs, (tensor,), {"block": self.count, "weight": index.TensorRef(0)})))
+        refs = tuple(part_index.ChunkRef(own, OBJECT_BYTES) for own in chunks)
+        tensor = part_index.TensorSpec("uint8", (OBJECT_BYTES * len(chunks),), 0)
+        own = self._put(
+            part_index.encode(
+                part_index.Index(refs, (tensor,), {"block": self.count, "weight": part_index.TensorRef(0)})
+            )
+        )
         self._checkpoint("main", {"model": own})
         for number in range(GONE_BESIDE):
             names = ("model", "optimizer", "trainer")
@@ -300,7 +306,7 @@ class Filler:
         """As a save would, without its care for power cuts and for others."""
         own = ids.object_id(plain)
         with open(self._repo.store.path(own), "wb", buffering=0) as file:
-            file.write(b"".join(objects.encode(plain)))
+            file.write(b"".join(encode_frame(plain)))
         self.count += 1
         return own
 

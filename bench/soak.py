@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import castore
-from castore.retention import Policy
+from castore.policy.retention import Policy
 
 CONFIG = '[store]\nchunk_size = "64KiB"\nthreads = 1\nfsync = false\n[retention]\nauto_gc = false\n'
 
@@ -45,7 +45,7 @@ def collect(folder: str, writers: int, seconds: float, collections: multiprocess
     deadline = time.monotonic() + seconds
     count = 0
     while time.monotonic() < deadline:
-        castore.collect(repo, policy(writers), grace=timedelta())
+        castore.collect_garbage(repo, policy(writers), grace=timedelta())
         count += 1
     collections.put(count)
 
@@ -68,7 +68,7 @@ def main() -> None:
             process.join()
         failed = [process.exitcode for process in running if process.exitcode]
         repo = castore.Repo.open(folder)
-        plan = castore.collect(repo, policy(given.writers), grace=timedelta())
+        plan = castore.collect_garbage(repo, policy(given.writers), grace=timedelta())
         kept = [decision for decision in plan.decisions if decision.parts]
         for decision in kept:
             run, step = int(decision.entry.manifest.run[3:]), decision.entry.manifest.step

@@ -134,7 +134,7 @@ class Trained:
 
     step: int
     metrics: dict[str, float]
-    line: castore.Line
+    experiment: castore.Experiment
     parts: dict[str, Any]
 
 
@@ -154,4 +154,4 @@ def trained(cache: Path, quick: bool, say: Callable[[str], None]) -> Iterator[Tr
                 say(f"training, step {event.step} of {CHECKPOINTS * STEPS_APART}, loss {event.loss:.2f}")
     for entry in reversed(repo.checkpoints()):
         found = entry.manifest
-        yield Trained(found.step, dict(found.metrics), found.line, repo.load(entry.id))
+        yield Trained(found.step, dict(found.metrics), found.experiment, repo.load(entry.id))

@@ -45,7 +45,9 @@ from states import State
 
 import castore
 import castore.torch
-from castore import codecs, ids, objects, verify
+from castore import verify
+from castore.format import codecs, ids
+from castore.format.frame import HEADER_BYTES, decode_frame, encode_frame
 from nanecho import config as configs
 from nanecho import events, train
 
@@ -358,11 +360,11 @@ def loads(bench: Bench, key: str, label: str, state: State, *, everything: bool 
         def single(one: peers.Format, folder: Path) -> Any:
             return one.load_one(folder, "model", name, state)
 
-        if missing := peers.CASTORE.lacks("tensors"):
+        if missing := peers.CASTORE.explain_missing("tensors"):
             bench.note(f"load one tensor: {missing}")
         else:
             compare("one", "load one tensor", "ms", single, state["model"][name], state["model"][name].nbytes)
-        if missing := peers.CASTORE.lacks("into"):
+        if missing := peers.CASTORE.explain_missing("into"):
             bench.note(f"load into tensors that are there: {missing}")
         else:
             there = states.empty_like(state)
@@ -440,14 +442,14 @@ def sequence(bench: Bench, run: Sequence[states.Trained]) -> None:
 
         def act() -> castore.Repo:
             for one in run:
-                repo.save(one.parts, run="bench", step=one.step, metrics=one.metrics, line=one.line)
+                repo.save(one.parts, run="bench", step=one.step, metrics=one.metrics, experiment=one.experiment)
             return repo
 
         return act
 
     def finish(repo: castore.Repo) -> None:
         everything["castore"] = peers.size(repo.root / "objects")
-        plan = castore.collect(repo, grace=timedelta())
+        plan = castore.collect_garbage(repo, grace=timedelta())
         after["castore"] = peers.size(repo.root / "objects")
         parts = {one.step: one.parts for one in run}
         after["the parts that castore kept, raw"] = sum(
@@ -538,10 +540,10 @@ def encoding(bench: Bench, name: str, blob: bytes, width: int, dtype: str) -> No
 
     # what comes out is dropped at once, as a save drops what it has written
     def encode(_: Path) -> Act:
-        return lambda: drop(objects.encode(piece, width) for piece in pieces)
+        return lambda: drop(encode_frame(piece, width) for piece in pieces)
 
     def hash_and_encode(_: Path) -> Act:
-        return lambda: drop((ids.object_id(piece), objects.encode(piece, width)) for piece in pieces)
+        return lambda: drop((ids.object_id(piece), encode_frame(piece, width)) for piece in pieces)
 
     def compress(length: int, _: Path) -> Act:
         fresh = [bytearray(piece) for piece in cut(blob, length)]  # ZipNN shuffles its input in place
@@ -553,16 +555,16 @@ def encoding(bench: Bench, name: str, blob: bytes, width: int, dtype: str) -> No
     title = f"on one core, trained checkpoint, {name}"
     bench.compare(f"encode-{name}", f"encode {title}", "MB/s", ours + theirs, size=len(blob))
 
-    frames = [(ids.object_id(piece), b"".join(objects.encode(piece, width))) for piece in pieces]
+    frames = [(ids.object_id(piece), b"".join(encode_frame(piece, width))) for piece in pieces]
     outs = [memoryview(bytearray(len(piece))) for piece in pieces]
 
     def decode() -> None:
         for (own, frame), out in zip(frames, outs, strict=True):
-            objects.decode_into(own, memoryview(frame), out)
+            decode_frame(own, memoryview(frame), out)
 
     def decode_alone() -> None:
         for (_, frame), out in zip(frames, outs, strict=True):
-            codecs.decode(frame[5], memoryview(frame)[objects.HEADER_BYTES :], out)
+            codecs.decode(frame[5], memoryview(frame)[HEADER_BYTES:], out)
 
     def decompress(length: int, _: Path) -> Act:
         packed = [zipnn(dtype).compress(bytearray(piece)) for piece in cut(blob, length)]

@@ -12,51 +12,51 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from castore import errors, words
+from castore import errors, text
 from castore.errors import CastoreError
 
 if TYPE_CHECKING:
-    from castore.gc import Plan, collect
-    from castore.manifest import Line, Manifest, Metric
-    from castore.quality import score
-    from castore.repo import Repo, Saved, processors
-    from castore.resolve import Match, Rejected, Resolution
+    from castore.format.manifest import Experiment, Manifest, Metric
+    from castore.gc import GCPlan, collect_garbage
+    from castore.policy.resolution import Match, Rejected, Resolution
+    from castore.policy.scoring import score
+    from castore.repo import Repo, SaveResult, processors
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CastoreError",
-    "Line",
+    "Experiment",
+    "GCPlan",
     "Manifest",
     "Match",
     "Metric",
-    "Plan",
     "Rejected",
     "Repo",
     "Resolution",
-    "Saved",
+    "SaveResult",
     "__version__",
-    "collect",
+    "collect_garbage",
     "errors",
     "processors",
     "score",
-    "words",
+    "text",
 ]
 
 # imported when they are first used: a quarter of the time in which `castore --help` answers
 _PLACES = {
-    "Line": "manifest",
-    "Manifest": "manifest",
-    "Match": "resolve",
-    "Metric": "manifest",
-    "Plan": "gc",
-    "Rejected": "resolve",
+    "Experiment": "format.manifest",
+    "GCPlan": "gc",
+    "Manifest": "format.manifest",
+    "Match": "policy.resolution",
+    "Metric": "format.manifest",
+    "Rejected": "policy.resolution",
     "Repo": "repo",
-    "Resolution": "resolve",
-    "Saved": "repo",
-    "collect": "gc",
+    "Resolution": "policy.resolution",
+    "SaveResult": "repo",
+    "collect_garbage": "gc",
     "processors": "repo",
-    "score": "quality",
+    "score": "policy.scoring",
 }
 
 

@@ -11,8 +11,7 @@ from typing import Literal
 import msgspec
 
 from castore.errors import ConfigError
-from castore.objects import MAX_PLAIN
-from castore.retention import Policy
+from castore.format.frame import MAX_PLAIN
 
 TEMPLATE = """\
 # castore's settings. A line that is missing means the value shown here.
@@ -117,19 +116,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def chunk_bytes(self) -> int:
         return parse_size(self.store.chunk_size)
-
-    @property
-    def policy(self) -> Policy:
-        """What gc keeps."""
-        wanted = self.retention
-        return Policy(
-            keep=wanted.keep,
-            keep_latest=wanted.keep_latest,
-            keep_optimizer=wanted.keep_optimizer,
-            max_size=parse_size(wanted.max_size) or None,
-            data_ttl=parse_duration(wanted.data_ttl),
-            tie_tolerance=self.resume.tie_tolerance,
-        )
 
 
 def parse(text: str, path: str = "config.toml") -> Config:

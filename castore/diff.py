@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from castore import checkpoint, chunking, index, remotes
 from castore.errors import ObjectMissing
-from castore.ids import ObjectId
-from castore.index import Index, TensorRef, TensorSpec
-from castore.manifest import Manifest
-from castore.quality import Entry, score
+from castore.format import chunking, part_index
+from castore.format.ids import ObjectId
+from castore.format.manifest import Entry, Manifest
+from castore.format.part_index import Index, TensorRef, TensorSpec
+from castore.policy.scoring import score
+from castore.remotes import fallback
 from castore.repo import Repo
+from castore.state.parts import load_tensors, locate_errors
 
 State = Literal["equal", "changed", "added", "removed"]
 
@@ -72,7 +74,7 @@ class Difference:
 
     identity: tuple[Value, ...]
     config: tuple[Value, ...]
-    line: tuple[Value, ...]
+    experiment: tuple[Value, ...]
     metrics: tuple[Value, ...]
     parts: tuple[Part, ...]
 
@@ -88,7 +90,7 @@ def diff(repo: Repo, before: Entry, after: Entry) -> Difference:
     return Difference(
         identity=tuple(_values(_identity(a), _identity(b))),
         config=tuple(_values(a.config, b.config)),
-        line=tuple(_values(_line(a), _line(b))),
+        experiment=tuple(_values(_experiment(a), _experiment(b))),
         metrics=tuple(_values({"score": score(a), **a.metrics}, {"score": score(b), **b.metrics})),
         parts=parts,
     )
@@ -102,11 +104,11 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in names} | {"tags": " ".join(manifest.tags)}
 
 
-def _line(manifest: Manifest) -> dict[str, Any]:
-    line = manifest.line
-    metrics = {name: f"{one.direction} of {one.low:g} to {one.high:g}" for name, one in line.metrics.items()}
-    named = {"model": line.model, "evaluation": line.evaluation, "metrics": metrics}
-    return {"tokenizer": line.tokenizer, "data": line.data, **named}
+def _experiment(manifest: Manifest) -> dict[str, Any]:
+    experiment = manifest.experiment
+    metrics = {name: f"{one.direction} of {one.low:g} to {one.high:g}" for name, one in experiment.metrics.items()}
+    named = {"model": experiment.model, "evaluation": experiment.evaluation, "metrics": metrics}
+    return {"tokenizer": experiment.tokenizer, "data": experiment.data, **named}
 
 
 def _values(before: Any, after: Any) -> Iterator[Value]:
@@ -124,12 +126,12 @@ def _values(before: Any, after: Any) -> Iterator[Value]:
 
 def _flat(tree: Any) -> dict[str, Any]:
     """Every leaf that is no tensor by its path; containers without items are leaves too."""
-    return {key: value for key, value in index.leaves(tree) if type(value) is not TensorRef}
+    return {key: value for key, value in part_index.leaves(tree) if type(value) is not TensorRef}
 
 
 def _containers(value: Any, key: str) -> Iterator[tuple[str, type]]:
     """The type of every container that isn't empty."""
-    found = index.items(value, key)
+    found = part_index.items(value, key)
     if found:
         yield key, type(value)
     for name, item in found:
@@ -175,17 +177,17 @@ class _Side:
 
     @classmethod
     def open(cls, repo: Repo, manifest: ObjectId, part: str, own: ObjectId) -> _Side:
-        with checkpoint.naming(part, manifest):
-            data, _ = remotes.read(repo.store, repo.remotes, own)
-            return cls(repo, manifest, part, index.decode(data))
+        with locate_errors(part, manifest):
+            data, _ = fallback.read(repo.store, repo.remotes, own)
+            return cls(repo, manifest, part, part_index.decode(data))
 
     def load(self, numbers: Iterable[int]) -> dict[int, Any]:
-        import castore.torch
+        import castore.state.tensors
 
         repo = self.repo
-        with checkpoint.naming(self.part, self.manifest):
-            return checkpoint.load_tensors(
-                repo.store, self.index, numbers, castore.torch.allocate, repo.threads, repo.remotes
+        with locate_errors(self.part, self.manifest):
+            return load_tensors(
+                repo.store, self.index, numbers, castore.state.tensors.allocate, repo.threads, repo.remotes
             )
 
 
@@ -214,7 +216,7 @@ def _tensors(one_side: _Side, other_side: _Side) -> Iterator[Tensor]:
 
 
 def _references(found: Index) -> dict[str, int]:
-    return {key: value.number for key, value in index.leaves(found.tree) if type(value) is TensorRef}
+    return {key: value.number for key, value in part_index.leaves(found.tree) if type(value) is TensorRef}
 
 
 def _places(found: Index) -> list[list[tuple[ObjectId, int, int]]]:
@@ -248,13 +250,13 @@ def _compare(
 def _compare_batch(
     one: _Side, other: _Side, pairs: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[str, float | None, bool]]:
-    import castore.torch
+    import castore.state.tensors
 
     before = one.load({number for number, _ in pairs.values()})
     after = other.load({number for _, number in pairs.values()})
     for key, (a, b) in pairs.items():
-        is_equal = castore.torch.equal_bits(before[a], after[b])
-        yield key, 0.0 if is_equal else castore.torch.relative_change(before[a], after[b]), is_equal
+        is_equal = castore.state.tensors.equal_bits(before[a], after[b])
+        yield key, 0.0 if is_equal else castore.state.tensors.relative_change(before[a], after[b]), is_equal
 
 
 def _shown(spec: TensorSpec | None) -> str:

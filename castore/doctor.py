@@ -11,12 +11,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from castore import catalog, fs, git
 from castore.config import Config
 from castore.errors import ConfigError, CorruptionError, Locked, RootsUnreadable, StorageError
 from castore.remotes.folder import Folder
 from castore.repo import FOLDER, Repo
 from castore.stats import heap
+from castore.storage import catalog, fs, git
 
 Level = Literal["ok", "warning", "problem"]
 

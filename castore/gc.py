@@ -11,19 +11,21 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from castore import catalog, index, remotes
 from castore.errors import CorruptionError, CorruptObject, RootsUnreadable
-from castore.ids import ObjectId
-from castore.quality import Entry
+from castore.format import part_index
+from castore.format.ids import ObjectId
+from castore.format.manifest import Entry
+from castore.policy.retention import Decision, Policy, Source, decide, kept_parts
+from castore.remotes import fallback
 from castore.repo import Repo
-from castore.retention import Decision, Policy, Source, decide, kept_parts
-from castore.store import Stored
+from castore.storage import catalog
+from castore.storage.object_store import Stored
 
 _LEFTOVER_AGE = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class GCPlan:
     """What gc does, or would do. ``delete`` has the stored size of each object that goes; indexes come first.
 
     ``young`` counts objects that no manifest refers to and that are too new to go. Sizes are in stored bytes.
@@ -44,7 +46,7 @@ class Plan:
         return sum(self.delete.values())
 
 
-def collect(
+def collect_garbage(
     repo: Repo,
     policy: Policy | None = None,
     *,
@@ -54,7 +56,7 @@ def collect(
     wait: bool = True,
     now: datetime | None = None,
     elsewhere: bool = False,
-) -> Plan:
+) -> GCPlan:
     """Apply ``policy`` (that of config.toml unless given) and return what was done.
 
     Objects that no manifest refers to stay until they are older than ``grace``. With ``dry_run`` nothing is touched.
@@ -62,13 +64,13 @@ def collect(
     Locked when others are at work, for longer than the configured time if ``wait``; RootsUnreadable, CorruptionError or
     StorageError when it can't be told what is needed: then nothing was deleted.
     """
-    policy = policy or repo.config.policy
+    policy = policy or repo.policy
     grace = repo.config.retention.grace_period if grace is None else grace
     now = now or datetime.now(UTC)
     with repo.lock(exclusive=not dry_run, wait=wait):
         if not dry_run:
             repo.store.restore_trash()  # of a gc that was cut short: what is kept now must not be emptied with the rest
-        found = plan(repo, policy, grace=grace, in_use=in_use, now=now, elsewhere=elsewhere)
+        found = plan_collection(repo, policy, grace=grace, in_use=in_use, now=now, elsewhere=elsewhere)
         if not dry_run:
             repo.store.discard(found.delete)
             repo.store.remove_leftovers((now - _LEFTOVER_AGE).timestamp())
@@ -77,7 +79,7 @@ def collect(
     return found
 
 
-def plan(
+def plan_collection(
     repo: Repo,
     policy: Policy,
     *,
@@ -85,7 +87,7 @@ def plan(
     in_use: Collection[str],
     now: datetime,
     elsewhere: bool = False,
-) -> Plan:
+) -> GCPlan:
     """What :func:`collect` would do. The caller holds the lock."""
     roots = catalog.roots(repo.catalog)
     stored = repo.store.stored()
@@ -124,7 +126,7 @@ def plan(
     oldest = now.timestamp() - grace.total_seconds()
     going = [own for own in stored if own not in live and (own in dropped or stored[own].modified <= oldest)]
     going.sort(key=lambda own: own not in contents.indexes)
-    return Plan(
+    return GCPlan(
         decisions=decisions,
         delete={own: stored[own].size for own in going},
         kept_bytes=sum(stored[own].size for own in live),
@@ -135,7 +137,7 @@ def plan(
 def _remote(repo: Repo, entries: Iterable[Entry], stored: Collection[ObjectId]) -> set[ObjectId]:
     """The indexes that aren't here and that remotes say they have."""
     absent = {part.index for entry in entries for part in entry.manifest.parts.values()}.difference(stored)
-    return remotes.having(repo.remotes, absent)
+    return fallback.having(repo.remotes, absent)
 
 
 def _gone(repo: Repo, entries: Iterable[Entry], there: Collection[ObjectId]) -> set[ObjectId]:
@@ -183,7 +185,7 @@ class _Contents:
             return {}  # dropped before, or never fetched
         found = {own: self._stored[own].size}
         try:
-            chunks = index.decode_chunks(self._repo.store.read(own, mend=False))
+            chunks = part_index.decode_chunks(self._repo.store.read(own, mend=False))
         except CorruptionError as error:
             self._damaged[own] = error
             return found

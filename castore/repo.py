@@ -16,25 +16,29 @@ from typing import Any
 
 import msgspec
 
-from castore import checkpoint, fs, git, index, lineage, manifest, remotes
 from castore import config as configs
-from castore.catalog import Catalog, Listing
 from castore.errors import ConfigError, InvalidManifest, NotFound, RepoNotFound, StorageError, UsageError
-from castore.ids import ObjectId, is_object_id
-from castore.index import TensorRef
-from castore.manifest import Line, Manifest
-from castore.quality import Entry
-from castore.remotes import Remote
+from castore.format import manifest, part_index
+from castore.format.ids import ObjectId, is_object_id
+from castore.format.manifest import Entry, Experiment, Manifest
+from castore.format.part_index import TensorRef
+from castore.policy import lineage
+from castore.policy.resolution import Damaged, PartState, Requirement, Resolution, resolve
+from castore.policy.retention import Policy, policy_of
+from castore.remotes import fallback
+from castore.remotes.base import Remote
 from castore.remotes.folder import Folder
-from castore.resolve import Damaged, PartState, Requirement, Resolution, resolve
-from castore.store import LocalStore
+from castore.state.parts import Flat, load_parts, load_tensors, locate_errors, part_states, save_parts
+from castore.storage import fs, git
+from castore.storage.catalog import Catalog, Listing
+from castore.storage.object_store import ObjectStore
 
 FOLDER = ".castore"
 _RELATIVE = ("best", "latest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
+class SaveResult:
     """A checkpoint that is durable: its id and manifest, and what it added to the store."""
 
     id: ObjectId
@@ -53,7 +57,7 @@ class Repo:
     def __init__(self, root: Path, config: configs.Config) -> None:
         self.root = root
         self.config = config
-        self.store = LocalStore(root, durable=config.store.fsync)
+        self.store = ObjectStore(root, durable=config.store.fsync)
         self.catalog = Catalog(root, durable=config.store.fsync)
         # a relative path starts where the project lives; an absolute one replaces it
         self.remotes: list[Remote] = [Folder(name, root.parent / path) for name, path in config.remotes.items()]
@@ -107,6 +111,11 @@ class Repo:
         """How many threads hash and compress."""
         return self.config.store.threads or processors()
 
+    @property
+    def policy(self) -> Policy:
+        """What gc keeps, by the settings."""
+        return policy_of(self.config)
+
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(
@@ -116,7 +125,7 @@ class Repo:
         run: str,
         step: int,
         metrics: Mapping[str, float] | None = None,
-        line: Line | None = None,
+        experiment: Experiment | None = None,
         parent: str | None = None,
         tags: Sequence[str] = (),
         note: str = "",
@@ -124,12 +133,12 @@ class Repo:
         info: Mapping[str, Any] | None = None,
         created: datetime | None = None,
         kind: manifest.Kind = "checkpoint",
-    ) -> Saved:
+    ) -> SaveResult:
         """Store a checkpoint: each part any nested state dict. When this returns it survives a power cut.
 
-        ``step`` counts completed training steps; ``metrics`` are finite, ``val_loss`` and those that ``line`` declares
-        make the score. ``config`` and ``info`` are JSON, recorded as they are. ``created`` is now unless given. Of
-        ``kind`` ``dataset`` it is prepared data, which has neither metrics nor a line.
+        ``step`` counts completed training steps; ``metrics`` are finite, ``val_loss`` and those that ``experiment``
+        declares make the score. ``config`` and ``info`` are JSON, recorded as they are. ``created`` is now unless
+        given. Of ``kind`` ``dataset`` it is prepared data, which has neither metrics nor an experiment.
         Raises UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing became visible.
         """
         draft = Manifest(
@@ -139,7 +148,7 @@ class Repo:
             created=manifest.timestamp(created or datetime.now(UTC)),
             parent=self._full_id(parent) if parent else None,
             parts=dict.fromkeys(parts, _PLACEHOLDER),
-            line=line or Line(),
+            experiment=experiment or Experiment(),
             metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
             tags=sorted(set(_names(tags, "tags"))),
             note=note,
@@ -149,10 +158,10 @@ class Repo:
         manifest.encode(draft)  # what can't be recorded fails before gigabytes are written
         flat = {name: _flatten(state, name) for name, state in parts.items()}
         with self.lock():
-            saved = checkpoint.save_parts(self.store, flat, self.config.chunk_bytes, self.threads)
+            saved = save_parts(self.store, flat, self.config.chunk_bytes, self.threads)
             final = msgspec.structs.replace(draft, parts=saved.parts)
             own, path = self.catalog.add(final)
-        return Saved(id=own, manifest=final, path=path, new_objects=saved.new_objects, new_bytes=saved.new_bytes)
+        return SaveResult(id=own, manifest=final, path=path, new_objects=saved.new_objects, new_bytes=saved.new_bytes)
 
     def load(
         self,
@@ -176,9 +185,9 @@ class Repo:
         if into is not None and (tensors is not None or device is not None):
             raise UsageError("into says where tensors go: tensors and device can't be given beside it")
         entry = self.find(wanted)
-        import castore.torch
+        import castore.state.tensors
 
-        target = castore.torch.Into(into) if into is not None else None
+        target = castore.state.tensors.Into(into) if into is not None else None
         every = target.parts if target else entry.manifest.parts
         names = tuple(every) if parts is None else _names(parts, "parts")
         for name in names:
@@ -190,43 +199,41 @@ class Repo:
         if tensors is not None:
             with self.lock():
                 return self._load_tensors(entry, names, _names(tensors, "tensors"), device)
-        make = target.find if target else castore.torch.fresh
+        make = target.find if target else castore.state.tensors.allocate_all
         with self.lock():
-            loaded = checkpoint.load_parts(
-                self.store, entry.id, entry.manifest, names, make, self.threads, self.remotes
-            )
+            loaded = load_parts(self.store, entry.id, entry.manifest, names, make, self.threads, self.remotes)
         if target:
             target.finish()
         found = {}
         for name in names:
             tree, made = loaded.pop(name)
-            found[name] = castore.torch.restore(tree, castore.torch.move(made, device))
+            found[name] = castore.state.tensors.restore(tree, castore.state.tensors.move_tensors(made, device))
         return found
 
     def _load_tensors(self, entry: Entry, names: Sequence[str], patterns: Sequence[str], device: Any) -> dict[str, Any]:
-        import castore.torch
+        import castore.state.tensors
 
         found: dict[str, Any] = {}
         unmatched = set(patterns)
         for name in names:
-            with checkpoint.naming(name, entry.id):
-                data, _ = remotes.read(self.store, self.remotes, entry.manifest.parts[name].index)
-                described = index.decode(data)
-                keys = {key: leaf.number for key, leaf in index.leaves(described.tree) if type(leaf) is TensorRef}
+            with locate_errors(name, entry.id):
+                data, _ = fallback.read(self.store, self.remotes, entry.manifest.parts[name].index)
+                described = part_index.decode(data)
+                keys = {key: leaf.number for key, leaf in part_index.leaves(described.tree) if type(leaf) is TensorRef}
                 wanted: dict[str, int] = {}
                 for pattern in patterns:
                     matches = [key for key in keys if key == pattern or fnmatch.fnmatchcase(key, pattern)]
                     wanted.update((key, keys[key]) for key in matches)
                     unmatched -= {pattern} if matches else set()
-                made = checkpoint.load_tensors(
+                made = load_tensors(
                     self.store,
                     described,
                     sorted(set(wanted.values())),
-                    castore.torch.allocate,
+                    castore.state.tensors.allocate,
                     self.threads,
                     self.remotes,
                 )
-            moved = dict(zip(made, castore.torch.move(list(made.values()), device), strict=True))
+            moved = dict(zip(made, castore.state.tensors.move_tensors(list(made.values()), device), strict=True))
             found[name] = {key: moved[number] for key, number in wanted.items()}
         if unmatched:
             near = f"such as {min(keys)}" if keys else "none at all"
@@ -236,16 +243,16 @@ class Repo:
     def resolve(
         self,
         want: str = "best",
-        line: Line | None = None,
+        experiment: Experiment | None = None,
         *,
         config: Mapping[str, Any] | None = None,
         parts: Sequence[str] | None = None,
         allow_data_change: bool | None = None,
         weights_only: bool = False,
     ) -> Resolution:
-        """The checkpoint to use: ``best``, ``latest`` or an id, compatible with ``line`` and available.
+        """The checkpoint to use: ``best``, ``latest`` or an id, compatible with ``experiment`` and available.
 
-        ``run:best`` and ``run:latest`` look at one run. Without a ``line``, that of the newest checkpoint. With
+        ``run:best`` and ``run:latest`` look at one run. Without a ``experiment``, that of the newest checkpoint. With
         ``weights_only``, one of which only the model is left will do when there is no other. Changes nothing, whatever
         it finds. UnknownId, AmbiguousId.
         """
@@ -262,11 +269,11 @@ class Repo:
             if entry.manifest.kind != "checkpoint":
                 raise NotFound(f"{entry.id[:12]} is no checkpoint but {entry.manifest.kind}")
             want, entries = entry.id, [entry]
-        if line is None:
-            line = entries[0].manifest.line if entries else Line()
+        if experiment is None:
+            experiment = entries[0].manifest.experiment if entries else Experiment()
         requirement = Requirement(
             want=want,
-            line=line,
+            experiment=experiment,
             config=config,
             parts=_names(parts, "parts") if parts is not None else None,
             weights_only=weights_only,
@@ -302,7 +309,7 @@ class Repo:
 
     def furthest(self, wanted: Entry, config: Mapping[str, Any]) -> Entry | None:
         """Where sessions with exactly these settings have led from ``wanted``, in its line; None when nowhere."""
-        comparable = [entry for entry in self.checkpoints() if entry.manifest.line == wanted.manifest.line]
+        comparable = [entry for entry in self.checkpoints() if entry.manifest.experiment == wanted.manifest.experiment]
         return lineage.furthest(comparable, wanted.id, config)
 
     def datasets(self, config: Mapping[str, Any]) -> list[Entry]:
@@ -312,7 +319,7 @@ class Repo:
 
     def part_states(self, entry: Entry) -> dict[str, PartState]:
         """Where the data of each part of a checkpoint is."""
-        return checkpoint.part_states(self.store, entry.manifest, self.remotes)
+        return part_states(self.store, entry.manifest, self.remotes)
 
     def add_session(self, run: str, started: datetime, summary: Mapping[str, Any]) -> Path:
         """Keep a session's summary as JSON in ``sessions/<run>/``, to be committed beside the manifests."""
@@ -368,12 +375,12 @@ def _number(name: str, value: Any) -> float:
         raise InvalidManifest(f"can't record metric {name}: {error}") from error
 
 
-def _flatten(state: Any, name: str) -> checkpoint.Flat:
-    if isinstance(state, checkpoint.Flat):
+def _flatten(state: Any, name: str) -> Flat:
+    if isinstance(state, Flat):
         return state  # taken apart already, by who saves in the background
     # a state that holds a tensor implies that torch is loaded; castore doesn't load it for one that holds none
     if "torch" in sys.modules:
-        import castore.torch
+        import castore.state.tensors
 
-        return castore.torch.flatten(state, name)
-    return checkpoint.Flat(state, ())
+        return castore.state.tensors.flatten(state, name)
+    return Flat(state, ())

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from castore import gc, index
+from castore import gc
 from castore.errors import CastoreError, CorruptionError, StorageError
-from castore.ids import ObjectId
-from castore.quality import Entry
+from castore.format import part_index
+from castore.format.ids import ObjectId
+from castore.format.manifest import Entry
+from castore.policy.resolution import availability
 from castore.repo import Repo
-from castore.resolve import availability
 
 Plain = Mapping[ObjectId, int]
 """The objects of a part, its index among them, with their plain lengths."""
@@ -150,14 +151,14 @@ def _plain(repo: Repo, own: ObjectId) -> Plain:
     """What an index lists and itself; nothing of one that is damaged, which is for verify to tell."""
     try:
         data = repo.store.read(own, mend=False)
-        return {chunk.id: chunk.length for chunk in index.decode_chunks(data)} | {own: len(data)}
+        return {chunk.id: chunk.length for chunk in part_index.decode_chunks(data)} | {own: len(data)}
     except (CorruptionError, StorageError):
         return {}
 
 
 def _collectable(repo: Repo, now: datetime) -> Collectable:
     try:
-        plan = gc.collect(repo, dry_run=True, now=now)
+        plan = gc.collect_garbage(repo, dry_run=True, now=now)
     except CastoreError as error:
         return Collectable(problem=str(error))
     return Collectable(len(plan.delete), plan.freed_bytes)

@@ -8,14 +8,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from castore import bundle, checkpoint, fs, index, remotes
-from castore.bundle import Layout
 from castore.errors import CorruptionError, CorruptObject, ObjectMissing
-from castore.ids import ObjectId
-from castore.quality import Entry
-from castore.remotes.actions import Actions
+from castore.format import bundle, part_index
+from castore.format.bundle import Layout
+from castore.format.ids import ObjectId
+from castore.format.manifest import Entry
+from castore.remotes import fallback
+from castore.remotes.github_cache import GitHubCache
 from castore.repo import Repo
-from castore.store import LocalStore
+from castore.state.parts import locate_errors
+from castore.storage import fs
+from castore.storage.object_store import ObjectStore
 
 _AT_ONCE = 8  # a request waits for the network, not for a processor
 _IN_MEMORY = 128 << 20
@@ -42,9 +45,9 @@ def pull(repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress) -> 
     with repo.lock():
         for name in parts:
             own = entry.manifest.parts[name].index
-            with checkpoint.naming(name, entry.id):
-                data, frame = remotes.read(repo.store, repo.remotes, own)
-                chunks = index.decode_chunks(data)
+            with locate_errors(name, entry.id):
+                data, frame = fallback.read(repo.store, repo.remotes, own)
+                chunks = part_index.decode_chunks(data)
             if frame is not None:
                 indexes[own] = data, frame
             lost.update((chunk.id, chunk.length) for chunk in chunks if not repo.store.has(chunk.id))
@@ -60,7 +63,7 @@ def _fetch_all(repo: Repo, lost: Mapping[ObjectId, int], progress: Progress) -> 
     # each thread holds a frame and what it decodes to
     at_once = max(1, min(_AT_ONCE, _IN_MEMORY // (2 * max(lost.values(), default=1))))
     with ThreadPoolExecutor(at_once, thread_name_prefix="castore-fetch") as pool:
-        futures = {own: pool.submit(remotes.fetch, repo.store, repo.remotes, own) for own in lost}
+        futures = {own: pool.submit(fallback.fetch, repo.store, repo.remotes, own) for own in lost}
         try:
             for own, future in futures.items():
                 if future.result() is None:
@@ -87,7 +90,7 @@ class Handover:
     left_out: tuple[tuple[ObjectId, str], ...]
 
 
-def plan(repo: Repo, remote: Actions, kept: Sequence[tuple[Entry, Sequence[str]]]) -> Handover:
+def plan_upload(repo: Repo, remote: GitHubCache, kept: Sequence[tuple[Entry, Sequence[str]]]) -> Handover:
     """What the next session could not get of ``kept`` (checkpoints, and the parts of each that are kept).
 
     Damaged objects are found here rather than by whoever fetches them. The caller holds the shared lock.
@@ -124,13 +127,13 @@ def plan(repo: Repo, remote: Actions, kept: Sequence[tuple[Entry, Sequence[str]]
     return Handover(tuple(bundle.in_order(order, wanted)), needs, tuple(left_out))
 
 
-def _is_remote(repo: Repo, remote: Actions, entry: Entry, part: str) -> bool:
+def _is_remote(repo: Repo, remote: GitHubCache, entry: Entry, part: str) -> bool:
     """Whether the bundles that some record names for a part hold all of it, as far as this can be told from here."""
     own = entry.manifest.parts[part].index
     needed = {own}
     if repo.store.has(own):
         with contextlib.suppress(CorruptionError):  # the bundles may have a good one
-            needed |= {chunk.id for chunk in index.decode_chunks(repo.store.read(own, mend=False))}
+            needed |= {chunk.id for chunk in part_index.decode_chunks(repo.store.read(own, mend=False))}
     return any(
         needed <= {one for bundle_id in record.parts[own] for one in remote.holds(bundle_id)}
         for record in remote.records
@@ -138,9 +141,9 @@ def _is_remote(repo: Repo, remote: Actions, entry: Entry, part: str) -> bool:
     )
 
 
-def _objects(store: LocalStore, own: ObjectId) -> dict[ObjectId, int]:
+def _objects(store: ObjectStore, own: ObjectId) -> dict[ObjectId, int]:
     """The objects of a part and their stored sizes, the index first. ObjectMissing when one isn't here."""
-    ids = [own, *(chunk.id for chunk in index.decode_chunks(store.read(own, mend=False)))]
+    ids = [own, *(chunk.id for chunk in part_index.decode_chunks(store.read(own, mend=False)))]
     sizes = {}
     for one in ids:
         size = store.stored_size(one)
@@ -150,7 +153,7 @@ def _objects(store: LocalStore, own: ObjectId) -> dict[ObjectId, int]:
     return sizes
 
 
-def _damaged(store: LocalStore, wanted: Collection[ObjectId]) -> str:
+def _damaged(store: ObjectStore, wanted: Collection[ObjectId]) -> str:
     """What is wrong with one of these objects; empty when all are good."""
     scratch = bytearray()
     for own in sorted(wanted):
@@ -161,7 +164,7 @@ def _damaged(store: LocalStore, wanted: Collection[ObjectId]) -> str:
     return ""
 
 
-def reader(store: LocalStore, layout: Layout) -> Callable[[int, int], bytes]:
+def reader(store: ObjectStore, layout: Layout) -> Callable[[int, int], bytes]:
     """Gives any range of a bundle, read from the objects' files as they lie: no copy of the whole is ever made."""
     pieces: list[tuple[int, ObjectId | None]] = [
         (0, None),

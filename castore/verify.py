@@ -15,14 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from castore import index, remotes
-from castore.catalog import Listing
 from castore.errors import CorruptIndex, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
-from castore.ids import ObjectId, is_object_id
-from castore.index import ChunkRef
-from castore.quality import Entry
+from castore.format import part_index
+from castore.format.ids import ObjectId, is_object_id
+from castore.format.manifest import Entry
+from castore.format.part_index import ChunkRef
+from castore.policy.retention import RESUME_PARTS
+from castore.remotes import fallback
 from castore.repo import Repo
-from castore.retention import RESUME_PARTS
+from castore.storage.catalog import Listing
 
 Kind = Literal["damaged", "missing", "inconsistent", "unreadable", "manifest", "stray"]
 """``damaged``: the bytes are not what the id names. ``missing``: a part needs it. ``inconsistent``: whole objects that
@@ -173,7 +174,7 @@ class _Verification:
             if own not in self._sizes:
                 raise ObjectMissing(own)
             data = self._store.read(own, mend=False)
-            return index.decode(data).chunks
+            return part_index.decode(data).chunks
         except CorruptIndex as error:
             return self._finding("damaged", own, str(error))
         except (ObjectMissing, CorruptObject) as error:
@@ -187,7 +188,7 @@ class _Verification:
         self._store.set_aside(own)
         try:
             # moves what is damaged to quarantine, takes it back from the trash, or looks at the remotes
-            chunks = index.decode(remotes.read(self._store, self._repo.remotes, own)[0]).chunks
+            chunks = part_index.decode(fallback.read(self._store, self._repo.remotes, own)[0]).chunks
         except (ObjectMissing, CorruptObject, CorruptIndex, UnsupportedVersion):
             return finding
         self._mendable[own] = finding, chunks
@@ -221,7 +222,7 @@ class _Verification:
                 for name in parts
                 if name in RESUME_PARTS and parts[name].index in self._sizes and parts[name].index not in held
             ]
-            if left and not remotes.having(self._repo.remotes, [model]):
+            if left and not fallback.having(self._repo.remotes, [model]):
                 reason = f"the model is gone but its {' and '.join(left)} is here: `castore gc` removes the rest"
                 yield Finding(
                     kind="inconsistent", reason=reason, path=self._store.path(model), object_id=model,
@@ -281,7 +282,7 @@ class _Verification:
         try:
             self._store.read(own)  # moves it to quarantine, or takes it back from the trash
         except (ObjectMissing, CorruptObject):
-            return remotes.fetch(self._store, self._repo.remotes, own) or ""
+            return fallback.fetch(self._store, self._repo.remotes, own) or ""
         return "trash/"
 
     def _finding(self, kind: Kind, own: ObjectId, reason: str) -> Finding:

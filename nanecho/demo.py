@@ -310,4 +310,4 @@ def _spread(values: Sequence[float], digits: int = 4) -> str:
 
 def _size(count: float) -> str:
     """Bytes, for people."""
-    return castore.words.size(round(count))
+    return castore.text.format_size(round(count))

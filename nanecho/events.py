@@ -75,7 +75,7 @@ class Saved:
     """A checkpoint is durable, and why it was made."""
 
     step: int
-    saved: castore.Saved
+    saved: castore.SaveResult
     reasons: tuple[str, ...]
 
 
@@ -116,7 +116,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 class Collected:
     """Garbage was collected after a save."""
 
-    plan: castore.Plan
+    plan: castore.GCPlan
 
 
 @dataclass(frozen=True, slots=True)

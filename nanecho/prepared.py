@@ -35,7 +35,7 @@ def prepare(repo: castore.Repo, options: config.Data, block_size: int, started: 
     created = None
     for entry in repo.datasets(recorded):
         age = datetime.fromisoformat(started) - datetime.fromisoformat(entry.manifest.created)
-        if age >= repo.config.policy.data_ttl:
+        if age >= repo.policy.data_ttl:
             reasons.append(f"{entry.id[:12]} is older than data_ttl = {repo.config.retention.data_ttl}")
             break
         try:

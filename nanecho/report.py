@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import castore
-from castore import words
+from castore.text import format_size
 from nanecho import events
 
 
@@ -14,7 +11,7 @@ def describe(event: events.Event) -> list[str]:
     match event:
         case events.Prepared(corpus, parameters, device, reused, reason):
             return [
-                f"data    {corpus.name}: {words.size(corpus.bytes)} in {sum(corpus.files)} files, "
+                f"data    {corpus.name}: {format_size(corpus.bytes)} in {sum(corpus.files)} files, "
                 f"{corpus.files[1]} of them for validation; {corpus.tokenizer.name} tokenizer",
                 f"        prepared before: {reused[:12]}" if reused else f"        prepared now: {reason}",
                 f"model   {parameters:,} parameters on {device}",
@@ -28,9 +25,9 @@ def describe(event: events.Event) -> list[str]:
         case events.Evaluated(step, loss, accuracy):
             return [f"eval    {step:,}  validation loss {loss:.4f}  {accuracy:.1%} of tokens right"]
         case events.Saved(_, saved, reasons):
-            return [f"saved   {saved.id[:12]}  {words.size(saved.new_bytes)} new  ({', '.join(reasons)})"]
+            return [f"saved   {saved.id[:12]}  {format_size(saved.new_bytes)} new  ({', '.join(reasons)})"]
         case events.Collected(plan) if plan.delete:
-            return [f"gc      {len(plan.delete)} objects, {words.size(plan.freed_bytes)} deleted"]
+            return [f"gc      {len(plan.delete)} objects, {format_size(plan.freed_bytes)} deleted"]
         case events.NotCollected(reason):
             return [f"gc      left for later: {reason}"]
         case events.Skipped(step, reason):
@@ -39,9 +36,8 @@ def describe(event: events.Event) -> list[str]:
 
 
 def _describe_begin(event: events.Began) -> list[str]:
-    rejected = event.resolution.rejected if event.resolution else ()
     lines = [f"WARNING {one.path}: {one.reason}" for one in (event.resolution.damaged if event.resolution else ())]
-    lines += [f"no      {text}" for text in describe_rejections(rejected)]
+    lines += [f"no      {text}" for text in (event.resolution.explain_rejections() if event.resolution else ())]
     if not event.match:
         return [*lines, f"fresh   starting at step 0: {event.fresh}"]
     loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
@@ -70,25 +66,4 @@ def describe_summary(summary: events.Summary) -> list[str]:
     lines = [f"done    {steps}{loss}; {speed}; {summary.connection_density:.1%} connected; {summary.stopped}"]
     if summary.stopped == "session-iters":
         lines.append("        run the same command again to go on from the best checkpoint")
-    return lines
-
-
-_FEW = 3
-
-
-def describe_rejections(rejected: Sequence[castore.Rejected]) -> list[str]:
-    """Checkpoints that are passed over, and why: of many for the same reason in one run, where they begin and end."""
-    groups: dict[tuple[str, tuple[str, ...]], list[castore.Rejected]] = {}
-    for one in rejected:
-        groups.setdefault((one.run, one.reasons), []).append(one)
-    lines = []
-    for (run, reasons), members in groups.items():
-        if len(members) <= _FEW:
-            lines += [f"{one.id[:12]}, step {one.step:,} of run {run}: {'; '.join(reasons)}" for one in members]
-        else:
-            steps = [one.step for one in members]
-            span = f"steps {min(steps):,} to {max(steps):,}"
-            lines.append(f"{len(members)} checkpoints, {span} of run {run}: {'; '.join(reasons)}")
-    if len(lines) > 10:
-        lines[10:] = [f"and {len(lines) - 10} more: `castore resolve --json` lists them"]
     return lines

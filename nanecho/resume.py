@@ -31,7 +31,7 @@ class Choice:
     instead_of: castore.Match | None = None
 
 
-def choose(repo: castore.Repo, config: Config, line: castore.Line) -> Choice:
+def choose(repo: castore.Repo, config: Config, experiment: castore.Experiment) -> Choice:
     """CorruptManifest, NothingMatches or NothingAvailable when none can be resumed and starting anew isn't allowed."""
     want = config.run.resume
     if want == "none":
@@ -40,7 +40,7 @@ def choose(repo: castore.Repo, config: Config, line: castore.Line) -> Choice:
     def resolve(want: str) -> castore.Resolution:
         return repo.resolve(
             want,
-            line,
+            experiment,
             config=configs.recorded(config),
             parts=RESUMED,
             allow_data_change=config.run.allow_data_change or None,
@@ -51,7 +51,7 @@ def choose(repo: castore.Repo, config: Config, line: castore.Line) -> Choice:
     if resolution.match:
         if want.rpartition(":")[2] != "best":
             return Choice(resolution=resolution, match=resolution.match)
-        return _go_on(repo, config, line, resolution, resolve)
+        return _go_on(repo, config, experiment, resolution, resolve)
     if why := repo.fresh_start(resolution, allow_fresh=config.run.allow_fresh):
         return Choice(resolution=resolution, fresh=why)
     try:
@@ -63,7 +63,7 @@ def choose(repo: castore.Repo, config: Config, line: castore.Line) -> Choice:
 def _go_on(
     repo: castore.Repo,
     config: Config,
-    line: castore.Line,
+    experiment: castore.Experiment,
     resolution: castore.Resolution,
     resolve: Callable[[str], castore.Resolution],
 ) -> Choice:
@@ -82,7 +82,7 @@ def _go_on(
     later = [
         entry.manifest.step
         for entry in repo.checkpoints()
-        if entry.manifest.line == line
+        if entry.manifest.experiment == experiment
         and entry.manifest.step > best.step
         and (castore.score(entry.manifest) or 0) < (best.score or 0)
     ]

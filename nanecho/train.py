@@ -113,13 +113,13 @@ def train(
     device = _prepare_torch(config)
     corpus, origin = prepared.prepare(repo, config.data, config.model.block_size, started)
     windows = data.evaluation_windows(corpus.val, config.model.block_size, config.data.eval_samples)
-    line = make_line(config, corpus, len(windows))
+    experiment = make_experiment(config, corpus, len(windows))
     session = fresh_session(repo, config, corpus, device, started)
     parameters = sum(weight.numel() for weight in session.model.parameters())
     yield Prepared(corpus, parameters, str(device), origin.reused, origin.reason)
 
     try:
-        yield from _session(repo, session, line, windows, stop, tags, note, clock)
+        yield from _session(repo, session, experiment, windows, stop, tags, note, clock)
     except errors.CastoreError as error:
         yield Failed(_summary(session, f"error: {str(error).splitlines()[0]}"))
         raise
@@ -128,7 +128,7 @@ def train(
 def _session(
     repo: castore.Repo,
     session: Session,
-    line: castore.Line,
+    experiment: castore.Experiment,
     windows: npt.NDArray[np.int64],
     stop: Callable[[], str],
     tags: Sequence[str],
@@ -136,7 +136,7 @@ def _session(
     clock: Callable[[], float],
 ) -> Iterator[Event]:
     config = session.config
-    began = session.began = _begin(repo, line, session)
+    began = session.began = _begin(repo, experiment, session)
     yield began
     if began.last <= session.step:
         raise errors.NothingToDo(
@@ -144,7 +144,7 @@ def _session(
             f"{config.training.max_iters}: give a higher --max-iters, or --resume none to start anew"
         )
     with AsyncSaver(repo) as saver:
-        saving = _Saving(repo, session, saver, {"line": line, "tags": tags, "note": note})
+        saving = _Saving(repo, session, saver, {"experiment": experiment, "tags": tags, "note": note})
         try:
             yield from _steps(session, saving, windows, stop, clock)
         except errors.CastoreError:
@@ -238,7 +238,7 @@ class _Saving:
 def _collect(repo: castore.Repo, session: Session) -> Event:
     in_use = {one for one in (session.parent, session.began.match and session.began.match.id) if one}
     try:
-        return Collected(castore.collect(repo, in_use=in_use, wait=False))
+        return Collected(castore.collect_garbage(repo, in_use=in_use, wait=False))
     except errors.CastoreError as error:
         return NotCollected(str(error).splitlines()[0])
 
@@ -328,9 +328,9 @@ def _loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
 # -- beginning -------------------------------------------------------------------------------------------------------
 
 
-def make_line(config: Config, corpus: data.Corpus, samples: int) -> castore.Line:
+def make_experiment(config: Config, corpus: data.Corpus, samples: int) -> castore.Experiment:
     """What the checkpoints of this configuration and data are comparable by."""
-    return castore.Line(
+    return castore.Experiment(
         model=configs.critical(config.model, corpus.tokenizer.vocab_size),
         tokenizer=corpus.tokenizer.digest,
         data=corpus.digest,
@@ -379,16 +379,16 @@ def _betas(options: configs.Training) -> tuple[float, float]:
     return options.beta1, options.beta2
 
 
-def _begin(repo: castore.Repo, line: castore.Line, session: Session) -> Began:
+def _begin(repo: castore.Repo, experiment: castore.Experiment, session: Session) -> Began:
     """Put the session where it is to begin."""
     config = session.config
-    choice = choose(repo, config, line)
+    choice = choose(repo, config, experiment)
     match = choice.match
     if match:
         _load(repo, match, session)
         manifest = repo.find(match.id).manifest
         # losses that were measured on something else say nothing here
-        if manifest.line != line:
+        if manifest.experiment != experiment:
             session.best_loss = None
         session.step, session.parent = match.step, match.id
         session.connections.advance(max(0, match.step - 1))
@@ -397,7 +397,7 @@ def _begin(repo: castore.Repo, line: castore.Line, session: Session) -> Began:
         last=last_step(config, session.step),
         resolution=choice.resolution,
         match=match,
-        val_loss=manifest.metrics.get("val_loss") if match and manifest.line == line else None,
+        val_loss=manifest.metrics.get("val_loss") if match and manifest.experiment == experiment else None,
         fresh=choice.fresh,
         weights_only=match is not None and match.availability == "weights-only",
         later_step=choice.later_step,

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from castore.manifest import Manifest, Part, encode
-from castore.quality import Entry
+from castore.format.manifest import Entry, Manifest, Part, encode
 
 
 def manifest(step: int = 1, **fields: Any) -> Manifest:
@@ -27,7 +26,7 @@ def manifest(step: int = 1, **fields: Any) -> Manifest:
 
 
 def entry(step: int = 1, **fields: Any) -> Entry:
-    from castore.ids import object_id
+    from castore.format.ids import object_id
 
     made = manifest(step, **fields)
     return Entry(object_id(encode(made)), made)

@@ -32,7 +32,7 @@ SHOWN = 64
 
 def states() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
     """The parts of each checkpoint, and what else its manifest says."""
-    line = castore.Line(
+    line = castore.Experiment(
         model={"layers": 2, "dropout": 0.0, "activation": "gelu", "bias": False, "rope": None, "theta": 1e16},
         tokenizer="0a" * 32,
         data="0b" * 32,
@@ -46,7 +46,7 @@ def states() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         "texts": ["", "Grüße, 世界 😀", 'quote " backslash \\ slash /', "\x00\x07\x08\t\n\x0b\x0c\r\x1f\x7f\u2028"],
         "nested": {"empty": {}, "list": [[], [True, False, None]], "é": 1, "z": 2, "\ue000": 3, "😀": 4, "Z": 5},
     }
-    common = {"run": "golden", "line": line, "config": config}
+    common = {"run": "golden", "experiment": line, "config": config}
     for step in (100, 200):
         yield (
             {"model": model(step), "optimizer": optimizer(step), "trainer": trainer(step)},
@@ -190,7 +190,7 @@ def main() -> None:
                 }
             )
         # the repository's own .gitignore would keep the objects out of git
-        unwanted = shutil.ignore_patterns(".gitignore", ".gitkeep", "tmp", "lock")
+        unwanted = shutil.ignore_patterns(".gitignore", ".gitattributes", ".gitkeep", "tmp", "lock")
         shutil.copytree(root, GOLDEN / "castore", ignore=unwanted)
     files = sorted(path for path in (GOLDEN / "castore").rglob("*") if path.is_file())
     expected = {

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from castore import Line, Metric, Repo, gc
+from castore import Experiment, Metric, Repo, gc
 from castore.errors import CastoreError
-from castore.retention import Policy
+from castore.policy.retention import Policy
 
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'
 DISGUISED = "a\u202egnp.exe <b>bold</b> & \u2028 | `code` ${x}"
@@ -28,8 +28,8 @@ ENVIRONMENT = {
 }
 
 
-def line(n_layer: int = 4) -> Line:
-    return Line(
+def line(n_layer: int = 4) -> Experiment:
+    return Experiment(
         model={"n_layer": n_layer, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 257},
         tokenizer="1c" * 32,
         data="13" * 32,
@@ -59,7 +59,7 @@ class Story:
         environment: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
         rejected: int = 0,
-        of: Line | None = None,
+        of: Experiment | None = None,
         worse: float = 0.0,
     ) -> str:
         """Train ``steps`` from checkpoint ``start`` on; returns the id of the last checkpoint. Without ``stopped`` the
@@ -106,7 +106,7 @@ class Story:
                 run=run,
                 step=at,
                 parent=parent,
-                line=of or line(),
+                experiment=of or line(),
                 metrics={
                     "val_loss": loss,
                     "train_loss": loss - 0.05 - 0.1 * self.rng.random(),
@@ -166,7 +166,7 @@ def build(repo: Repo) -> None:
         "small", None, 300, 100, of=line(2), worse=0.6, environment={HOSTILE: HOSTILE}, stopped="loss was not finite"
     )
     story.session("main", third, 200, 100, worse=-0.02, environment={"device": "NVIDIA H100 80GB HBM3"})
-    gc.collect(repo, Policy(keep=8, keep_optimizer=3), now=story.now + timedelta(days=3), grace=timedelta(0))
+    gc.collect_garbage(repo, Policy(keep=8, keep_optimizer=3), now=story.now + timedelta(days=3), grace=timedelta(0))
 
 
 def build_many(repo: Repo, count: int, sessions: int = 40) -> None:
@@ -181,6 +181,6 @@ def build_many(repo: Repo, count: int, sessions: int = 40) -> None:
         environment = {"threads": 2 + 2 * (i > 20)}
         ends.append(story.session(run, start, each * 50, 50, environment=environment, rejected=min(i, 20)))
     try:
-        gc.collect(repo, now=story.now + timedelta(days=3), grace=timedelta(0))
+        gc.collect_garbage(repo, now=story.now + timedelta(days=3), grace=timedelta(0))
     except CastoreError as error:
         raise AssertionError(error) from error

@@ -12,8 +12,9 @@ import pytest
 import torch
 from builders import exact, parts
 
-from castore import Line, Repo, fs
+from castore import Experiment, Repo
 from castore.errors import NothingAvailable, StorageError, UnsupportedValue
+from castore.storage import fs
 from castore.torch import AsyncSaver, Checkpointer
 
 
@@ -139,7 +140,7 @@ def test_a_program_that_ends_without_asking_is_told_of_the_error(repo: Repo) -> 
 
 # -- Checkpointer ----------------------------------------------------------------------------------------------------
 
-LINE = Line(model={"width": 8}, tokenizer="t", data="d")
+EXPERIMENT = Experiment(model={"width": 8}, tokenizer="t", data="d")
 
 
 class Loop:
@@ -151,7 +152,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2)
         self.checkpointer = Checkpointer(
-            repo, self.model, self.optimizer, run="mine", line=LINE, schedule=self.schedule, **options
+            repo, self.model, self.optimizer, run="mine", experiment=EXPERIMENT, schedule=self.schedule, **options
         )
 
     def train(self, start: int, stop: int) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from castore import Line, Repo, index
+from castore import Experiment, Repo
 from castore.diff import ABSENT, Difference, Part, Tensor, Value, diff
 from castore.errors import CorruptObject, ObjectMissing
-from castore.torch import equal_bits, relative_change
+from castore.format import part_index
+from castore.state.tensors import equal_bits, relative_change
 
 BIG = torch.arange(100_000, dtype=torch.float32)
 
@@ -123,15 +124,15 @@ def test_what_the_manifests_say_is_compared(repo: Repo) -> None:
     model = {"w": torch.ones(2)}
     a = repo.save(
         {"model": model, "trainer": {}}, run="a", step=1, metrics={"val_loss": 2.0, "x": 1.0},
-        line=Line(model={"n": 1}, data="d"), config={"rate": {"max": 0.1}, "same": 1}, tags=["t"],
+        experiment=Experiment(model={"n": 1}, data="d"), config={"rate": {"max": 0.1}, "same": 1}, tags=["t"],
     )  # fmt: skip
     b = repo.save(
         {"model": model, "optimizer": {}}, run="a", step=2, metrics={"val_loss": 1.0}, parent=a.id,
-        line=Line(model={"n": 2}, data="d"), config={"rate": {"max": 0.2}, "same": 1},
+        experiment=Experiment(model={"n": 2}, data="d"), config={"rate": {"max": 0.2}, "same": 1},
     )  # fmt: skip
     found = diff(repo, repo.find(a.id), repo.find(b.id))
     assert found.config == (Value("rate.max", 0.1, 0.2),)
-    assert found.line == (Value("model.n", 1, 2),)
+    assert found.experiment == (Value("model.n", 1, 2),)
     assert {one.key: (one.before, one.after) for one in found.metrics} == {
         "score": (pytest.approx(1 / 3), 0.5), "val_loss": (2.0, 1.0), "x": (1.0, ABSENT),
     }  # fmt: skip
@@ -153,7 +154,7 @@ def test_a_dropped_part_can_not_be_compared_and_says_so(repo: Repo) -> None:
 @pytest.mark.parametrize("lost", [True, False])
 def test_damage_is_an_error_that_says_where(repo: Repo, lost: bool) -> None:
     first, second = (repo.save({"model": {"w": BIG + i}}, run="a", step=i) for i in range(2))
-    chunk = index.decode_chunks(repo.store.read(second.manifest.parts["model"].index))[0].id
+    chunk = part_index.decode_chunks(repo.store.read(second.manifest.parts["model"].index))[0].id
     path = repo.store.path(chunk)
     path.unlink() if lost else path.write_bytes(b"x")
     with pytest.raises(ObjectMissing if lost else CorruptObject) as caught:
@@ -165,7 +166,7 @@ def test_only_the_chunks_of_tensors_that_may_differ_are_read(repo: Repo) -> None
     first, second = (
         repo.save({"model": {"same": BIG, "other": torch.full((100,), float(i))}}, run="a", step=i) for i in range(2)
     )
-    found = index.decode(repo.store.read(first.manifest.parts["model"].index))
+    found = part_index.decode(repo.store.read(first.manifest.parts["model"].index))
     for chunk in found.chunks[: math.ceil(BIG.nbytes / (64 << 10))]:
         repo.store.path(chunk.id).unlink()
     (part,) = diff(repo, repo.find(first.id), repo.find(second.id)).parts

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from builders import parts, tree
 
-from castore import Repo, fs
+from castore import Repo
 from castore.doctor import Check, examine
 from castore.errors import RepoNotFound
+from castore.storage import fs
 
 NOW = datetime.now(UTC)
 

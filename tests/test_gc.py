@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 import castore
-from castore import Repo, errors, fs
-from castore.ids import ObjectId
-from castore.retention import Policy
+from castore import Repo, errors
+from castore.format.ids import ObjectId
+from castore.policy.retention import Policy
+from castore.storage import fs
 
 ONE = Policy(keep=1, keep_latest=0, keep_optimizer=1)
 
@@ -58,7 +59,7 @@ GONE = {"model": "missing", "optimizer": "missing", "trainer": "missing"}
 
 def test_what_is_kept_loads_bit_exact_and_the_rest_is_history(repo: Repo) -> None:
     ids = [save(repo, step, 10 - step) for step in range(6)]
-    plan = castore.collect(repo, Policy(keep=3, keep_latest=1, keep_optimizer=1))
+    plan = castore.collect_garbage(repo, Policy(keep=3, keep_latest=1, keep_optimizer=1))
     assert [where(repo, own) for own in ids] == [GONE, GONE, GONE, WEIGHTS, WEIGHTS, WHOLE]
     assert exact(repo.load(ids[5])) == exact(parts(5))
     assert exact(repo.load(ids[3], parts=["model"])) == exact({"model": parts(3)["model"]})
@@ -72,9 +73,9 @@ def test_a_dry_run_plans_the_same_and_touches_nothing(repo: Repo) -> None:
     for step in range(4):
         save(repo, step, 10 - step)
     before = objects(repo)
-    planned = castore.collect(repo, ONE, dry_run=True)
+    planned = castore.collect_garbage(repo, ONE, dry_run=True)
     assert objects(repo) == before
-    assert castore.collect(repo, ONE) == planned
+    assert castore.collect_garbage(repo, ONE) == planned
     assert objects(repo) == before - set(planned.delete)
 
 
@@ -85,7 +86,7 @@ def test_fifty_checkpoints_shrink_to_less_than_half_of_ten_raw_ones(repo: Repo) 
         state = parts(step, size)
         del state["model"]["frozen"]  # what is shared would flatter the figure
         repo.save(state, run="main", step=step, metrics={"val_loss": 1 / (step + 1)})
-    castore.collect(repo, Policy(keep=10, keep_optimizer=2))
+    castore.collect_garbage(repo, Policy(keep=10, keep_optimizer=2))
     stored = sum(one.size for one in repo.store.stored().values())
     assert stored <= 0.45 * 10 * 3 * 4 * size
     loadable = [entry for entry in repo.checkpoints() if where(repo, entry.id)["model"] == "local"]
@@ -231,14 +232,14 @@ PLACES = [
 
 @pytest.mark.parametrize("place", [*PLACES, nowhere])
 def test_a_manifest_counts_wherever_git_has_it(repo: Repo, git: Git, place: Callable[[Git, Path], None]) -> None:
-    line = castore.Line(data="other")
-    own = save(repo, 1, 5.0, line=line)
+    line = castore.Experiment(data="other")
+    own = save(repo, 1, 5.0, experiment=line)
     save(repo, 2, 1.0)
     path = path_of(repo, own)
     data = path.read_bytes()
     place(git, path)
     assert own not in [entry.id for entry in repo.checkpoints()]
-    castore.collect(repo, ONE, grace=timedelta())
+    castore.collect_garbage(repo, ONE, grace=timedelta())
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     assert where(repo, own) == (GONE if place is nowhere else WHOLE)
@@ -253,10 +254,10 @@ def test_a_pin_counts_on_any_branch(repo: Repo, git: Git) -> None:
     git("commit", "-qm", "pin")
     git("checkout", "-q", "main")
     assert repo.catalog.pins() == frozenset()
-    castore.collect(repo, ONE)
+    castore.collect_garbage(repo, ONE)
     assert where(repo, own) == WHOLE
     git("branch", "-qD", "side")
-    castore.collect(repo, ONE)
+    castore.collect_garbage(repo, ONE)
     assert where(repo, own) == GONE
 
 
@@ -268,7 +269,7 @@ def test_claims_on_another_branch_never_make_anything_of_the_work_tree_go(repo: 
         git("add", str(path_of(repo, own)))
     git("commit", "-qm", "best ever")
     git("checkout", "-q", "main")
-    castore.collect(repo, Policy(keep=2, keep_latest=1))
+    castore.collect_garbage(repo, Policy(keep=2, keep_latest=1))
     assert [where(repo, own)["model"] for own in mine] == ["missing", "local", "local"]
 
 
@@ -276,14 +277,14 @@ def test_what_nobody_refers_to_waits_for_its_time(repo: Repo) -> None:
     kept = save(repo, 2, 1.0)
     own = save(repo, 1, 5.0)
     path_of(repo, own).unlink()
-    plan = castore.collect(repo)
+    plan = castore.collect_garbage(repo)
     assert (len(plan.delete), plan.young > 0) == (0, True)
     two_days_ago = time.time() - 2 * 86400
     for one in objects(repo):
         os.utime(repo.store.path(ObjectId(one)), (two_days_ago, two_days_ago))
-    assert castore.collect(repo).delete
+    assert castore.collect_garbage(repo).delete
     assert exact(repo.load(kept)) == exact(parts(2))
-    assert castore.collect(repo, grace=timedelta()).young == 0
+    assert castore.collect_garbage(repo, grace=timedelta()).young == 0
 
 
 def test_what_killed_processes_left_in_tmp_goes_and_what_is_fresh_stays(repo: Repo) -> None:
@@ -293,16 +294,16 @@ def test_what_killed_processes_left_in_tmp_goes_and_what_is_fresh_stays(repo: Re
         path.write_bytes(b"half an object")
     two_hours_ago = time.time() - 7200
     os.utime(old, (two_hours_ago, two_hours_ago))
-    castore.collect(repo, dry_run=True)
+    castore.collect_garbage(repo, dry_run=True)
     assert old.exists()
-    castore.collect(repo)
+    castore.collect_garbage(repo)
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
 def test_the_environment_of_a_hook_leads_gc_to_no_other_repository(
     repo: Repo, git: Git, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = save(repo, 1, 5.0, line=castore.Line(data="other"))
+    own = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
     path = path_of(repo, own)
     data = path.read_bytes()
     on_branch(git, path)
@@ -312,7 +313,7 @@ def test_the_environment_of_a_hook_leads_gc_to_no_other_repository(
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "else" / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "else"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "else" / "index"))
-    castore.collect(repo, ONE, grace=timedelta())
+    castore.collect_garbage(repo, ONE, grace=timedelta())
     path.write_bytes(data)
     assert where(repo, own) == WHOLE
 
@@ -323,7 +324,7 @@ def test_a_repository_that_only_the_environment_knows_is_no_reason_to_delete(
     save(repo, 1, 5.0)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "dotfiles"))
     with pytest.raises(errors.RootsUnreadable):
-        castore.collect(repo, ONE)
+        castore.collect_garbage(repo, ONE)
 
 
 @pytest.mark.parametrize("name", [":x", "*", "a b", "\u2603"])
@@ -333,20 +334,22 @@ def test_the_name_of_a_folder_is_no_pattern(tmp_path: Path, name: str) -> None:
     run = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com"]
     subprocess.run([*run, "init", "-q", "-b", "main"], cwd=tmp_path, check=True)
     subprocess.run([*run, "commit", "-qm", "x", "--allow-empty"], cwd=tmp_path, check=True)
-    own = save(repo, 1, 5.0, line=castore.Line(data="other"))
+    own = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
     subprocess.run([*run, "checkout", "-qb", "side"], cwd=tmp_path, check=True)
     subprocess.run([*run, "add", "."], cwd=tmp_path, check=True)
     subprocess.run([*run, "commit", "-qm", "side"], cwd=tmp_path, check=True)
     subprocess.run([*run, "checkout", "-q", "main"], cwd=tmp_path, check=True)
     repo = Repo.init(tmp_path / name)
     save(repo, 2, 1.0)
-    castore.collect(repo, ONE, grace=timedelta())
-    assert own in [one.entry.id for one in castore.collect(repo, ONE, dry_run=True).decisions if len(one.parts) == 3]
+    castore.collect_garbage(repo, ONE, grace=timedelta())
+    assert own in [
+        one.entry.id for one in castore.collect_garbage(repo, ONE, dry_run=True).decisions if len(one.parts) == 3
+    ]
     assert repo.store.stored()
 
 
 def test_a_link_to_a_repository_is_as_good_as_the_repository(repo: Repo, git: Git, tmp_path: Path) -> None:
-    own = save(repo, 1, 5.0, line=castore.Line(data="other"))
+    own = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
     path = path_of(repo, own)
     data = path.read_bytes()
     on_branch(git, path)
@@ -354,16 +357,16 @@ def test_a_link_to_a_repository_is_as_good_as_the_repository(repo: Repo, git: Gi
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     elsewhere.mkdir()
     (elsewhere / ".castore").symlink_to(repo.root)
-    castore.collect(Repo.open(elsewhere), ONE, grace=timedelta())
+    castore.collect_garbage(Repo.open(elsewhere), ONE, grace=timedelta())
     path.write_bytes(data)
     assert where(repo, own) == WHOLE
 
 
 def test_foreign_pins_and_files_take_no_room_from_the_work_tree(repo: Repo, git: Git) -> None:
     ids = [save(repo, step, 5.0 - step) for step in range(4)]
-    sizes = castore.collect(repo, Policy(keep=4, keep_optimizer=0), dry_run=True).kept_bytes
+    sizes = castore.collect_garbage(repo, Policy(keep=4, keep_optimizer=0), dry_run=True).kept_bytes
     policy = Policy(keep=4, keep_optimizer=0, max_size=sizes * 2 // 3)
-    before = {one.entry.id: one.parts for one in castore.collect(repo, policy, dry_run=True).decisions}
+    before = {one.entry.id: one.parts for one in castore.collect_garbage(repo, policy, dry_run=True).decisions}
     assert () in before.values()
     git("checkout", "-qb", "side")
     for own in ids[:2]:
@@ -371,7 +374,7 @@ def test_foreign_pins_and_files_take_no_room_from_the_work_tree(repo: Repo, git:
     git("add", ".castore/pins")
     git("commit", "-qm", "pins")
     git("checkout", "-q", "main")
-    after = {one.entry.id: one.parts for one in castore.collect(repo, policy, dry_run=True).decisions}
+    after = {one.entry.id: one.parts for one in castore.collect_garbage(repo, policy, dry_run=True).decisions}
     assert all(set(after[own]) >= set(before[own]) for own in before)
     assert after[ObjectId(ids[0])] == ("model", "optimizer", "trainer")
 
@@ -449,7 +452,7 @@ def test_nothing_goes_when_it_can_not_be_told_what_is_needed(
     before = objects(repo)
     for dry_run in (True, False):
         with pytest.raises((errors.RootsUnreadable, errors.CorruptionError)):
-            castore.collect(repo, ONE, grace=timedelta(), dry_run=dry_run)
+            castore.collect_garbage(repo, ONE, grace=timedelta(), dry_run=dry_run)
     assert objects(repo) == before
 
 
@@ -460,7 +463,7 @@ def test_git_that_is_not_there_is_no_reason_to_delete(
     save(repo, 1, 5.0)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(errors.RootsUnreadable, match="git"):
-        castore.collect(repo, ONE)
+        castore.collect_garbage(repo, ONE)
 
 
 def test_a_shallow_clone_is_as_good_as_a_full_one(repo: Repo, git: Git, tmp_path: Path) -> None:
@@ -470,7 +473,7 @@ def test_a_shallow_clone_is_as_good_as_a_full_one(repo: Repo, git: Git, tmp_path
     git("clone", "-q", "--depth", "1", f"file://{repo.root.parent}", str(tmp_path / "clone"))
     clone = Repo.open(tmp_path / "clone")
     shutil.copytree(repo.root / "objects", clone.root / "objects")
-    castore.collect(clone, ONE)
+    castore.collect_garbage(clone, ONE)
     assert exact(clone.load(own)) == exact(parts(1))
 
 
@@ -500,10 +503,10 @@ def test_a_save_takes_back_from_the_trash_what_it_needs(repo: Repo) -> None:
 def test_a_gc_cut_short_takes_nothing_along_that_is_kept_by_now(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [save(repo, step, 5.0 - step) for step in range(3)]
     monkeypatch.setattr(repo.store, "empty_trash", lambda: None)
-    castore.collect(repo, ONE)
+    castore.collect_garbage(repo, ONE)
     monkeypatch.undo()
     repo.catalog.pin(ObjectId(ids[0]))
-    castore.collect(Repo.open(repo.root.parent), ONE)
+    castore.collect_garbage(Repo.open(repo.root.parent), ONE)
     assert [where(repo, own) for own in ids] == [WHOLE, GONE, WHOLE]
 
 
@@ -516,7 +519,7 @@ def test_chunks_stay_while_the_index_that_lists_them_is_in_quarantine(repo: Repo
     assert not path.exists()
     before = objects(repo)
     with pytest.raises(errors.CorruptObject, match="in quarantine"):
-        castore.collect(repo, ONE, grace=timedelta())
+        castore.collect_garbage(repo, ONE, grace=timedelta())
     assert objects(repo) == before
 
 
@@ -530,7 +533,7 @@ def test_a_link_in_place_of_a_folder_leads_to_no_deletion(repo: Repo, tmp_path: 
     shutil.rmtree(repo.root / folder, ignore_errors=True)
     (repo.root / folder).symlink_to(victim)
     with pytest.raises(errors.StorageError, match="symbolic link"):
-        castore.collect(repo, ONE)
+        castore.collect_garbage(repo, ONE)
     assert (victim / "precious").exists()
 
 
@@ -538,7 +541,7 @@ def test_a_folder_in_the_trash_is_passed_over(repo: Repo) -> None:
     for step in range(2):
         save(repo, step, 5.0 - step)
     (repo.store.trash / "folder").mkdir(parents=True)
-    castore.collect(repo, ONE)
+    castore.collect_garbage(repo, ONE)
     assert [path.name for path in repo.store.trash.iterdir()] == ["folder"]
 
 
@@ -556,13 +559,13 @@ def test_a_gc_that_is_cut_short_leaves_no_half_part(repo: Repo, monkeypatch: pyt
 
     monkeypatch.setattr(fs, "rename", cut)
     with pytest.raises(KeyboardInterrupt):
-        castore.collect(repo, ONE)
+        castore.collect_garbage(repo, ONE)
     monkeypatch.undo()
     for own in ids:
         for part, state in repo.part_states(repo.catalog.find(own)).items():
             # all or nothing: an index goes before what it lists
             assert state.where == "local" or state.reason == "its data is not in the store", part
-    castore.collect(repo, ONE)
+    castore.collect_garbage(repo, ONE)
     assert [where(repo, own) for own in ids] == [GONE, GONE, WHOLE]
     assert not any(repo.store.trash.iterdir())
 
@@ -583,7 +586,7 @@ def collect_for_a_while(path: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     policy = Policy(keep=2, keep_latest=8, keep_optimizer=9)
     while time.monotonic() < deadline:
-        castore.collect(repo, policy, grace=timedelta())
+        castore.collect_garbage(repo, policy, grace=timedelta())
 
 
 def test_writers_and_gc_at_once_lose_nothing(tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
@@ -597,7 +600,7 @@ def test_writers_and_gc_at_once_lose_nothing(tmp_path: Path, start: Callable[...
         process.join()
         assert process.exitcode == 0
     repo = Repo.open(tmp_path)
-    plan = castore.collect(repo, Policy(keep=2, keep_latest=8, keep_optimizer=9), grace=timedelta())
+    plan = castore.collect_garbage(repo, Policy(keep=2, keep_latest=8, keep_optimizer=9), grace=timedelta())
     assert len(repo.checkpoints()) > 10
     for decision in plan.decisions:
         if decision.parts:
@@ -622,11 +625,15 @@ class Model(RuleBasedStateMachine):
         self.promised: dict[str, tuple[str, ...]] = {}
         self.step = 0
 
-    @rule(target=saved, seed=st.integers(0, 4), loss=st.sampled_from([0.5, 1.0, 2.0]), line=st.sampled_from("ab"))
-    def save(self, seed: int, loss: float, line: str) -> str:
+    @rule(target=saved, seed=st.integers(0, 4), loss=st.sampled_from([0.5, 1.0, 2.0]), experiment=st.sampled_from("ab"))
+    def save(self, seed: int, loss: float, experiment: str) -> str:
         self.step += 1
         own = self.repo.save(
-            parts(seed), run="r", step=self.step, metrics={"val_loss": loss}, line=castore.Line(data=line)
+            parts(seed),
+            run="r",
+            step=self.step,
+            metrics={"val_loss": loss},
+            experiment=castore.Experiment(data=experiment),
         ).id
         self.state[own] = parts(seed)
         self.promised[own] = tuple(parts(seed))
@@ -654,7 +661,7 @@ class Model(RuleBasedStateMachine):
         policy = Policy(keep=keep, keep_latest=latest, keep_optimizer=optimizer, max_size=max_size)
         if not self.promised:
             return
-        plan = castore.collect(self.repo, policy, grace=timedelta(seconds=grace))
+        plan = castore.collect_garbage(self.repo, policy, grace=timedelta(seconds=grace))
         kept = {decision.entry.id: decision.parts for decision in plan.decisions}
         assert kept.keys() == self.promised.keys()
         self.promised = {

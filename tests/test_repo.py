@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from builders import exact, parts, tree
 
-from castore import Line, Metric, Repo, index
+from castore import Experiment, Metric, Repo
 from castore.errors import (
     AmbiguousId,
     ConfigError,
@@ -29,7 +29,8 @@ from castore.errors import (
     RepoNotFound,
     UnknownId,
 )
-from castore.ids import ObjectId, object_id
+from castore.format import part_index
+from castore.format.ids import ObjectId, object_id
 
 
 def save(repo: Repo, step: int, loss: float | None = None, **fields: Any) -> ObjectId:
@@ -39,7 +40,7 @@ def save(repo: Repo, step: int, loss: float | None = None, **fields: Any) -> Obj
 
 def chunk_of(repo: Repo, wanted: str, part: str) -> Path:
     """The file of a chunk of a part."""
-    found = index.decode(repo.store.read(repo.find(wanted).manifest.parts[part].index))
+    found = part_index.decode(repo.store.read(repo.find(wanted).manifest.parts[part].index))
     return repo.store.path(found.chunks[0].id)
 
 
@@ -83,7 +84,7 @@ def test_what_git_keeps_of_a_repository_is_a_repository(repo: Repo, tmp_path: Pa
     subprocess.run(["git", "-C", tmp_path, "init", "--quiet"], check=True)
     subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
     kept = subprocess.run(["git", "-C", tmp_path, "ls-files"], check=True, capture_output=True, text=True).stdout
-    top = {line.split("/")[1] for line in kept.split()}
+    top = {experiment.split("/")[1] for experiment in kept.split()}
     assert {".gitignore", "config.toml", "manifests"} <= top
     assert not top & {"objects", "tmp", "lock", "quarantine"}
     clone = tmp_path / "clone"
@@ -149,10 +150,10 @@ def test_a_parent_may_be_given_as_a_prefix(repo: Repo) -> None:
 
 
 def test_whole_numbers_are_fine_as_metrics_and_ranges(repo: Repo) -> None:
-    line = Line(metrics={"acc": Metric("max", 0, 100)})
-    saved = repo.save(parts(1), run="ci", step=1, line=line, metrics={"acc": 50, "val_loss": 1})
-    assert repo.resolve("best", line).require().score == pytest.approx(0.5)
-    assert repo.find(saved.id).manifest.line == line
+    experiment = Experiment(metrics={"acc": Metric("max", 0, 100)})
+    saved = repo.save(parts(1), run="ci", step=1, experiment=experiment, metrics={"acc": 50, "val_loss": 1})
+    assert repo.resolve("best", experiment).require().score == pytest.approx(0.5)
+    assert repo.find(saved.id).manifest.experiment == experiment
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,8 @@ def test_whole_numbers_are_fine_as_metrics_and_ranges(repo: Repo) -> None:
         {"run": "a/b"},
         {"step": 1.5},
         {"step": "1"},
-        {"config": {"x": object()}},
-        {"line": Line(model={"dropout": float("inf")})},
+        pytest.param({"config": {"x": object()}}, id="an object"),
+        {"experiment": Experiment(model={"dropout": float("inf")})},
         {"note": 5},
     ],
     ids=str,
@@ -256,7 +257,7 @@ def test_resolve_finds_best_latest_and_ids(repo: Repo) -> None:
     with pytest.raises(UnknownId):
         repo.resolve("0" * 64)
     with pytest.raises(NothingMatches, match="tokenizer"):
-        repo.resolve("best", Line(tokenizer="another")).require()
+        repo.resolve("best", Experiment(tokenizer="another")).require()
     for path in repo.store.objects.glob("*/*"):
         path.unlink()
     with pytest.raises(NothingAvailable, match="its data is not in the store"):

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from builders import parts, tree
 
 from castore import Repo, gc
-from castore.ids import ObjectId
-from castore.retention import Policy
+from castore.format.ids import ObjectId
+from castore.policy.retention import Policy
 from castore.stats import Heap, Usage, count, stats
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -60,13 +60,13 @@ def test_availability_and_what_gc_would_free_are_what_gc_does(repo: Repo) -> Non
     for step in range(1, 5):
         state = {**parts(step), "optimizer": {"m": parts(step + 100)["model"]["big"]}}
         repo.save(state, run="ci", step=step, metrics={"val_loss": 10.0 / step})
-    gc.collect(repo, Policy(keep=2, keep_optimizer=1))
+    gc.collect_garbage(repo, Policy(keep=2, keep_optimizer=1))
     (repo.root / "config.toml").write_text("[retention]\nkeep = 1\nkeep_latest = 0\n")
     repo = Repo.open(repo.root)
     before = stats(repo, NOW)
     assert before.availability == {"full": 1, "weights-only": 1, "history": 2}
     assert before.gc.bytes > 0
-    freed = gc.collect(repo, now=NOW)
+    freed = gc.collect_garbage(repo, now=NOW)
     assert (before.gc.objects, before.gc.bytes) == (len(freed.delete), freed.freed_bytes)
     after = stats(repo, NOW)
     assert before.objects.bytes - after.objects.bytes == freed.freed_bytes

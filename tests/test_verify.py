@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from builders import exact, parts, tree
 
-from castore import Repo, gc, index, objects
+from castore import Repo, gc
 from castore.errors import CastoreError, Locked, ObjectMissing, UnknownId
-from castore.ids import ObjectId, object_id
-from castore.retention import Policy
+from castore.format import part_index
+from castore.format.frame import MAX_STORED
+from castore.format.ids import ObjectId, object_id
+from castore.policy.retention import Policy
 from castore.verify import Finding, Need, verify
 
 
@@ -29,7 +31,7 @@ def index_of(repo: Repo, own: ObjectId, part: str = "model") -> ObjectId:
 
 
 def chunks_of(repo: Repo, own: ObjectId, part: str = "model") -> list[ObjectId]:
-    return [chunk.id for chunk in index.decode_chunks(repo.store.read(index_of(repo, own, part)))]
+    return [chunk.id for chunk in part_index.decode_chunks(repo.store.read(index_of(repo, own, part)))]
 
 
 def flip(path: Path) -> None:
@@ -93,7 +95,7 @@ def test_any_change_of_a_file_is_damage(repo: Repo, damage: str) -> None:
     changed = {"cut": data[:-1], "extended": data + b"\0", "empty": b"", "foreign": b"PK\3\4" + data[4:], "huge": data}
     path.write_bytes(changed[damage])
     if damage == "huge":
-        os.truncate(path, objects.MAX_STORED + 1)
+        os.truncate(path, MAX_STORED + 1)
     assert [(one.kind, one.object_id) for one in found(repo)] == [("damaged", chunk)]
 
 
@@ -129,7 +131,7 @@ def test_an_index_without_a_chunk_is_a_finding_and_a_part_without_its_index_is_n
 def test_what_gc_drops_is_no_finding(repo: Repo) -> None:
     for step in range(1, 7):
         save(repo, step)
-    gc.collect(repo, Policy(keep=3, keep_optimizer=1))
+    gc.collect_garbage(repo, Policy(keep=3, keep_optimizer=1))
     assert len(repo.checkpoints()) == 6
     assert found(repo) == []
 
@@ -178,10 +180,10 @@ def test_an_index_that_describes_no_part_is_damaged(repo: Repo) -> None:
 
 def test_an_index_that_lies_about_a_length_is_found(repo: Repo) -> None:
     own = save(repo)
-    true = index.decode(repo.store.read(index_of(repo, own)))
+    true = part_index.decode(repo.store.read(index_of(repo, own)))
     first = true.chunks[0]
-    lying = index.encode(
-        index.Index((index.ChunkRef(first.id, first.length + 64), *true.chunks[1:]), true.tensors, true.tree)
+    lying = part_index.encode(
+        part_index.Index((part_index.ChunkRef(first.id, first.length + 64), *true.chunks[1:]), true.tensors, true.tree)
     )
     with repo.store.writer() as writer:
         bad = writer.put(lying)
@@ -308,7 +310,7 @@ def test_a_broken_manifest_is_a_finding(repo: Repo) -> None:
 
 def test_of_a_chosen_checkpoint_everything_must_be_there(repo: Repo) -> None:
     first, second = save(repo, 1), save(repo, 2)
-    gc.collect(repo, Policy(keep=1, keep_latest=0, keep_optimizer=1))
+    gc.collect_garbage(repo, Policy(keep=1, keep_latest=0, keep_optimizer=1))
     assert found(repo, second) == []
     missing = found(repo, first)
     assert {(one.kind, need.part) for one in missing for need in one.needed_by} == {
@@ -417,10 +419,10 @@ def test_gc_waits_and_saves_go_on_while_it_reads(repo: Repo) -> None:
     reading = verify(repo)
     next(reading)
     with pytest.raises(Locked):
-        gc.collect(repo)
+        gc.collect_garbage(repo)
     save(repo, 2)
     reading.close()
-    gc.collect(repo)
+    gc.collect_garbage(repo)
 
 
 def test_a_save_that_ends_meanwhile_is_no_finding(repo: Repo) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from castore.bundle import decode_record, encode_record
+from castore.format.bundle import decode_record, encode_record
 
 
 def main(folder: Path) -> None:

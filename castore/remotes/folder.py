@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from castore.errors import StorageError
-from castore.ids import ObjectId
-from castore.objects import MAX_STORED
+from castore.format.frame import MAX_STORED
+from castore.format.ids import ObjectId
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Folder:
         """Those that are regular files there."""
         return {one for one in wanted if one not in self._bad and self._is_file(one)}
 
-    def lacks(self, wanted: ObjectId) -> str:
+    def explain_missing(self, wanted: ObjectId) -> str:
         """Why there is no such object: a folder that is gone is not one that lacks a file."""
         if wanted in self._bad:
             return f"its copy is bad: {self._bad[wanted]}"
@@ -55,7 +55,7 @@ class Folder:
             return f"can't be read: {error.strerror}"
         return "not there" if not self._is_file(wanted) else "can't be read"
 
-    def distrust(self, wanted: ObjectId, reason: str) -> None:
+    def mark_corrupt(self, wanted: ObjectId, reason: str) -> None:
         """Not to be read again, while this process lives."""
         self._bad[wanted] = reason
 

@@ -34,7 +34,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the report of a repository with everything (full.html), and of one with nothing (empty.html)."""
     import report_data
 
-    from castore import Repo, report, report_page
+    from castore import Repo
+    from castore.report import html
+    from castore.report.collect import collect_report
 
     folder = tmp_path_factory.mktemp("pages")
     now = datetime(2026, 3, 9, tzinfo=UTC)
@@ -42,6 +44,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         repo = Repo.init(folder / name)
         if name == "full":
             report_data.build(repo)
-        text = report_page.page(report.collect(repo, now))
+        text = html.page(collect_report(repo, now))
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return folder

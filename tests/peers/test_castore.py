@@ -10,10 +10,10 @@ import pytest
 from actions_service import Service as Cache
 from conftest import Official
 
-from castore import bundle
-from castore.ids import ObjectId, object_id
-from castore.remotes import actions
-from castore.remotes.actions import Actions, Service
+from castore.format import bundle
+from castore.format.ids import ObjectId, object_id
+from castore.remotes import github_cache
+from castore.remotes.github_cache import CacheService, GitHubCache
 
 Make = Callable[[dict[str, str]], Official]
 
@@ -29,7 +29,7 @@ def saved(cache: Cache, make: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[st
     (official.workspace / "folder" / "file").write_bytes(random.Random(1).randbytes(100_000))
     assert official.save("theirs", "folder").result > 0
     (entry,) = cache.entries()
-    monkeypatch.setattr(actions, "_VERSION", entry.version)
+    monkeypatch.setattr(github_cache, "_VERSION", entry.version)
     return entry.key, cache.blob(entry.key)
 
 
@@ -37,7 +37,7 @@ def test_castore_reads_an_entry_of_the_official_client(
     any_service: Cache, official: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, data = saved(any_service, official, monkeypatch)
-    service = Service.of_job(any_service.environment())
+    service = CacheService.of_job(any_service.environment())
     url = service.look_up(key)
     assert url is not None
     assert service.read(url, 0, len(data)) == data
@@ -50,8 +50,8 @@ def test_the_official_client_restores_an_entry_of_castore(
     any_service: Cache, official: Make, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     _, data = saved(any_service, official, monkeypatch)
-    monkeypatch.setattr(actions, "BLOCK", block)
-    service = Service.of_job(any_service.environment())
+    monkeypatch.setattr(github_cache, "BLOCK", block)
+    service = CacheService.of_job(any_service.environment())
     url = service.reserve("ours")
     assert url is not None
     assert service.send(url, len(data), lambda start, stop: data[start:stop], nothing)
@@ -65,11 +65,11 @@ def test_the_official_client_restores_an_entry_of_castore(
 def test_a_bundle_goes_into_azures_blobs_and_comes_back(
     any_service: Cache, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(actions, "BLOCK", block)
+    monkeypatch.setattr(github_cache, "BLOCK", block)
     frames: dict[ObjectId, bytes] = {object_id(bytes([i])): os.urandom(9_000) for i in range(8)}
     layout = bundle.lay_out({own: len(frame) for own, frame in frames.items()})
     data = bundle.HEADER + b"".join(frames.values()) + layout.tail
-    key = Actions(Service.of_job(any_service.environment()), []).upload(
+    key = GitHubCache(CacheService.of_job(any_service.environment()), []).upload(
         layout, lambda start, stop: data[start:stop], nothing
     )
     record = bundle.Record(
@@ -80,5 +80,5 @@ def test_a_bundle_goes_into_azures_blobs_and_comes_back(
         objects=len(frames),
         parts={},
     )
-    remote = Actions(Service.of_job(any_service.environment()), [record])
+    remote = GitHubCache(CacheService.of_job(any_service.environment()), [record])
     assert {own: remote.get(own) for own in frames} == frames

@@ -1,0 +1,230 @@
+"""Manifest <-> canonical JSON, validated. Pure.
+
+A manifest's id is the BLAKE3 of the file's bytes, so the bytes are canonical: sorted keys, indent 2, a final newline,
+finite numbers only, no key twice. A file that says the same in other bytes is not a manifest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from castore.errors import CorruptManifest, InvalidManifest, UnsupportedVersion
+from castore.format.ids import ObjectId, is_object_id, object_id
+
+VERSION = 1
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+MAX_STEP = 999_999_999
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
+PART = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+Scalar = str | int | float | bool | None
+Kind = Literal["checkpoint", "dataset", "files"]
+
+
+class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a metric counts: which ``direction`` is better, and the range that maps it into [0, 1]."""
+
+    direction: Literal["max", "min"] = "max"
+    low: float = 0.0
+    high: float = 1.0
+
+
+class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What makes two checkpoints comparable. Scores are compared inside one experiment only.
+
+    ``model`` holds the parameters that a checkpoint can't be loaded without; ``tokenizer`` and ``data`` are digests;
+    ``evaluation`` says what the validation loss was measured on; ``metrics`` declares the metrics that are scored.
+    """
+
+    model: dict[str, Scalar] = msgspec.field(default_factory=dict)
+    tokenizer: str = ""
+    data: str = ""
+    evaluation: dict[str, Scalar] = msgspec.field(default_factory=dict)
+    metrics: dict[str, Metric] = msgspec.field(default_factory=dict)
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One part of a checkpoint: the id of its index, and its size in plain and in stored bytes."""
+
+    index: ObjectId
+    bytes: int
+    stored_bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is committed to git of a checkpoint, a prepared data set or a tree of files.
+
+    Only a checkpoint has a quality and an experiment. ``config`` and ``info`` are free-form JSON, recorded and never
+    judged.
+    """
+
+    version: int = VERSION
+    kind: Kind = "checkpoint"
+    run: str
+    step: int
+    created: str
+    parent: ObjectId | None = None
+    parts: dict[str, Part]
+    experiment: Experiment = msgspec.field(default_factory=Experiment)
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
+    tags: list[str] = msgspec.field(default_factory=list)
+    note: str = ""
+    config: dict[str, Any] = msgspec.field(default_factory=dict)
+    info: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def file_name(self, own_id: ObjectId) -> str:
+        """Where the manifest lives below ``manifests/``."""
+        return f"{self.run}/{self.step:09d}-{own_id[:12]}.json"
+
+
+class Entry(NamedTuple):
+    """One manifest of the catalog with its id."""
+
+    id: ObjectId
+    manifest: Manifest
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest's file, which :func:`decode` accepts. InvalidManifest when it breaks a rule."""
+    try:
+        _check(manifest)
+        # by way of the types: a range of 0 to 1 is written as 0.0 to 1.0, and a step of 1.5 is refused
+        data = canonical(_decoder.decode(canonical(manifest)))
+    except (ValueError, TypeError, OverflowError, msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidManifest(f"can't record this checkpoint: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise InvalidManifest(f"can't record this checkpoint: its manifest takes {len(data)} bytes, over {MAX_BYTES}")
+    return data
+
+
+_decoder = msgspec.json.Decoder(Manifest)
+
+
+def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
+    """(id, manifest) of a file's bytes. CorruptManifest or UnsupportedVersion for anything else."""
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError("larger than a manifest can be")
+        manifest = _decoder.decode(data)
+        if manifest.version < 1:
+            raise ValueError(f"version {manifest.version} never was")
+        if manifest.version == VERSION:
+            _check(manifest, plain=_is_plain(data))
+            if canonical(manifest) != data:
+                raise ValueError("not in canonical form: it was edited or merged by hand")
+            return object_id(data), manifest
+    except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
+        _raise_if_newer(data, path)
+        if b"<<<<<<< " in data:
+            reason = "has merge conflict markers, but manifests are never merged: take either side as it is"
+            raise CorruptManifest(path, reason) from error
+        raise CorruptManifest(path, f"not a valid manifest: {error}") from error
+    raise UnsupportedVersion(path, manifest.version)
+
+
+def timestamp(moment: datetime) -> str:
+    """``moment`` in the one form a manifest uses: UTC with microseconds, so that text order is time order."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _raise_if_newer(data: bytes, path: str) -> None:
+    # a newer version may have fields that don't validate here: say that it is newer, not that it is damaged
+    try:
+        version = msgspec.json.decode(data[: MAX_BYTES + 1], type=dict[str, Any]).get("version")
+    except (ValueError, msgspec.MsgspecError, RecursionError):
+        return
+    if isinstance(version, int) and version > VERSION:
+        raise UnsupportedVersion(path, version)
+
+
+_ONE_DIGIT = bytes.maketrans(b"123456789", b"000000000")
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether no value in ``data`` can break a rule of :func:`_check_json`: nearly every manifest, told in no time.
+
+    With so few brackets nothing is nested too deep, and numbers so short fit in 64 bits; JSON has no others.
+    """
+    return data.count(b"{") + data.count(b"[") <= MAX_DEPTH and b"0" * 19 not in data.translate(_ONE_DIGIT)
+
+
+def canonical(value: Any) -> bytes:
+    """``value`` as JSON in the one form that is committed: sorted keys, indent 2, a final newline."""
+    return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2) + b"\n"
+
+
+def _check(manifest: Manifest, *, plain: bool = False) -> None:
+    """Raise ValueError for what the types alone don't exclude. Free values that are ``plain`` need no look."""
+    if not RUN.fullmatch(manifest.run):
+        raise ValueError(f"run {manifest.run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
+    if not 0 <= manifest.step <= MAX_STEP:
+        raise ValueError(f"step {manifest.step} is not between 0 and {MAX_STEP}")
+    if not CREATED.fullmatch(manifest.created):
+        raise ValueError(f"created {manifest.created[:40]!r} is not a UTC time with microseconds")
+    datetime.fromisoformat(manifest.created)  # ValueError for a month of 19
+    if manifest.parent is not None and not is_object_id(manifest.parent):
+        raise ValueError("parent is not an id")
+    if not manifest.parts:
+        raise ValueError("it has no part")
+    for name, part in manifest.parts.items():
+        if not PART.fullmatch(name):
+            raise ValueError(f"part {name[:40]!r} is not a lower-case name")
+        if not is_object_id(part.index) or not (0 <= part.bytes < 2**63 and 0 <= part.stored_bytes < 2**63):
+            raise ValueError(f"part {name} has no valid index or size")
+    # before anything is formatted: indented, a deep value grows far beyond its own size
+    experiment = manifest.experiment
+    for value in () if plain else (manifest.config, manifest.info, experiment.model, experiment.evaluation):
+        _check_json(value)
+    _check_quality(manifest)
+
+
+def _check_quality(manifest: Manifest) -> None:
+    if manifest.kind != "checkpoint" and (manifest.metrics or manifest.experiment != Experiment()):
+        raise ValueError(f"a manifest of kind {manifest.kind} has neither metrics nor an experiment")
+    for name, value in manifest.metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {name} is {value}, not a finite number")
+    if manifest.metrics.get("val_loss", 0.0) < 0:
+        raise ValueError("val_loss is negative")
+    for name, metric in manifest.experiment.metrics.items():
+        if name == "val_loss":
+            raise ValueError("val_loss is always scored and can't be declared as a metric")
+        if not (math.isfinite(metric.low) and math.isfinite(metric.high) and metric.low < metric.high):
+            raise ValueError(f"metric {name} has no range: low must be below high")
+
+
+def _check_json(value: Any) -> None:
+    """ValueError unless ``value`` survives JSON unchanged. A loop, as it looks at every value of every manifest."""
+    left = [(value, 1)]
+    while left:
+        container, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        items = container
+        if isinstance(container, Mapping):
+            items = container.values()
+            for key in container:
+                if not isinstance(key, str):
+                    raise ValueError(f"key {key!r} is not a string")
+        for item in items:
+            kind = type(item)
+            if kind is str or kind is bool or item is None:
+                continue
+            if kind is float:
+                if not math.isfinite(item):
+                    raise ValueError(f"{item} is not a finite number")
+            elif kind is int:
+                if not -(2**63) <= item < 2**63:
+                    raise ValueError("an integer does not fit in 64 bits")
+            elif isinstance(item, Mapping | list | tuple):
+                left.append((item, depth + 1))
+            else:
+                raise ValueError(f"{kind.__name__} is not a JSON value")

@@ -1,0 +1,313 @@
+"""A part's values, tensors and chunks <-> msgpack. Pure; the only module that imports msgpack.
+
+The index is a *flat* sequence of msgpack objects: containers are announced by a small extension object and followed
+by their items. A nested encoding lets a few hostile bytes reserve gigabytes (every array header preallocates); read
+flat, with every count checked against the bytes that are left, an index costs memory in proportion to its size.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from castore.errors import CorruptIndex, UnsupportedValue, UnsupportedVersion
+from castore.format.frame import MAX_PLAIN
+from castore.format.ids import DIGEST_BYTES, ObjectId, join_digests, split_digests
+
+VERSION = 1
+MAX_DEPTH = 100
+MAX_DIMENSIONS = 64
+
+DTYPES: dict[str, tuple[int, int]] = {
+    "bool": (1, 1), "uint8": (1, 1), "int8": (1, 1), "uint16": (2, 2), "int16": (2, 2),
+    "uint32": (4, 4), "int32": (4, 4), "uint64": (8, 8), "int64": (8, 8),
+    "float16": (2, 2), "bfloat16": (2, 2), "float32": (4, 4), "float64": (8, 8),
+    "complex32": (4, 2), "complex64": (8, 4), "complex128": (16, 8),
+    "float8_e4m3fn": (1, 1), "float8_e4m3fnuz": (1, 1), "float8_e5m2": (1, 1), "float8_e5m2fnuz": (1, 1),
+    "float8_e8m0fnu": (1, 1), "float4_e2m1fn_x2": (1, 1),
+    "uint1": (1, 1), "uint2": (1, 1), "uint3": (1, 1), "uint4": (1, 1), "uint5": (1, 1), "uint6": (1, 1),
+    "uint7": (1, 1), "int1": (1, 1), "int2": (1, 1), "int3": (1, 1), "int4": (1, 1), "int5": (1, 1),
+    "int6": (1, 1), "int7": (1, 1), "bits8": (1, 1), "bits16": (2, 2),
+    "bits1x8": (1, 1), "bits2x4": (1, 1), "bits4x2": (1, 1),
+}  # fmt: skip
+"""Name -> (bytes of an element, bytes of the numbers it is made of). Elements are stored little-endian."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor: its element type, shape, and where its bytes begin in the part's stream."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRef:
+    """One chunk of the stream: the object that holds it and its plain length."""
+
+    id: ObjectId
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Stands in a tree for tensor ``number`` of the index; a tied tensor is referred to more than once."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """One part: ``tree`` holds its values, with a TensorRef in place of each tensor."""
+
+    chunks: tuple[ChunkRef, ...]
+    tensors: tuple[TensorSpec, ...]
+    tree: Any
+
+
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a dense tensor."""
+    size = DTYPES[dtype][0]
+    for extent in shape:
+        size *= extent
+    return size
+
+
+# -- encode ----------------------------------------------------------------------------------------------------------
+
+_LIST, _TUPLE, _DICT, _ORDERED, _TENSOR, _INTEGER, _COMPLEX = range(1, 8)
+_COUNT = struct.Struct("<I")
+_PAIR = struct.Struct("<dd")
+_CONTAINERS: dict[type, int] = {list: _LIST, tuple: _TUPLE, dict: _DICT, OrderedDict: _ORDERED}
+
+
+def encode(index: Index, name: str = "") -> bytes:
+    """Deterministic: equal parts give equal bytes, so their index has the same id.
+
+    UnsupportedValue, naming the key below ``name``, for a value that has no exact form here.
+    """
+    pack = msgpack.Packer(use_bin_type=True, strict_types=True).pack
+    lengths = b"".join(_COUNT.pack(chunk.length) for chunk in index.chunks)
+    out = [pack(VERSION), pack(join_digests(chunk.id for chunk in index.chunks)), pack(lengths)]
+    out.append(pack(len(index.tensors)))
+    for spec in index.tensors:
+        out.extend((pack(spec.dtype), pack(len(spec.shape)), *map(pack, spec.shape), pack(spec.offset)))
+    _encode_value(index.tree, name, 0, out, pack)
+    data = b"".join(out)
+    if len(data) > MAX_PLAIN:
+        reason = f"the values other than tensors take {len(data)} bytes, over the limit of {MAX_PLAIN}"
+        raise UnsupportedValue(name or "part", reason + ": store large bytes and strings as uint8 tensors")
+    return data
+
+
+def _encode_value(value: Any, key: str, depth: int, out: list[bytes], pack: Any) -> None:
+    kind = type(value)
+    if depth > MAX_DEPTH:
+        raise UnsupportedValue(key[:80], f"nested more than {MAX_DEPTH} deep")
+    if kind in _CONTAINERS:
+        out.append(pack(msgpack.ExtType(_CONTAINERS[kind], _COUNT.pack(len(value)))))
+        if kind is list or kind is tuple:
+            for i, item in enumerate(value):
+                _encode_value(item, f"{key}[{i}]", depth + 1, out, pack)
+        else:
+            for name, item in value.items():
+                check_key(name, key)
+                _encode_value(name, key, depth + 1, out, pack)
+                _encode_value(item, join_key(key, name), depth + 1, out, pack)
+    else:
+        out.append(pack(check_leaf(value, key)))
+
+
+def check_leaf(value: Any, key: str) -> Any:
+    """The object that msgpack is to pack for a value; UnsupportedValue, naming ``key``, when there is none."""
+    kind = type(value)
+    if kind is TensorRef:
+        return msgpack.ExtType(_TENSOR, _COUNT.pack(value.number))
+    if kind is complex:
+        return msgpack.ExtType(_COMPLEX, _PAIR.pack(value.real, value.imag))
+    if kind is int:
+        if -(2**63) <= value < 2**64:
+            return value
+        return msgpack.ExtType(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UnsupportedValue(key, f"a string that is not valid Unicode ({error.reason})") from None
+        return value
+    if value is None or kind in (bool, float, bytes):
+        return value
+    raise UnsupportedValue(key, f"{_type_name(kind)} is not a tensor, number, string, bytes, None or a container")
+
+
+def check_key(name: Any, key: str) -> None:
+    """UnsupportedValue unless ``name`` can be a key of a dict found at ``key``."""
+    if type(name) not in (str, int):
+        raise UnsupportedValue(join_key(key, name), f"a dict key is a str or an int, not {_type_name(type(name))}")
+
+
+def join_key(key: str, name: Any) -> str:
+    """The readable path of an item in a state: ``optimizer.state[3].exp_avg``."""
+    if type(name) is str:
+        return f"{key}.{name}" if key else name
+    if type(name) is int and name.bit_length() > 64:
+        name = f"{name >> (name.bit_length() - 64):#x}..."  # Python refuses to print very large numbers
+        return f"{key}[{name}]"
+    return f"{key}[{name!r}]"
+
+
+def items(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    """What a container holds, each with its readable path below ``key``; nothing for what is none."""
+    if isinstance(value, dict):
+        return [(join_key(key, name), item) for name, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"{key}[{i}]", item) for i, item in enumerate(value)]
+    return []
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a state that holds nothing itself, with its readable path: a container without items, too."""
+    found = items(value, key)
+    if not found:
+        yield key, value
+    for name, item in found:
+        yield from leaves(item, name)
+
+
+def _type_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+# -- decode ----------------------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes) -> Index:
+    """The index in ``data``, whose hash the caller has verified. CorruptIndex for bytes that are no index."""
+    reader = _Reader(data)
+    chunks = _read_chunks(reader)
+    tensors = _read_tensors(reader, sum(chunk.length for chunk in chunks))
+    tree = _read_value(reader, len(tensors), 0)
+    reader.finish()
+    return Index(chunks, tensors, tree)
+
+
+def decode_chunks(data: bytes) -> tuple[ChunkRef, ...]:
+    """The chunks alone: what availability needs, without reading the rest."""
+    return _read_chunks(_Reader(data))
+
+
+class _Reader:
+    """msgpack objects one after another, none of them a container."""
+
+    def __init__(self, data: bytes) -> None:
+        self._size = len(data)
+        self._unpacker = msgpack.Unpacker(
+            max_buffer_size=max(len(data), 1), max_array_len=0, max_map_len=0, strict_map_key=False, raw=False
+        )
+        self._unpacker.feed(data)
+
+    def next(self, *kinds: type) -> Any:
+        """The next object, of one of ``kinds``; any scalar when none are given."""
+        try:
+            value = self._unpacker.unpack()
+        except (msgpack.exceptions.UnpackException, ValueError, RecursionError) as error:
+            raise CorruptIndex(f"index is damaged: {error or type(error).__name__}") from error
+        if kinds and type(value) not in kinds:
+            raise CorruptIndex(f"index is damaged: {type(value).__name__} where {kinds[0].__name__} was expected")
+        return value
+
+    def count(self, value: int) -> int:
+        """``value`` as a number of objects still to come, each of which takes a byte at least."""
+        if not 0 <= value <= self._size - self._unpacker.tell():
+            raise CorruptIndex(f"index is damaged: {value} items in the bytes that are left")
+        return value
+
+    def finish(self) -> None:
+        if self._unpacker.tell() != self._size:
+            raise CorruptIndex("index is damaged: bytes after its end")
+
+
+def _read_chunks(reader: _Reader) -> tuple[ChunkRef, ...]:
+    version = reader.next()
+    if type(version) is not int or version < 1:
+        raise CorruptIndex("index is damaged: it doesn't begin with a version")
+    if version != VERSION:
+        raise UnsupportedVersion("index", version)
+    digests, packed = reader.next(bytes), reader.next(bytes)
+    if len(digests) % DIGEST_BYTES or len(packed) != len(digests) // DIGEST_BYTES * _COUNT.size:
+        raise CorruptIndex("index is damaged: chunk ids and lengths don't match")
+    lengths = [length for (length,) in _COUNT.iter_unpack(packed)]
+    if not all(0 < length <= MAX_PLAIN for length in lengths):
+        raise CorruptIndex("index is damaged: a chunk's length is out of range")
+    return tuple(map(ChunkRef, split_digests(digests), lengths))
+
+
+def _read_tensors(reader: _Reader, stream: int) -> tuple[TensorSpec, ...]:
+    tensors = []
+    for _ in range(reader.count(reader.next(int))):
+        dtype = reader.next(str)
+        if dtype not in DTYPES:
+            raise CorruptIndex(f"index is damaged: unknown element type {dtype[:40]!r}")
+        dimensions = reader.count(reader.next(int))
+        if dimensions > MAX_DIMENSIONS:
+            raise CorruptIndex(f"index is damaged: {dimensions} dimensions")
+        shape = tuple(reader.next(int) for _ in range(dimensions))
+        if not all(0 <= extent < 2**63 for extent in shape):
+            raise CorruptIndex("index is damaged: a shape is out of range")
+        tensors.append(TensorSpec(dtype, shape, reader.next(int)))
+    # tensors that overlapped could claim the same bytes a million times over
+    end = 0
+    for spec in sorted((spec for spec in tensors if spec.nbytes), key=lambda spec: spec.offset):
+        if spec.offset < end:
+            raise CorruptIndex("index is damaged: tensors overlap")
+        end = spec.offset + spec.nbytes
+    if end > stream:
+        raise CorruptIndex("index is damaged: a tensor ends after the stream")
+    return tuple(tensors)
+
+
+def _read_value(reader: _Reader, tensors: int, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise CorruptIndex(f"index is damaged: nested more than {MAX_DEPTH} deep")
+    value = reader.next()
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if type(value) is not msgpack.ExtType:
+        raise CorruptIndex(f"index is damaged: {type(value).__name__} among the values")
+    code, data = value
+    if code == _INTEGER and data:
+        return int.from_bytes(data, "little", signed=True)
+    if code == _COMPLEX and len(data) == _PAIR.size:
+        return complex(*_PAIR.unpack(data))
+    if len(data) != _COUNT.size:
+        raise CorruptIndex("index is damaged: extension of a wrong length")
+    (number,) = _COUNT.unpack(data)
+    if code == _TENSOR and number < tensors:
+        return TensorRef(number)
+    if code in (_LIST, _TUPLE):
+        items = [_read_value(reader, tensors, depth + 1) for _ in range(reader.count(number))]
+        return items if code == _LIST else tuple(items)
+    if code in (_DICT, _ORDERED):
+        return _read_dict(reader, tensors, depth, OrderedDict() if code == _ORDERED else {}, number)
+    raise CorruptIndex(f"index is damaged: extension {code} with {number}")
+
+
+def _read_dict(reader: _Reader, tensors: int, depth: int, into: dict[Any, Any], count: int) -> dict[Any, Any]:
+    for _ in range(reader.count(count)):
+        key = reader.next()
+        if type(key) is msgpack.ExtType and key.code == _INTEGER and key.data:
+            key = int.from_bytes(key.data, "little", signed=True)
+        if type(key) not in (str, int) or key in into:
+            raise CorruptIndex("index is damaged: a dict key is repeated or of a wrong type")
+        into[key] = _read_value(reader, tensors, depth + 1)
+    return into

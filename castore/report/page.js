@@ -1,0 +1,767 @@
+"use strict";
+// Draws the report from the JSON beside it. Strings of the repository become text nodes, never markup; none of them is
+// given to the chart library, which reads markup in some.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const byId = new Map(data.checkpoints.map((one) => [one.id, one]));
+  const oldestFirst = [...data.checkpoints].reverse();
+  const chartsDrawn = [];
+
+  // -- words ----------------------------------------------------------------------------------------------------------
+
+  const INVISIBLE = /[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+  const printable = (text) =>
+    String(text).replace(INVISIBLE, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0"));
+  const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+  const count = (value) => (value === null || value === undefined ? "–" : whole.format(value));
+  const number = (value) => {
+    if (value === null || value === undefined) return "–";
+    return Math.abs(value) < 1e6 ? value.toFixed(4) : value.toPrecision(4);
+  };
+  const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1) + " %");
+  const size = (bytes) => {
+    for (const unit of ["B", "kB", "MB", "GB"]) {
+      if (bytes < 1000) return unit === "B" ? `${bytes.toFixed(0)} B` : `${bytes.toFixed(1)} ${unit}`;
+      bytes /= 1000;
+    }
+    return `${bytes.toFixed(1)} TB`;
+  };
+  const time = (text) => `${text.slice(0, 10)} ${text.slice(11, 16)} UTC`;
+  const short = (id) => id.slice(0, 12);
+  const plural = (many, what) => `${count(many)} ${what}${many === 1 ? "" : "s"}`;
+  const span = (seconds) => {
+    if (seconds === null || seconds === undefined) return "–";
+    if (seconds < 120) return `${seconds.toFixed(0)} s`;
+    return seconds < 7200 ? `${(seconds / 60).toFixed(0)} min` : `${(seconds / 3600).toFixed(1)} h`;
+  };
+
+  // -- elements ---------------------------------------------------------------------------------------------------------
+
+  function h(tag, attributes, ...children) {
+    const [name, ...classes] = tag.split(".");
+    const made = document.createElement(name || "div");
+    if (classes.length) made.className = classes.join(" ");
+    for (const [key, value] of Object.entries(attributes ?? {})) {
+      if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+      else if (value === true) made.setAttribute(key, "");
+      else if (value !== false && value !== null && value !== undefined) made.setAttribute(key, value);
+    }
+    add(made, children);
+    return made;
+  }
+  function add(parent, children) {
+    for (const child of children.flat(Infinity)) {
+      if (child === null || child === undefined || child === false) continue;
+      parent.append(child instanceof Node ? child : printable(child));
+    }
+    return parent;
+  }
+  function svg(tag, attributes, ...children) {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  }
+  // text of others may read from right to left: it must not turn what stands around it
+  const foreign = (text) => h("bdi", null, text);
+  const link = (id) => {
+    const known = byId.has(id);
+    const label = `Manifest of checkpoint ${short(id)}`;
+    return known
+      ? h("button.link.id", { type: "button", "data-id": id, "aria-label": label, onclick: () => openPanel(id) }, short(id))
+      : h("span.id.soft", { title: "not in this report" }, short(id));
+  };
+  const pill = (state) => h(`span.pill.${state}`, null, state);
+  const terms = (pairs) => h("dl", null, pairs.map(([key, value]) => h("div", null, h("dt", null, key), h("dd", null, value))));
+
+  const nav = document.getElementById("nav");
+  const main = document.getElementById("main");
+  function section(id, title, told, ...children) {
+    nav.append(h("a", { href: `#${id}` }, title));
+    const head = h("div.head", null, h("h2", { id: `${id}-title` }, title), told && h("p", null, told));
+    const made = h("section", { id, "aria-labelledby": `${id}-title` }, head, children);
+    main.append(made);
+    return made;
+  }
+
+  // -- groups: what a colour stands for ---------------------------------------------------------------------------------
+
+  // told apart in the common kinds of colour blindness, each at 3:1 or more against white and against the dark page; the
+  // shape tells them apart once more
+  const COLOURS = ["#2a7fc4", "#c2611f", "#1f8a70", "#a25bc4", "#c24a77", "#84781a", "#5f7f96", "#b0574a"];
+  const SHAPES = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "cross"];
+  const hidden = { run: new Set(), session: new Set() };
+  let colourBy = "run";
+  const groupOf = (one) => (colourBy === "run" ? one.run : one.session === null ? "no session" : `session ${one.session + 1}`);
+  function groups() {
+    const found = new Map();
+    for (const one of oldestFirst) {
+      const name = groupOf(one);
+      if (!found.has(name)) {
+        const i = found.size;
+        found.set(name, { name, colour: COLOURS[i % 8], shape: SHAPES[(i + Math.floor(i / 8)) % 8], points: [] });
+      }
+      found.get(name).points.push(one);
+    }
+    return [...found.values()];
+  }
+  const shown = () => groups().filter((group) => !hidden[colourBy].has(group.name));
+  const glyphs = {
+    circle: ["circle", { cx: 8, cy: 8, r: 5 }],
+    square: ["rect", { x: 3.5, y: 3.5, width: 9, height: 9 }],
+    diamond: ["path", { d: "M8 2 L14 8 L8 14 L2 8Z" }],
+    "triangle-up": ["path", { d: "M8 2.5 L14 13 L2 13Z" }],
+    "triangle-down": ["path", { d: "M8 13.5 L14 3 L2 3Z" }],
+    pentagon: ["path", { d: "M8 2 L14 6.5 L11.7 13.5 L4.3 13.5 L2 6.5Z" }],
+    hexagon: ["path", { d: "M8 2 L13.5 5 L13.5 11 L8 14 L2.5 11 L2.5 5Z" }],
+    cross: ["path", { d: "M6 2h4v4h4v4h-4v4h-4v-4h-4v-4h4Z" }],
+  };
+  function legend() {
+    const box = h("div.legend", { role: "group", "aria-label": `Shown: ${colourBy}s` });
+    for (const group of groups()) {
+      const [tag, shape] = glyphs[group.shape];
+      const icon = svg("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, svg(tag, { ...shape, fill: group.colour }));
+      const isShown = !hidden[colourBy].has(group.name);
+      const toggle = () => {
+        isShown ? hidden[colourBy].add(group.name) : hidden[colourBy].delete(group.name);
+        redraw();
+        const again = [...document.querySelectorAll(".legend button")].find((one) => one.dataset.group === group.name);
+        again?.focus();
+      };
+      const many = h("span.soft.small", null, count(group.points.length));
+      box.append(
+        h("button", { type: "button", "aria-pressed": String(isShown), "data-group": group.name, onclick: toggle }, icon, group.name, many),
+      );
+    }
+    return box;
+  }
+
+  // -- charts ---------------------------------------------------------------------------------------------------------
+
+  const LAYOUT = {
+    margin: { l: 52, r: 14, t: 12, b: 36 },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    showlegend: false,
+    hovermode: "closest",
+    hoverdistance: 24,
+    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    font: { size: 12 },
+  };
+  const axis = (more) => ({ zeroline: false, showline: false, ticks: "", automargin: true, nticks: 8, ...more });
+  const steps = () => axis({ separatethousands: true, tickformat: ",d", showgrid: false, ticklabelstandoff: 4, rangemode: "tozero" });
+
+  /** Consecutive checkpoints of a group along the lineage, each branch from where it left its parent. */
+  function strands(points, value) {
+    const x = [], y = [];
+    const inGroup = new Set(points);
+    const next = new Map();
+    for (const one of points) {
+      const parent = byId.get(one.parent);
+      if (inGroup.has(parent) && !next.has(parent) && value(one) !== null) next.set(parent, one);
+    }
+    const followed = new Set(next.values());
+    for (const start of points) {
+      if (followed.has(start)) continue;
+      const parent = byId.get(start.parent);
+      if (parent && value(parent) !== null) push(parent);
+      for (let one = start; one; one = next.get(one)) push(one);
+      x.push(null), y.push(null);
+    }
+    function push(one) {
+      x.push(one.step), y.push(value(one));
+    }
+    return { x, y };
+  }
+  const lines = (group, value, line, opacity = 1) => ({
+    type: "scatter", mode: "lines", hoverinfo: "skip", opacity,
+    ...strands(group.points, value),
+    line: { color: group.colour, width: 1.8, ...line },
+  });
+  function dots(points, value, marker) {
+    const known = points.filter((one) => value(one) !== null);
+    return {
+      type: "scatter", mode: "markers", hoverinfo: "none",
+      x: known.map((one) => one.step), y: known.map(value), customdata: known.map((one) => one.id),
+      marker: { line: { width: 0 }, ...marker },
+    };
+  }
+  const dotSize = () => (data.checkpoints.length > 400 ? 4.5 : data.checkpoints.length > 120 ? 5.5 : 7);
+  function star(value) {
+    const best = byId.get(data.best);
+    if (!best || value(best) === null || hidden[colourBy].has(groupOf(best))) return [];
+    return [{ ...dots([best], value, { symbol: "star", size: 17, color: "#e0a100", line: { width: 1.5, color: "#5c4200" } }), name: "best" }];
+  }
+  function overSteps(value, { dotted, shape } = {}) {
+    const traces = [];
+    for (const group of shown()) {
+      if (dotted && group.points.some((one) => dotted(one) !== null))
+        traces.push(lines(group, dotted, { dash: "dot", width: 1.3 }, 0.75));
+      if (group.points.some((one) => value(one) !== null)) {
+        traces.push(lines(group, value, { shape: shape ?? "linear" }));
+        traces.push(dots(group.points, value, { color: group.colour, symbol: group.shape, size: dotSize() }));
+      }
+    }
+    return [...traces, ...star(value)];
+  }
+
+  const tip = document.getElementById("tip");
+  function showTip(id, x, y) {
+    const one = byId.get(id);
+    tip.replaceChildren();
+    const rows = [["run", one.run], ["step", count(one.step)], ["score", one.score === null ? "–" : String(one.score)]];
+    for (const [name, value] of Object.entries(one.metrics)) rows.push([name.slice(0, 40), String(value)]);
+    if (one.connection_density !== null) rows.push(["density", percent(one.connection_density)]);
+    rows.push(["data", one.availability], ["created", time(one.created)]);
+    add(tip, [
+      h("b", null, short(one.id), one.id === data.best && " – the best"),
+      h("dl", null, rows.flatMap(([key, value]) => [h("dt", null, foreign(key)), h("dd", null, value)])),
+      one.tags.length > 0 && h("div", null, "tags: ", foreign(one.tags.join(", ").slice(0, 160))),
+    ]);
+    tip.hidden = false;
+    const box = tip.getBoundingClientRect();
+    tip.style.left = `${Math.max(4, Math.min(x + 16, innerWidth - box.width - 6))}px`;
+    tip.style.top = `${y + 18 + box.height > innerHeight ? Math.max(4, y - box.height - 14) : y + 18}px`;
+  }
+  const hideTip = () => (tip.hidden = true);
+
+  /** A chart drawn when it comes near the window, and again whenever what is shown changes. */
+  function chart(id, label, height, make) {
+    const box = h("div.chart", { id, tabindex: "0", role: "application", "aria-roledescription": "chart", "aria-label": `${label}. Left and right arrow keys go through the checkpoints, Enter shows a manifest.` });
+    box.style.height = `${height}px`;
+    let isDrawn = false, isWanted = false, order = [], at = -1;
+    const draw = () => {
+      isWanted = true;
+      const { traces, layout } = make();
+      Plotly.react(box, traces, { ...LAYOUT, height, ...layout }, { displayModeBar: false, responsive: true, doubleClick: "reset" });
+      order = traces.flatMap((trace, t) => (trace.customdata ?? []).map((own, i) => ({ own, x: trace.x[i], y: trace.y[i], t })))
+        .sort((a, b) => a.x - b.x || a.t - b.t);
+      if (isDrawn) return;
+      isDrawn = true;
+      document.documentElement.dataset.drawn ??= String(Math.round(performance.now()));
+      box.on("plotly_hover", (event) => showTip(event.points[0].customdata, event.event.clientX, event.event.clientY));
+      box.on("plotly_unhover", hideTip);
+      box.on("plotly_click", (event) => (hideTip(), openPanel(event.points[0].customdata, box)));
+    };
+    box.addEventListener("keydown", (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (move && order.length) {
+        event.preventDefault();
+        at = at < 0 ? (move > 0 ? 0 : order.length - 1) : (at + move + order.length) % order.length;
+        const frame = box.getBoundingClientRect(), full = box._fullLayout, point = order[at];
+        showTip(point.own, frame.left + full._size.l + full.xaxis.d2p(point.x), frame.top + full._size.t + full.yaxis.d2p(point.y));
+        announce(`${short(point.own)}, step ${count(point.x)}, ${point.y}`);
+      } else if (event.key === "Enter" && order[at]) openPanel(order[at].own, box);
+      else if (event.key === "Escape") hideTip();
+    });
+    box.addEventListener("blur", hideTip);
+    chartsDrawn.push({ draw, isWanted: () => isWanted });
+    const nearby = new IntersectionObserver((seen) => {
+      if (seen.some((one) => one.isIntersecting)) {
+        nearby.disconnect();
+        if (!isDrawn) draw();
+      }
+    }, { rootMargin: "300px" });
+    // the charts' code comes last in the file, so that all else is there to be read meanwhile
+    document.addEventListener("DOMContentLoaded", () => nearby.observe(box));
+    return box;
+  }
+  function redraw() {
+    for (const one of document.querySelectorAll(".legend")) one.replaceWith(legend());
+    for (const one of chartsDrawn) if (one.isWanted()) one.draw();
+  }
+  const live = h("div.skip", { "aria-live": "polite" });
+  const announce = (text) => (live.textContent = printable(text));
+
+  const metric = (name) => (one) => one.metrics[name] ?? null;
+  function key(...items) {
+    return h("p.key", null, items.filter(Boolean).map(([icon, text]) => h("span", null, icon, text)));
+  }
+  const stroke = (dash, width = 2) =>
+    svg("svg", { viewBox: "0 0 24 14", "aria-hidden": "true" }, svg("path", { d: "M1 7H23", stroke: "currentColor", "stroke-width": width, "stroke-dasharray": dash, fill: "none" }));
+  const starIcon = () =>
+    svg("svg", { viewBox: "0 0 24 24", "aria-hidden": "true" }, svg("path", { d: "M12 2l3 7h7l-5.6 4.6L18.500 21 12 16.800 5.500 21l2.100-7.400L2 9h7z", fill: "#e0a100", stroke: "#5c4200" }));
+
+  function qualitySection() {
+    const names = [...new Set(data.checkpoints.flatMap((one) => Object.keys(one.metrics)))].sort();
+    const hasTraining = names.includes("train_loss");
+    const by = h("div.group", { role: "group", "aria-label": "Colour by" }, ["run", "session"].map((what) => {
+      const choose = () => {
+        colourBy = what;
+        for (const one of by.children) one.setAttribute("aria-pressed", String(one.dataset.by === what));
+        redraw();
+      };
+      return h("button", { type: "button", "data-by": what, "aria-pressed": String(what === colourBy), onclick: choose }, `By ${what}`);
+    }));
+    const log = h("button", { type: "button", "aria-pressed": "false", onclick: () => {
+      log.setAttribute("aria-pressed", String(log.getAttribute("aria-pressed") === "false"));
+      redraw();
+    } }, "Log scale");
+    const loss = chart("chart-loss", "Loss over steps", 340, () => ({
+      traces: overSteps(metric("val_loss"), { dotted: hasTraining ? metric("train_loss") : null }),
+      layout: { xaxis: steps(), yaxis: axis({ type: log.getAttribute("aria-pressed") === "true" ? "log" : "linear" }) },
+    }));
+    // values are places in a list: names of metrics may be anything
+    const others = names.filter((name) => name !== "val_loss" && name !== "train_loss");
+    let value = (one) => one.score;
+    const choose = h("select", { "aria-label": "Measure", onchange: () => {
+      value = choose.value === "score" ? (one) => one.score : metric(others[Number(choose.value)]);
+      redraw();
+    } }, h("option", { value: "score" }, "Score"), others.map((name, i) => h("option", { value: String(i) }, name.slice(0, 60))));
+    const score = chart("chart-score", "Score or metric over steps", 260, () => ({
+      traces: overSteps((one) => value(one)), layout: { xaxis: steps(), yaxis: axis({}) },
+    }));
+    const density = (one) => one.connection_density;
+    const speed = (one) => one.tokens_per_second;
+    const hasDensity = data.checkpoints.some((one) => density(one) !== null);
+    const hasSpeed = data.checkpoints.some((one) => speed(one) !== null);
+    section(
+      "quality", "Quality", "Measured at each checkpoint, over global steps. Drag to zoom, double-click to reset.",
+      h("div.card", null,
+        h("div.cardhead", null, h("h3", null, "Loss"), h("div.tools", null, log, by)),
+        loss,
+        key([stroke("0"), "validation"], hasTraining && [stroke("3 3", 1.5), "training"], data.best && [starIcon(), "the best"]),
+        legend()),
+      h("div.pair", { id: "pair" },
+        h("div.card", null, h("div.cardhead", null, h("h3", null, "Score and metrics"), h("div.tools", null, choose)), score),
+        hasDensity && h("div.card", null,
+          h("div.cardhead", null, h("h3", null, "Active connections"), h("span.soft.small", null, "share that is not zero")),
+          chart("chart-density", "Share of active connections over steps", 260, () => ({
+            traces: overSteps(density, { shape: "hv" }).filter((one) => one.name !== "best"),
+            layout: { xaxis: steps(), yaxis: axis({ tickformat: ".0%", rangemode: "tozero" }) },
+          }))),
+        !hasDensity && hasSpeed && h("div.card", null,
+          h("div.cardhead", null, h("h3", null, "Speed"), h("span.soft.small", null, "tokens per second")),
+          chart("chart-speed", "Tokens per second over steps", 260, () => ({
+            traces: overSteps(speed).filter((one) => one.name !== "best"), layout: { xaxis: steps(), yaxis: axis({ rangemode: "tozero" }) },
+          })))),
+    );
+    document.getElementById("pair").style.marginTop = "1rem";
+  }
+
+  function lineageSection() {
+    const onPath = oldestFirst.filter((one) => one.on_best_path);
+    const rows = 1 + Math.max(...data.checkpoints.map((one) => one.lane));
+    const most = Math.max(...data.checkpoints.map((one) => one.step));
+    const bend = Math.max(1, most * 0.012);
+    const place = (one) => one.lane;
+    function edges(chosen) {
+      const x = [], y = [];
+      for (const one of chosen) {
+        const parent = byId.get(one.parent);
+        if (!parent) continue;
+        const turn = Math.min(parent.step + bend, one.step);
+        x.push(parent.step, turn, one.step, null), y.push(parent.lane, one.lane, one.lane, null);
+      }
+      return { type: "scatter", mode: "lines", hoverinfo: "skip", x, y };
+    }
+    const isShown = (one) => !hidden[colourBy].has(groupOf(one));
+    const big = dotSize() + 3;
+    const look = {
+      full: (group) => ({ symbol: group.shape, color: group.colour, size: big, line: { width: 0 } }),
+      "weights-only": (group) => ({ symbol: `${group.shape}-open-dot`, color: group.colour, size: big, line: { width: 2 } }),
+      history: (group) => ({ symbol: `${group.shape}-open`, color: group.colour, size: big - 3, line: { width: 1.3 } }),
+    };
+    const drawing = chart("chart-lineage", "Lineage of checkpoints", Math.min(620, Math.max(150, 64 + rows * 34)), () => ({
+      traces: [
+        { ...edges(data.checkpoints.filter((one) => isShown(one) && !one.on_best_path)), line: { color: "#8d939b", width: 1.3 } },
+        { ...edges(onPath.filter(isShown)), line: { color: "#e0a100", width: data.checkpoints.length > 120 ? big + 5 : 6 }, opacity: 0.5 },
+        ...shown().flatMap((group) => Object.keys(look).map((state) =>
+          dots(group.points.filter((one) => one.availability === state), place, look[state](group)))),
+        ...star(place),
+      ],
+      layout: {
+        xaxis: steps(), margin: { ...LAYOUT.margin, l: 16 },
+        yaxis: axis({ visible: false, range: [rows - 0.4, -0.6], fixedrange: true }),
+      },
+    }));
+    const from = onPath.length ? onPath[onPath.length - 1] : null;
+    const turns = onPath.filter((one, i) => i === 0 || i === onPath.length - 1 || one.session !== onPath[i - 1].session);
+    const circle = (more) => svg("svg", { viewBox: "0 0 24 14", "aria-hidden": "true" }, svg("circle", { cx: 12, cy: 7, r: 4.5, ...more }));
+    section(
+      "lineage", "Lineage", "Which checkpoint was resumed from which, from left to right; the path to the best is highlighted.",
+      h("div.card", null,
+        drawing,
+        key(
+          [stroke("0", 6), "path to the best"],
+          [circle({ fill: "currentColor" }), "full"],
+          [svg("svg", { viewBox: "0 0 24 14", "aria-hidden": "true" }, svg("circle", { cx: 12, cy: 7, r: 4.5, fill: "none", stroke: "currentColor", "stroke-width": 2 }), svg("circle", { cx: 12, cy: 7, r: 1.6, fill: "currentColor" })), "weights only"],
+          [circle({ fill: "none", stroke: "currentColor", r: 3.2 }), "history: its data is gone"],
+        ),
+        legend(),
+        from && h("h3", { id: "path-title" }, `Path to the best: ${plural(onPath.length, "checkpoint")}`),
+        from && h("p.soft.small", null, turns.length < onPath.length && "The first of each session, and the best, with their steps:"),
+        from && h("ol.path", { "aria-labelledby": "path-title" }, turns.length > 12 && h("li.soft", null, plural(turns.length - 12, "session"), " before"), turns.slice(-12).map((one) => h("li", null, link(one.id), h("span.soft", null, ` ${count(one.step)}`))))),
+    );
+    document.getElementById("path-title")?.style.setProperty("margin-top", "0.9rem");
+  }
+
+  // -- the table of checkpoints ---------------------------------------------------------------------------------------
+
+  function table(columns, rows, { first = 25, caption, sortBy = null, downwards = true, rowClass } = {}) {
+    let sorted = { column: sortBy, downwards }, limit = first, current = rows;
+    const body = h("tbody");
+    const heads = columns.map((column, i) => {
+      if (!column.sort) return h(`th${column.css ?? ""}`, { scope: "col" }, column.name);
+      const flip = () => {
+        sorted = { column: i, downwards: sorted.column === i ? !sorted.downwards : column.css?.includes("num") ?? false };
+        show();
+      };
+      return h(`th${column.css ?? ""}`, { scope: "col" }, h("button", { type: "button", onclick: flip }, column.name));
+    });
+    const foot = h("div.tablefoot");
+    const made = h("div", null, h("div.wide", null, h("table", null, h("caption.skip", null, caption), h("thead", null, h("tr", null, heads)), body)), foot);
+    function show(keepFocus) {
+      const column = columns[sorted.column];
+      let listed = current;
+      if (column) {
+        const sign = sorted.downwards ? -1 : 1;
+        listed = [...current].sort((a, b) => {
+          const [x, y] = [column.sort(a), column.sort(b)];
+          if (x === y) return 0;
+          if (x === null) return 1; // what wasn't measured comes last, whichever way
+          if (y === null) return -1;
+          return x < y ? -sign : sign;
+        });
+      }
+      heads.forEach((head, i) => {
+        if (i === sorted.column) head.setAttribute("aria-sort", sorted.downwards ? "descending" : "ascending");
+        else head.removeAttribute("aria-sort");
+      });
+      body.replaceChildren(...listed.slice(0, limit).map((one) => {
+        const row = h(`tr${rowClass ? rowClass(one) : ""}`, null, columns.map((column) => h(`td${column.css ?? ""}`, null, column.cell(one))));
+        if (one.id && byId.has(one.id)) {
+          row.classList.add("row");
+          row.addEventListener("click", (event) => event.target.closest("button, a, summary") || openPanel(one.id, row.querySelector("button")));
+        }
+        return row;
+      }));
+      const left = listed.length - limit;
+      foot.replaceChildren();
+      const told = h("span.soft.small", { "aria-live": "polite" }, listed.length === rows.length ? plural(rows.length, "row") : `${count(listed.length)} of ${plural(rows.length, "row")}`, left > 0 && `, ${count(limit)} shown`);
+      add(foot, [told, left > 0 && h("button", { type: "button", onclick: () => ((limit += 100), show(true)) }, `Show ${count(Math.min(100, left))} more`), left > 100 && h("button", { type: "button", onclick: () => ((limit = Infinity), show(true)) }, "Show all")]);
+      if (keepFocus) foot.querySelector("button")?.focus();
+    }
+    show();
+    made.filter = (predicate) => ((current = rows.filter(predicate)), (limit = first), show());
+    return made;
+  }
+  const byText = (one) => one.map(printable).join(" ").toLowerCase();
+
+  function checkpointsSection() {
+    const latest = new Map(data.checkpoints.map((one, i) => [one, data.checkpoints.length - i]));
+    const bytes = (one) => Object.values(one.parts).reduce((sum, part) => sum + part.stored_bytes, 0);
+    const columns = [
+      { name: "Checkpoint", sort: (one) => latest.get(one), cell: (one) => [link(one.id), one.id === data.best && [" ", h("span.badge.gold", null, "best")], one.id === data.next?.id && one.id !== data.best && [" ", h("span.badge", null, "next")]] },
+      { name: "Run", css: ".run.phone", sort: (one) => one.run, cell: (one) => one.run },
+      { name: "Step", css: ".num", sort: (one) => one.step, cell: (one) => count(one.step) },
+      { name: "Val loss", css: ".num", sort: (one) => one.metrics.val_loss ?? null, cell: (one) => number(one.metrics.val_loss) },
+      { name: "Score", css: ".num.phone", sort: (one) => one.score, cell: (one) => number(one.score) },
+      { name: "Data", sort: (one) => one.availability, cell: (one) => pill(one.availability) },
+      { name: "Size", css: ".num.phone.less", sort: bytes, cell: (one) => size(bytes(one)) },
+      { name: "Created", css: ".num.less", sort: (one) => one.created, cell: (one) => time(one.created).slice(0, -4) },
+      { name: "Tags and note", css: ".tags.phone", cell: (one) => h("div.clip", null, one.tags.map((tag) => [h("span.badge", null, foreign(tag)), " "]), foreign(one.note)) },
+    ];
+    const made = table(columns, data.checkpoints, { caption: "Checkpoints", rowClass: (one) => (one.id === data.best ? ".best" : "") });
+    const words = new Map(data.checkpoints.map((one) => [one, byText([one.id, one.run, one.note, ...one.tags])]));
+    const text = h("input", { type: "search", placeholder: "Filter by id, run, tag or note", "aria-label": "Filter checkpoints", oninput: () => apply() });
+    const runs = [...new Set(data.checkpoints.map((one) => one.run))].sort();
+    const run = h("select", { "aria-label": "Run", onchange: () => apply() }, h("option", { value: "" }, "All runs"), runs.map((name) => h("option", { value: name }, name)));
+    const state = h("select", { "aria-label": "Data", onchange: () => apply() }, h("option", { value: "" }, "Any data"), ["full", "weights-only", "history"].map((name) => h("option", { value: name }, name)));
+    const path = h("input", { type: "checkbox", onchange: () => apply() });
+    function apply() {
+      const wanted = text.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
+      made.filter((one) => (!run.value || one.run === run.value) && (!state.value || one.availability === state.value) && (!path.checked || one.on_best_path) && wanted.every((word) => words.get(one).includes(word)));
+    }
+    const search = h("div", null, text);
+    search.style.flex = "1 1 13rem";
+    const tools = h("div.tools", null, search, runs.length > 1 && run, state, h("label.check", null, path, "Path to the best"));
+    tools.style.marginBottom = "0.6rem";
+    section("checkpoints", "Checkpoints", "Choose one to see its whole manifest.", h("div.card.flow", null, tools, made));
+  }
+
+  // -- one manifest ---------------------------------------------------------------------------------------------------
+
+  const panel = document.getElementById("panel");
+  let cameFrom = null;
+  function manifestOf(one) {
+    const [version, config, info] = data.manifests[data.checkpoints.indexOf(one)];
+    const parts = Object.fromEntries(Object.entries(one.parts).map(([name, { where, ...part }]) => [name, part]));
+    return {
+      version, kind: "checkpoint", run: one.run, step: one.step, created: one.created, parent: one.parent, parts,
+      experiment: data.experiments[one.experiment], metrics: one.metrics, tags: one.tags, note: one.note, config: data.values[config],
+      info: Object.fromEntries(info.map(([name, at]) => [name, data.values[at]])),
+    };
+  }
+  function fields(value) {
+    const list = h("dl.fields");
+    for (const [name, item] of Object.entries(value)) {
+      const isNest = item !== null && typeof item === "object" && Object.keys(item).length > 0;
+      list.append(h("dt", null, foreign(name)));
+      if (isNest) list.append(h("dd", null, ""), h("dd.nest", null, fields(item)));
+      else if (byId.has(item)) list.append(h("dd", null, link(item)));
+      else list.append(h("dd", null, typeof item === "string" ? foreign(item) : JSON.stringify(item)));
+    }
+    return list;
+  }
+  function openPanel(id, from) {
+    const one = byId.get(id);
+    if (!one) return;
+    const manifest = manifestOf(one);
+    const children = data.checkpoints.filter((other) => other.parent === id);
+    const session = one.session === null ? null : data.sessions[one.session];
+    const parts = table([
+      { name: "Part", cell: ([name]) => name },
+      { name: "Plain", css: ".num", cell: ([, part]) => size(part.bytes) },
+      { name: "Stored", css: ".num", cell: ([, part]) => size(part.stored_bytes) },
+      { name: "Where", cell: ([, part]) => part.where },
+      { name: "Policy", cell: ([name]) => (one.keep === null ? "–" : one.keep.includes(name) ? "keeps" : "lets go") },
+    ], Object.entries(one.parts), { caption: "Parts", first: 1e6 });
+    const close = h("button", { type: "button", autofocus: true, onclick: () => panel.close() }, "Close");
+    panel.replaceChildren();
+    add(panel, [
+      h("div.panelhead", null,
+        h("div", null,
+          h("h2", { id: "panel-title" }, `Step ${count(one.step)} of ${one.run}`),
+          h("div", null, one.id === data.best ? h("span.badge.gold", null, "the best") : one.best_of_experiment && h("span.badge", null, "the best of its experiment"), " ", pill(one.availability)),
+          h("p.whole", null, one.id)),
+        close),
+      h("div.panelbody", null,
+        h("h3", null, "Quality"),
+        fields({ score: one.score, ...one.metrics }),
+        (one.tags.length > 0 || one.note) && [h("h3", null, "Tags and note"), h("p.words", null, one.tags.map((tag) => [h("span.badge", null, foreign(tag)), " "]), foreign(one.note))],
+        h("h3", null, "Lineage"),
+        h("dl.fields", null,
+          h("dt", null, "created"), h("dd", null, time(one.created)),
+          h("dt", null, "parent"), h("dd", null, one.parent ? link(one.parent) : "none"),
+          h("dt", null, "resumed by"), h("dd", null, children.length ? children.slice(0, 20).map((other) => [link(other.id), " "]) : "none", children.length > 20 && `and ${children.length - 20} more`),
+          session && [h("dt", null, "session"), h("dd", null, `${one.session + 1}, begun ${printable(session.started).slice(0, 16).replace("T", " ")}`)]),
+        h("h3", null, "Retention"),
+        h("p.words", null, one.keep === null ? "not known: " + data.retention.problem : one.keep.length ? `kept as ${one.kept_as}: ${one.reasons.join(", ")}` : `let go: ${one.reasons.join(", ")}`),
+        h("h3", null, "Parts"), parts,
+        h("h3", null, "Experiment"), fields(manifest.experiment),
+        h("h3", null, "Config"), fields(manifest.config),
+        h("h3", null, "Info"), fields(manifest.info),
+        h("h3", null, "Manifest"),
+        h("details", null, h("summary", null, "All fields, as JSON"), h("pre", { id: "manifest-json" }, ...JSON.stringify(manifest, null, 2).split("\n").flatMap((text) => [text, h("br")])))),
+    ]);
+    panel.querySelector(".tablefoot")?.remove();
+    if (!panel.open) {
+      cameFrom = from ?? document.activeElement;
+      panel.showModal();
+    }
+    panel.scrollTop = 0;
+    close.focus();
+  }
+  panel.addEventListener("click", (event) => event.target === panel && panel.close());
+  panel.addEventListener("close", () => (cameFrom?.focus(), (cameFrom = null)));
+
+  // -- sessions -------------------------------------------------------------------------------------------------------
+
+  function rejections(choice) {
+    const more = choice.rejected_count - choice.rejected.length;
+    return h("details", null,
+      h("summary", null, `${plural(choice.rejected_count || choice.rejected.length, "checkpoint")} passed over`),
+      h("ul", null, choice.rejected.map((one) => h("li.words", null, link(one.id), " ", foreign(one.reasons.join("; ")))), more > 0 && h("li.soft", null, `and ${count(more)} more`)));
+  }
+  function sessionCard(one, i) {
+    const choice = one.resolution;
+    const before = data.sessions[i - 1];
+    const keys = before ? [...new Set([...Object.keys(one.environment), ...Object.keys(before.environment)])] : [];
+    const text = (value) => (value === undefined ? "absent" : typeof value === "string" ? value : JSON.stringify(value));
+    const changed = keys.filter((name) => name !== "git_commit" && JSON.stringify(one.environment[name]) !== JSON.stringify(before.environment[name]));
+    const done = one.start_step !== null && one.final_step !== null ? one.final_step - one.start_step : null;
+    const isGood = ["session-iters", "max-iters", "target-loss"].includes(one.stopped);
+    return h("article.session", { "aria-label": `Session ${i + 1}` },
+      h("div", null,
+        h("h3", null, `Session ${i + 1}`),
+        h("p.small", null, one.run),
+        h("p.soft.small", null, printable(one.started).slice(0, 16).replace("T", " "), " UTC"),
+        h("span.badge" + (isGood ? "" : ".warn"), null, one.stopped === null ? "no summary" : foreign(one.stopped))),
+      h("div", null,
+        terms([
+          ["Steps", done === null ? "–" : `${count(one.start_step)} → ${count(one.final_step)}`],
+          ["Validation loss", `${one.start_loss === null ? "" : number(one.start_loss) + " → "}${number(one.final_loss)}`],
+          ["Best of it", number(one.best_loss)],
+          ["Tokens/s", count(one.tokens_per_second)],
+          ["Trained for", span(one.seconds)],
+          ["Checkpoints", count(one.checkpoints.length)],
+          one.connection_density !== null && ["Connected", percent(one.connection_density)],
+        ].filter(Boolean)),
+        h("div.notes", null,
+          h("p.words", null, one.resumed_from ? ["Resumed from ", link(one.resumed_from), choice?.want && [" (asked for ", foreign(choice.want.slice(0, 64)), ")"], one.weights_only && ": weights only, the optimizer began anew"] : ["Began anew", one.fresh && [": ", foreign(one.fresh)]]),
+          choice?.instead_of && h("p", null, "Instead of the best, ", link(choice.instead_of), ", from which it had been trained before"),
+          choice?.differences.map((what) => h("p.words", null, "Differs: ", foreign(what))),
+          changed.map((name) => h("p.words", null, "Unlike the session before: ", foreign(name), " ", foreign(text(before.environment[name])), " → ", foreign(text(one.environment[name])))),
+          one.skipped.map((what) => h("p.words", null, "Skipped: ", foreign(what))),
+          choice?.damaged.map((what) => h("p.words", null, "Damaged: ", foreign(what))),
+          choice && (choice.rejected_count > 0 || choice.rejected.length > 0) && rejections(choice))));
+  }
+  function sessionsSection() {
+    if (!data.sessions.length) return;
+    const newest = data.sessions.map((one, i) => [one, i]).reverse();
+    const list = h("div");
+    let listed = 0;
+    const more = h("button", { type: "button", onclick: () => show(50) }, "Show older ones");
+    function show(many) {
+      list.append(...newest.slice(listed, listed + many).map(([one, i]) => sessionCard(one, i)));
+      listed += many;
+      more.hidden = listed >= newest.length;
+    }
+    show(8);
+    section("sessions", "Sessions", `${plural(data.sessions.length, "session")}, newest first.`, h("div.card.flow", null, list, h("div.tablefoot", null, more)));
+  }
+
+  // -- what is kept, and what it takes ----------------------------------------------------------------------------------
+
+  function stack(parts, label) {
+    const total = parts.reduce((sum, [, value]) => sum + value, 0) || 1;
+    return h("div.stack", { role: "img", "aria-label": label }, parts.map(([css, value]) => {
+      const one = h(`span.${css}`);
+      one.style.width = `${(100 * value) / total}%`;
+      one.hidden = value <= 0;
+      return one;
+    }));
+  }
+  function retentionSection() {
+    const { problem, policy, counts, elsewhere } = data.retention;
+    const limit = policy.max_size === null ? "" : `, up to ${size(policy.max_size)}`;
+    const told = `Kept of each experiment: the best ${policy.keep}, the newest ${policy.keep_latest}, pins; in full the best and the newest ${policy.keep_optimizer}${limit}.`;
+    if (problem) {
+      section("retention", "Retention", told, h("p.notice.warn", { role: "status" }, h("b", null, "It can't be told what is kept: "), foreign(problem)));
+      return;
+    }
+    const states = ["full", "weights-only", "history"];
+    const kept = data.checkpoints.filter((one) => one.keep?.length);
+    const gone = data.checkpoints.filter((one) => one.keep && !one.keep.length);
+    const columns = [
+      { name: "Checkpoint", cell: (one) => link(one.id) },
+      { name: "Run", css: ".run.phone", sort: (one) => one.run, cell: (one) => one.run },
+      { name: "Step", css: ".num", sort: (one) => one.step, cell: (one) => count(one.step) },
+      { name: "Kept as", css: ".kept", sort: (one) => one.kept_as, cell: (one) => pill(one.kept_as) },
+      { name: "Here now", css: ".phone", sort: (one) => one.availability, cell: (one) => pill(one.availability) },
+      { name: "Why", css: ".why", cell: (one) => foreign(one.reasons.join(", ")) },
+    ];
+    const gc = data.store.gc;
+    section("retention", "Retention", told,
+      h("div.card.flow", null,
+        stack(states.map((name) => [name, counts[name] ?? 0]), states.map((name) => `${counts[name] ?? 0} ${name}`).join(", ")),
+        h("div.counts", null,
+          states.map((name) => h("div", null, h(`span.swatch.${name}`), h("b", null, count(counts[name] ?? 0)), name)),
+          h("div.soft", null, gc.problem ? foreign(gc.problem) : gc.objects ? `castore gc would free ${size(gc.bytes)}` : "nothing to collect"),
+          elsewhere > 0 && h("div.soft", null, `${count(elsewhere)} more in other branches`)),
+        kept.length > 0 && h("h3", { class: "spaced" }, "Kept"),
+        kept.length > 0 && table(columns, kept, { caption: "Kept checkpoints", first: 15 }),
+        gone.length > 0 && h("details", null, h("summary", null, `${plural(gone.length, "checkpoint")} of which no data is kept`), table(columns, gone, { caption: "Checkpoints as history", first: 25 }))));
+  }
+  function storeSection() {
+    const store = data.store, total = store.total;
+    const bar = (one) => stack([["stored", one.stored], ["compression", one.saved_by_compression], ["sharing", one.saved_by_sharing]], `${size(one.stored)} stored of ${size(one.raw)}`);
+    const share = total.raw ? 1 - total.stored / total.raw : 0;
+    const grid = (name, all) => [
+      h("h3", { class: "spaced" }, name),
+      h("div.usage", null, Object.entries(all).map(([group, one]) => h("div", null, h("span.words", null, group), bar(one), h("span.num", null, `${size(one.stored)} of ${size(one.raw)}`)))),
+    ];
+    const folders = Object.entries(store.folders).filter(([, one]) => one.files);
+    section("store", "Store", total.raw > 0 && `${size(total.stored)} hold what plain copies would need ${size(total.raw)} for: ${(100 * share).toFixed(0)} % saved.`,
+      total.raw === 0 && h("p.notice", null, "None of the data is here: it may be in a remote, or in the cache of a CI."),
+      total.raw > 0 && h("div.card", null,
+        bar(total),
+        h("div.counts", null,
+          h("div", null, h("span.swatch.stored"), h("b", null, size(total.stored)), "stored"),
+          h("div", null, h("span.swatch.compression"), h("b", null, size(total.saved_by_compression)), "saved by compression"),
+          h("div", null, h("span.swatch.sharing"), h("b", null, size(total.saved_by_sharing)), "saved by sharing")),
+        grid("By part", store.by_part), Object.keys(store.by_run).length > 1 && grid("By run", store.by_run)),
+      (store.unneeded > 0 || folders.length > 0) && h("p.soft.small", { class: "soft small spaced" },
+        [store.unneeded > 0 && `${size(store.unneeded)} that no manifest here needs`, ...folders.map(([name, one]) => `${name}/: ${plural(one.files, "file")}, ${size(one.bytes)}`)].filter(Boolean).join("; ")));
+  }
+  function environmentSection() {
+    const { differences, same } = data.environment;
+    if (!differences.length && !Object.keys(same).length) return;
+    const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+    const who = (sessions) => (sessions.length > 6 ? plural(sessions.length, "session") : `session${sessions.length === 1 ? "" : "s"} ${sessions.map((i) => i + 1).join(", ")}`);
+    const values = (one) => {
+      const item = ({ value, sessions }) => h("li.words", null, foreign(text(value)), " ", h("span.soft", null, who(sessions)));
+      const list = h("ul", null, one.values.slice(0, 4).map(item));
+      return one.values.length <= 4 ? list : [list, h("details", null, h("summary", null, `${plural(one.values.length - 4, "more value")}`), h("ul", null, one.values.slice(4).map(item)))];
+    };
+    section("environment", "Environment", differences.length ? "What was not the same in all sessions." : "The same in all sessions.",
+      h("div.card.flow", null,
+        differences.length > 0 && h("dl.fields.environment", null, differences.map((one) => [h("dt", null, foreign(one.key)), h("dd", null, values(one))])),
+        Object.keys(same).length > 0 && h("details", { open: !differences.length }, h("summary", null, `${plural(Object.keys(same).length, "fact")} the same in all sessions`), fields(same))));
+  }
+
+  // -- the whole ------------------------------------------------------------------------------------------------------
+
+  function overview() {
+    const best = byId.get(data.best), newest = data.checkpoints[0], next = data.next;
+    const runs = new Set(data.checkpoints.map((one) => one.run)).size;
+    const tokens = data.sessions.reduce((sum, one) => sum + (one.tokens ?? 0), 0);
+    main.append(h("div.title", null,
+      h("h1", null, foreign(data.name || "castore")),
+      h("p.soft", null, `${data.run ? `Run ${data.run}: ` : ""}${plural(data.checkpoints.length, "checkpoint")}${data.run ? "" : ` of ${plural(runs, "run")}`}, ${plural(data.sessions.length, "session")}. Made ${time(data.made)}.`)));
+    const saved = data.store.total.raw ? Math.round(100 * (1 - data.store.total.stored / data.store.total.raw)) : 0;
+    const fact = (name, value, ...more) => h("div", null, h("dt", null, name), h("dd", null, value, h("div.more", null, more)));
+    main.append(h("dl.facts", null,
+      fact("Best validation loss", number(best.metrics.val_loss), link(best.id), h("br"), `step ${count(best.step)} of ${best.run}`),
+      fact("Best score", number(best.score), data.experiments.length > 1 ? `in the newest of ${data.experiments.length} experiments` : "from 0 to 1, higher is better"),
+      fact("Newest checkpoint", `${count(newest.step)}`, "step of ", newest.run, h("br"), time(newest.created)),
+      fact("Next session from step", next ? count(next.step) : "–", next ? ["resumes ", link(next.id), h("br"), next.availability === "full" ? "in full" : next.availability] : "finds no data to resume from"),
+      tokens > 0 && fact("Tokens trained", tokens >= 1e6 ? `${(tokens / 1e6).toFixed(1)} M` : count(tokens), plural(data.sessions.length, "session")),
+      fact("Stored", size(data.store.total.stored), saved > 0 ? `${saved} % saved of ${size(data.store.total.raw)}` : data.store.total.raw ? "of all runs" : "none of the data is here")));
+    if (!next && data.passed_over.length) {
+      main.append(h("div.notice.warn", null, h("b", null, "A session that resumes from the best finds nothing. "), h("details", null, h("summary", null, `${plural(data.passed_over.length, "checkpoint")} passed over`), h("ul", null, data.passed_over.slice(0, 20).map((one) => h("li.words", null, link(one.id), " ", foreign(one.reasons.join("; "))))))));
+    }
+  }
+  function problems() {
+    if (!data.broken.length) return;
+    main.append(h("div.notice.warn", { role: "status" }, h("b", null, `${plural(data.broken.length, "file")} could not be read`),
+      h("ul", null, data.broken.slice(0, 10).map((one) => h("li.words", null, h("code", null, foreign(one.path)), ": ", foreign(one.reason)))), data.broken.length > 10 && `and ${count(data.broken.length - 10)} more: castore doctor lists them`));
+  }
+  function themeButton() {
+    const root = document.documentElement, button = document.getElementById("theme");
+    const names = ["auto", "light", "dark"];
+    let chosen = "auto";
+    try {
+      chosen = names.find((name) => name === localStorage.getItem("castore-theme")) ?? "auto";
+    } catch {} // a browser may keep nothing for files
+    const apply = () => {
+      chosen === "auto" ? root.removeAttribute("data-theme") : root.setAttribute("data-theme", chosen);
+      button.textContent = `Theme: ${chosen}`;
+    };
+    button.addEventListener("click", () => {
+      chosen = names[(names.indexOf(chosen) + 1) % 3];
+      try {
+        localStorage.setItem("castore-theme", chosen);
+      } catch {}
+      apply();
+    });
+    apply();
+  }
+
+  document.title = printable(`${data.name || "castore"}: castore report`);
+  document.body.append(live);
+  themeButton();
+  main.replaceChildren();
+  if (data.checkpoints.length) {
+    overview();
+    problems();
+    qualitySection();
+    lineageSection();
+    checkpointsSection();
+    sessionsSection();
+    retentionSection();
+    storeSection();
+    environmentSection();
+  } else {
+    main.append(h("div.empty", null,
+      h("h1", null, data.run ? `No checkpoint of run ${data.run} yet` : "No checkpoint yet"),
+      h("p", null, "A report shows how training goes, what was resumed from what, and what is kept. It needs a checkpoint: this makes the first one."),
+      h("pre", null, `castore train${data.run ? ` --run ${data.run}` : ""}`)));
+    problems();
+  }
+  document.getElementById("foot").append(h("p", null, "Made by castore report. This file holds all it shows and loads nothing."));
+  addEventListener("beforeprint", () => chartsDrawn.forEach((one) => one.draw()));
+  addEventListener("scroll", hideTip, { passive: true });
+  document.documentElement.dataset.ready = String(Math.round(performance.now()));
+})();

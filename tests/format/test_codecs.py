@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import array
+import random
+import struct
+import tracemalloc
+
+import pytest
+import zstandard
+from builders import trained
+from hypothesis import given
+from hypothesis import strategies as st
+
+from castore.format import codecs
+from castore.format.codecs import PLANES, RAW, ZSTD, CodecError
+
+# every header and length of a plane, so that random payloads get past the first check
+plane_header = st.builds(
+    struct.Struct("<BBI").pack, st.integers(0, 9), st.integers(0, 2), st.integers(0, 40) | st.integers(0, 2**32 - 1)
+)
+hostile = st.one_of(
+    st.binary(max_size=80),
+    st.binary(max_size=40).map(lambda tail: b"\x28\xb5\x2f\xfd" + tail),
+    st.binary(max_size=64).map(zstandard.compress),
+    st.builds(
+        lambda size, headers, tail: bytes([size]) + b"".join(headers) + tail,
+        st.integers(0, 9),
+        st.lists(plane_header, max_size=9),
+        st.binary(max_size=60),
+    ),
+)
+numbers = st.sampled_from([1, 2, 4, 8]).flatmap(
+    lambda width: st.one_of(
+        st.binary(max_size=200),
+        st.integers(0, 3000).map(lambda n: trained(n)),
+        st.integers(0, 40_000).map(lambda n: random.Random(n).randbytes(n)),
+        st.integers(0, 60_000).map(bytes),
+        st.tuples(st.binary(min_size=1, max_size=9), st.integers(0, 9000)).map(lambda pair: pair[0] * pair[1]),
+    ).map(lambda data: (data, width))
+)
+
+
+def encoded(plain: bytes, itemsize: int = 1) -> tuple[int, bytes]:
+    codec, payload = codecs.encode(plain, itemsize)
+    return codec, b"".join(payload)
+
+
+def decoded(codec: int, payload: bytes, size: int) -> bytes:
+    out = bytearray(size)
+    codecs.decode(codec, memoryview(payload), memoryview(out))
+    return bytes(out)
+
+
+@given(numbers)
+def test_whatever_is_encoded_comes_back(case: tuple[bytes, int]) -> None:
+    plain, itemsize = case
+    codec, payload = encoded(plain, itemsize)
+    assert decoded(codec, payload, len(plain)) == plain
+    assert len(payload) <= len(plain) + 32
+
+
+float32 = trained(40_000)
+bfloat16 = b"".join(float32[i : i + 2] for i in range(2, len(float32), 4))
+float64 = array.array("d", array.array("f", trained(20_000))).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("plain", "itemsize", "codec", "ratio"),
+    [
+        pytest.param(float32, 4, PLANES, 0.90, id="trained float32"),
+        pytest.param(bfloat16, 2, PLANES, 0.72, id="trained bfloat16"),
+        pytest.param(float64, 8, PLANES, 0.65, id="trained float64"),
+        pytest.param(b"the quick brown fox jumps over the lazy dog. " * 3000, 1, ZSTD, 0.01, id="text"),
+        pytest.param(bytes(100_000), 4, ZSTD, 0.01, id="zeros"),
+        pytest.param(random.Random(1).randbytes(100_000), 4, RAW, 1.0, id="noise as numbers"),
+        pytest.param(random.Random(2).randbytes(100_000), 1, RAW, 1.0, id="noise as bytes"),
+        pytest.param(float32 + b"x", 4, ZSTD, 0.97, id="not whole numbers"),
+        pytest.param(b"", 4, RAW, 1.0, id="nothing"),
+    ],
+)
+def test_the_probe_picks_the_codec_that_shrinks(plain: bytes, itemsize: int, codec: int, ratio: float) -> None:
+    found, payload = encoded(plain, itemsize)
+    assert found == codec
+    assert len(payload) <= ratio * len(plain)
+    assert decoded(found, payload, len(plain)) == plain
+
+
+def test_data_that_deceives_the_probe_is_stored_at_little_more_than_its_size() -> None:
+    rng = random.Random(3)
+    plain = bytearray(rng.randbytes(1 << 20))
+    for i in range(4):  # zeros where the probe looks, noise elsewhere
+        at = i * ((len(plain) - 8192) // 3)
+        plain[at : at + 8192] = bytes(8192)
+    for itemsize in (1, 2, 4, 8):
+        codec, payload = encoded(bytes(plain), itemsize)
+        assert len(payload) <= len(plain) + 32
+        assert decoded(codec, payload, len(plain)) == plain
+
+
+@given(st.integers(0, 4), hostile, st.sampled_from([0, 1, 2, 6, 8, 24, 64]))
+def test_arbitrary_bytes_fill_the_buffer_or_raise_codec_error(codec: int, payload: bytes, size: int) -> None:
+    try:
+        decoded(codec, payload, size)
+    except CodecError:
+        pass
+
+
+SAMPLES = {
+    RAW: (random.Random(4).randbytes(100), 1),
+    ZSTD: (b"many a word, " * 30, 1),
+    PLANES: (trained(500), 4),
+}
+
+
+@pytest.mark.parametrize("codec", SAMPLES)
+def test_a_payload_cut_short_or_longer_or_of_another_size_is_refused(codec: int) -> None:
+    plain, itemsize = SAMPLES[codec]
+    found, payload = encoded(plain, itemsize)
+    assert found == codec
+    for broken in [*(payload[:i] for i in range(len(payload))), payload + b"\0", payload + payload]:
+        with pytest.raises(CodecError):
+            decoded(codec, broken, len(plain))
+    for size in (0, len(plain) - itemsize, len(plain) - 1, len(plain) + 1, len(plain) + itemsize):
+        with pytest.raises(CodecError):
+            decoded(codec, payload, size)
+
+
+def zstd(plain: bytes, **parameters: int) -> bytes:
+    compressor = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(**parameters))
+    return compressor.compress(plain)
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        pytest.param(zstd(b"a" * 100, write_content_size=0), "declares", id="no declared size"),
+        pytest.param(zstd(b"a" * 99), "declares 99", id="another declared size"),
+        pytest.param(zstd(b"a" * 50) * 2, "declares 50", id="two frames"),
+        pytest.param(zstd(b"a" * 100) + zstd(b""), "extra|unused", id="an empty frame after it"),
+        pytest.param(zstd(b"a" * 100) + b"\x50\x2a\x4d\x18\0\0\0\0", "extra|unused", id="a skippable frame after it"),
+    ],
+)
+def test_a_zstd_frame_that_says_too_little_or_too_much_is_refused(frame: bytes, reason: str) -> None:
+    with pytest.raises(CodecError, match=reason):
+        decoded(ZSTD, frame, 100)
+
+
+def test_a_zstd_frame_of_nothing_is_refused_as_what_follows_it_would_not_be_seen() -> None:
+    with pytest.raises(CodecError):
+        decoded(ZSTD, zstd(b"") + b"anything", 0)
+
+
+def test_a_zstd_window_over_the_limit_is_refused() -> None:
+    wide = codecs.MAX_WINDOW.bit_length()
+    size = 3 * codecs.MAX_WINDOW
+    with pytest.raises(CodecError, match="window"):
+        decoded(ZSTD, zstd(bytes(size), window_log=wide), size)
+    assert decoded(ZSTD, zstd(bytes(size), window_log=wide - 1), size) == bytes(size)
+
+
+@pytest.mark.parametrize("codec", [ZSTD, PLANES])
+def test_a_bomb_costs_no_more_than_what_was_expected(codec: int) -> None:
+    bomb = zstd(bytes(64 << 20))  # a few KB that declare 64 MiB
+    if codec == PLANES:
+        bomb = bytes([2]) + struct.pack("<BBI", 1, 1, len(bomb)) + struct.pack("<BBI", 1, 0, 0) + bomb
+    out = bytearray(1 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError):
+            codecs.decode(codec, memoryview(bomb), memoryview(out))
+        assert tracemalloc.get_traced_memory()[1] < len(out)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_frame_that_holds_more_than_it_declares_is_refused_within_the_expected_memory() -> None:
+    honest = bytearray(zstd(bytes(1 << 20)))
+    assert zstandard.get_frame_parameters(bytes(honest)).content_size == 1 << 20
+    at = bytes(honest).index(struct.pack("<I", 1 << 20))
+    honest[at : at + 4] = struct.pack("<I", 1000)  # declares 1000, holds a MiB
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError):
+            decoded(ZSTD, bytes(honest), 1000)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.integers(2, 8), st.binary(min_size=1, max_size=12))
+def test_planes_of_any_widths_that_add_up_are_put_together(itemsize: int, element: bytes) -> None:
+    # a later castore may group bytes otherwise; what it writes must be readable by the rules alone
+    plain = (element * 400)[: itemsize * 40]
+    planes = [plain[i::itemsize] for i in range(itemsize)]
+    headers = b"".join(struct.pack("<BBI", 1, 0, len(plane)) for plane in planes)
+    assert decoded(PLANES, bytes([itemsize]) + headers + b"".join(planes), len(plain)) == plain

@@ -1,0 +1,533 @@
+"""The client of GitHub's cache and the bundles in it, against a service that refuses what the real one refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import actions_service
+import pytest
+from actions_service import Service as Cache
+from builders import parts
+
+from castore import Repo, transfer
+from castore.errors import NotInActions, RemoteUnavailable, UploadRefused
+from castore.format import bundle
+from castore.format.bundle import Record
+from castore.format.ids import ObjectId, object_id
+from castore.github import sessions
+from castore.remotes import fallback, github_cache
+from castore.remotes.github_cache import CacheService, GitHubCache
+
+
+@pytest.fixture
+def cache() -> Iterator[Cache]:
+    with Cache() as cache:
+        yield cache
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pauses are noted instead of made."""
+    made: list[float] = []
+    monkeypatch.setattr(github_cache.time, "sleep", made.append)
+    return made
+
+
+def client(cache: Cache, **options: Any) -> CacheService:
+    return CacheService.of_job(cache.environment(**options))
+
+
+def nothing(done: int, total: int) -> None:
+    pass
+
+
+class Box:
+    """A bundle of a few objects in the cache, and their frames."""
+
+    def __init__(self, repo: Repo, cache: Cache) -> None:
+        self.cache = cache
+        self.saved = repo.save(parts(1), run="a", step=1)
+        found = [own for own, _ in sorted(repo.store.stored().items())]
+        self.frames = {own: repo.store.path(own).read_bytes() for own in found}
+        self.layout = bundle.lay_out({own: len(frame) for own, frame in self.frames.items()})
+        self.key = GitHubCache(client(cache), []).upload(self.layout, transfer.reader(repo.store, self.layout), nothing)
+        indexes = [part.index for part in self.saved.manifest.parts.values()]
+        self.record = Record(
+            bundle=self.layout.id,
+            key=self.key,
+            created="2026-01-02T03:04:05.000006Z",
+            bytes=self.layout.size,
+            objects=len(self.frames),
+            parts={own: [self.layout.id] for own in indexes},
+        )
+
+    def remote(self, **options: Any) -> GitHubCache:
+        return GitHubCache(client(self.cache, **options), [self.record])
+
+    @property
+    def one(self) -> ObjectId:
+        return next(iter(self.record.parts))
+
+
+@pytest.fixture
+def box(repo: Repo, cache: Cache) -> Box:
+    return Box(repo, cache)
+
+
+# -- who may come in -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"GITHUB_ACTIONS": "true"},
+        {"GITHUB_ACTIONS": "true", "ACTIONS_RESULTS_URL": "https://x/", "ACTIONS_RUNTIME_TOKEN": ""},
+        {"GITHUB_ACTIONS": "true", "ACTIONS_RESULTS_URL": "http://example.com/", "ACTIONS_RUNTIME_TOKEN": "t"},
+        {"ACTIONS_RESULTS_URL": "https://x/", "ACTIONS_RUNTIME_TOKEN": "t"},
+        {"GITHUB_ACTIONS": "true", "ACTIONS_RESULTS_URL": "https://[::1", "ACTIONS_RUNTIME_TOKEN": "t"},
+        {"GITHUB_ACTIONS": "true", "ACTIONS_RESULTS_URL": "https://x/", "ACTIONS_RUNTIME_TOKEN": "t\nx: y"},
+        {"GITHUB_ACTIONS": "true", "ACTIONS_RESULTS_URL": "https://x/", "ACTIONS_RUNTIME_TOKEN": "€"},
+    ],
+)
+def test_elsewhere_than_in_an_action_it_says_so(environment: dict[str, str]) -> None:
+    with pytest.raises(NotInActions):
+        CacheService.of_job(environment)
+
+
+@pytest.mark.parametrize(
+    ("mode", "may_read", "may_write"),
+    [
+        ("read", True, False),
+        ("write", True, True),
+        ("write-only", False, True),
+        ("none", False, False),
+        (None, True, True),
+    ],
+)
+def test_the_mode_of_the_job_is_kept_to(cache: Cache, mode: str | None, may_read: bool, may_write: bool) -> None:
+    service = client(cache, mode=mode)
+    assert (not service.unreadable, not service.unwritable) == (may_read, may_write)
+
+
+def test_a_job_that_may_not_read_asks_nothing(box: Box) -> None:
+    before = len(box.cache.log)
+    remote = box.remote(mode="write-only")
+    assert remote.has([box.one]) == set()
+    assert remote.explain_missing(box.one) == "ACTIONS_CACHE_MODE = write-only"
+    assert len(box.cache.log) == before
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_object_of_a_bundle_can_be_read_by_itself(box: Box) -> None:
+    remote = box.remote()
+    assert remote.has(box.frames) == box.frames.keys()
+    assert {own: remote.get(own) for own in box.frames} == box.frames
+    assert box.cache.count("GetCacheEntryDownloadURL") == 2  # one of them confirmed the upload
+
+
+def test_only_what_is_asked_for_is_fetched(box: Box) -> None:
+    before = box.cache.downloaded_bytes
+    assert box.remote().get(box.one) == box.frames[box.one]
+    assert box.cache.downloaded_bytes - before == len(box.frames[box.one]) + bundle.tail_bytes(len(box.frames))
+
+
+def test_what_no_record_names_is_looked_for_in_every_bundle_and_else_a_miss(box: Box) -> None:
+    remote = box.remote()
+    chunk = next(own for own in box.frames if own not in box.record.parts)
+    assert remote.get(chunk) == box.frames[chunk]
+    assert remote.get(object_id(b"unknown")) is None
+    assert remote.explain_missing(object_id(b"unknown")) == "no bundle has it"
+
+
+def truncated(box: Box) -> None:
+    box.cache.truncate(box.key, box.layout.size - 5)
+
+
+def empty(box: Box) -> None:
+    box.cache.replace(box.key, b"")
+
+
+def another(box: Box) -> None:
+    box.cache.replace(box.key, b"x" * box.layout.size)
+
+
+def longer(box: Box) -> None:
+    box.cache.replace(box.key, box.cache.blob(box.key) + b"x")
+
+
+def evicted(box: Box) -> None:
+    box.cache.evict(box.key)
+
+
+def without_bytes(box: Box) -> None:
+    box.cache.lose(box.key)
+
+
+def named_by_a_prefix(box: Box) -> None:
+    """Another entry's key begins with the wanted one: the service takes that for a match."""
+    data = box.cache.blob(box.key)
+    box.cache.evict(box.key)
+    service = client(box.cache)
+    url = service.reserve(box.key + "-x")
+    assert url is not None
+    assert service.send(url, len(data), lambda start, stop: data[start:stop], nothing)
+    service.finish(box.key + "-x", len(data))
+
+
+def saved_on_another_branch(box: Box) -> None:
+    box.cache.entries()
+    box.cache._named(box.key).scope = "refs/pull/7/merge"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (truncated, "shorter than git says|not the one that git names"),
+        (empty, "shorter than git says"),
+        (another, "not the one that git names"),
+        (longer, None),
+        (evicted, "not in the cache: evicted"),
+        (without_bytes, "gone"),
+        (named_by_a_prefix, "not in the cache"),
+        (saved_on_another_branch, "not in the cache"),
+    ],
+)
+def test_a_bundle_that_is_not_what_git_says_is_a_miss_with_its_reason(
+    box: Box, harm: Callable[[Box], None], reason: str | None
+) -> None:
+    harm(box)
+    remote = box.remote()
+    if reason is None:  # bytes behind a good bundle harm nothing
+        assert remote.get(box.one) == box.frames[box.one]
+        return
+    assert remote.get(box.one) is None
+    assert remote.has(box.frames) == set()
+    assert re.search(reason, remote.explain_missing(box.one))
+    assert remote.missing() == {box.layout.id}
+
+
+def test_an_object_with_wrong_bytes_is_not_stored_and_not_asked_for_again(box: Box, tmp_path: Path) -> None:
+    place = box.layout.places[box.one]
+    data = bytearray(box.cache.blob(box.key))
+    data[place.offset + place.length - 1] ^= 1
+    box.cache.replace(box.key, bytes(data))
+    other = Repo.init(tmp_path / "other")
+    other.remotes.append(remote := box.remote())
+    assert fallback.fetch(other.store, other.remotes, box.one) is None
+    assert not other.store.has(box.one)
+    assert "its copy is bad" in remote.explain_missing(box.one)
+    assert remote.has([box.one]) == set()
+    assert all(fallback.fetch(other.store, other.remotes, own) for own in box.frames if own != box.one)
+
+
+def test_a_bomb_costs_no_more_than_its_claim_allows(box: Box, tmp_path: Path) -> None:
+    """Its header claims more than the index that git vouches for, or more than any object has."""
+    place = box.layout.places[box.one]
+    for claim in (1 << 62, (64 << 20) + 1, 64 << 20):
+        frame = struct.pack("<4sBBHQ", b"CSTO", 1, 1, 0, claim) + zlib.compress(bytes(1 << 20))
+        data = bytearray(box.cache.blob(box.key))
+        data[place.offset : place.offset + place.length] = frame[: place.length].ljust(place.length, b"\0")
+        box.cache.replace(box.key, bytes(data))
+        other = Repo.init(tmp_path / f"other{claim}")
+        assert fallback.fetch(other.store, [box.remote()], box.one) is None
+        assert not other.store.has(box.one)
+
+
+# -- trouble on the way ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        actions_service.answer(500),
+        actions_service.answer(503),
+        actions_service.answer(429, {"Retry-After": "1"}),
+        actions_service.lost(),
+        actions_service.cut(10),
+    ],
+    ids=["500", "503", "429", "lost", "cut"],
+)
+@pytest.mark.parametrize("method", ["GetCacheEntryDownloadURL", "GET"])
+def test_what_may_pass_is_tried_again(box: Box, method: str, action: Any, pauses: list[float]) -> None:
+    box.cache.fault(method, action, times=2)
+    assert box.remote().get(box.one) == box.frames[box.one]
+    assert len(pauses) == 2 + 1  # one was before the upload was confirmed
+
+
+def test_retry_after_is_waited_for_but_not_for_ever(box: Box, pauses: list[float]) -> None:
+    for seconds in ("7", "999999", "Wed, 21 Oct 2026 07:28:00 GMT"):
+        box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(429, {"Retry-After": seconds}))
+    assert box.remote().get(box.one) == box.frames[box.one]
+    assert pauses[-3] == 7
+    assert pauses[-2] == 60
+    assert pauses[-1] < 5
+
+
+def test_a_service_that_is_down_is_asked_about_one_thing_only(box: Box) -> None:
+    box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(502), times=1000)
+    remote = box.remote()
+    before = box.cache.count("GetCacheEntryDownloadURL")
+    assert remote.has(box.frames) == set()
+    assert remote.has(box.frames) == set()
+    assert remote.get(box.one) is None
+    assert box.cache.count("GetCacheEntryDownloadURL") - before == 5
+    assert remote.explain_missing(box.one) == "no answer of use after 5 tries: HTTP 502"
+    assert remote.missing() == set()  # it isn't known to be gone
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        actions_service.whole(),
+        actions_service.endless(),
+        actions_service.redirect("http://127.0.0.1:1/"),
+        actions_service.answer(200, {}, b"x"),
+        actions_service.answer(206, {}, b"x"),
+        actions_service.answer(404),
+        actions_service.answer(416),
+    ],
+    ids=["whole", "endless", "redirect", "200", "206", "404", "416"],
+)
+def test_an_answer_that_is_none_is_a_miss(box: Box, action: Any) -> None:
+    box.cache.fault("GET", action, times=1000)
+    assert box.remote().get(box.one) is None
+
+
+def test_corrupt_bytes_of_the_index_are_a_miss(box: Box) -> None:
+    box.cache.fault("GET", actions_service.corrupt(), times=1000)
+    assert box.remote().get(box.one) is None
+
+
+NONSENSE = [
+    b"",
+    b"[]",
+    b"nonsense",
+    b"[" * 100_000,
+    b'{"ok": true}',
+    b'{"ok": 1}',
+    b'{"ok": true, "matched_key": 7}',
+    b"{}" + b" " * 2_000_000,
+]
+
+
+@pytest.mark.parametrize("body", NONSENSE, ids=range(len(NONSENSE)))
+def test_an_answer_of_the_service_that_makes_no_sense_is_a_miss(box: Box, body: bytes) -> None:
+    box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(200, {}, body), times=1000)
+    assert box.remote().get(box.one) is None
+
+
+@pytest.mark.parametrize(
+    "url", ["", "file:///etc/passwd", "ftp://x/", 7, "http://", "//x", "https://[::1?x", "https://\u2100.com/?x"]
+)
+def test_an_address_that_is_none_is_not_followed(box: Box, url: Any) -> None:
+    body = json.dumps({"ok": True, "matched_key": box.key, "signed_download_url": url}).encode()
+    box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(200, {}, body), times=1000)
+    assert box.remote().get(box.one) is None
+
+
+def test_a_signature_that_ran_out_is_renewed(box: Box) -> None:
+    remote = box.remote()
+    assert remote.has([box.one])
+    box.cache.expire_urls()
+    assert remote.get(box.one) == box.frames[box.one]
+    assert remote.get(box.one) == box.frames[box.one]
+    assert box.cache.count("GetCacheEntryDownloadURL") == 3
+
+
+def test_signatures_that_never_hold_are_a_miss(box: Box) -> None:
+    box.cache.url_lifetime = -1
+    remote = box.remote()
+    assert remote.get(box.one) is None
+    assert "addresses that it then refuses" in remote.explain_missing(box.one)
+
+
+def test_a_denial_to_read_is_a_miss_with_its_reason(box: Box) -> None:
+    remote = GitHubCache(CacheService(box.cache.url, box.cache.token(read=False)), [box.record])
+    assert remote.get(box.one) is None
+    assert "cache read denied" in remote.explain_missing(box.one)
+
+
+def test_a_token_that_is_not_accepted_is_a_miss_and_never_shown(box: Box) -> None:
+    remote = GitHubCache(CacheService(box.cache.url, "secret-token"), [box.record])
+    assert remote.get(box.one) is None
+    assert "HTTP 401" in remote.explain_missing(box.one)
+    assert "secret" not in remote.explain_missing(box.one)
+
+
+def test_an_upload_that_is_refused_shows_no_signature(cache: Cache) -> None:
+    def echo(request: Any, handle: Any) -> Any:
+        return actions_service.answer(400, {}, json.dumps(request.query).encode())(request, handle)
+
+    cache.fault("PUT", echo)
+    with pytest.raises(RemoteUnavailable) as caught:
+        upload(cache, FRAMES)
+    assert "HTTP 400" in str(caught.value)
+    assert "sig" not in str(caught.value)
+
+
+def test_an_answer_that_drips_is_given_up(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(github_cache, "_SLOWEST", -1.0)
+    remote = box.remote()
+    assert remote.get(box.one) is None
+    assert "TimeoutError" in remote.explain_missing(box.one)
+
+
+def test_a_proxy_is_gone_through_but_not_to_this_machine(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def asking(*arguments: Any, **_: Any) -> None:
+        asked.append(arguments[-1])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("urllib3.ProxyManager.request", asking)
+    environment = box.cache.environment() | {"HTTPS_PROXY": "http://proxy.example:3128"}
+    service = CacheService.of_job(environment)
+    assert GitHubCache(service, [box.record]).get(box.one) == box.frames[box.one]
+    with pytest.raises(ZeroDivisionError):
+        service.read("https://cache.example/x?sig=1", 0, 1)
+    assert asked == ["https://cache.example/x?sig=1"]
+
+
+def test_a_message_that_repeats_the_token_is_shown_without_it(box: Box) -> None:
+    body = json.dumps({"code": "x", "msg": "no: secret-token\x1b[2J" + "y" * 5000}).encode()
+    box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(400, {}, body))
+    remote = GitHubCache(CacheService(box.cache.url, "secret-token"), [box.record])
+    assert remote.get(box.one) is None
+    assert "no: ***\\x1b[2J" in remote.explain_missing(box.one)
+    assert len(remote.explain_missing(box.one)) < 300
+
+
+# -- uploading -------------------------------------------------------------------------------------------------------
+
+
+def upload(cache: Cache, data: dict[ObjectId, bytes], remote: GitHubCache | None = None) -> str:
+    layout = bundle.lay_out({own: len(frame) for own, frame in data.items()})
+    whole = bundle.HEADER + b"".join(data.values()) + layout.tail
+    remote = remote or GitHubCache(client(cache), [])
+    key = remote.upload(layout, lambda start, stop: whole[start:stop], nothing)
+    assert cache.blob(key) == whole
+    return key
+
+
+FRAMES = {object_id(bytes([i])): bytes([i]) * (100 + i) for i in range(5)}
+
+
+def test_a_bundle_of_several_blocks_arrives_whole(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(github_cache, "BLOCK", 64)
+    upload(cache, FRAMES)
+    assert sum("comp=block&" in one.path for one in cache.log) > 8
+
+
+def test_the_same_bundle_is_not_sent_twice(cache: Cache) -> None:
+    assert upload(cache, FRAMES) == upload(cache, FRAMES)
+    assert cache.count("PUT") == 1
+
+
+def test_a_key_that_a_failed_upload_left_reserved_is_passed_over(cache: Cache) -> None:
+    layout = bundle.lay_out({own: len(frame) for own, frame in FRAMES.items()})
+    client(cache).reserve(f"castore-{layout.id}")
+    assert upload(cache, FRAMES).startswith(f"castore-{layout.id}-")
+
+
+def test_something_else_under_the_key_is_passed_over(cache: Cache) -> None:
+    key = upload(cache, FRAMES)
+    cache.replace(key, b"something else")
+    assert upload(cache, FRAMES).startswith(f"{key}-")
+
+
+def test_signatures_that_never_hold_end_it(cache: Cache) -> None:
+    cache.fault("PUT", actions_service.answer(403), times=1000)
+    with pytest.raises(UploadRefused, match="no signature held"):
+        upload(cache, FRAMES)
+
+
+@pytest.mark.parametrize("method", ["CreateCacheEntry", "PUT", "FinalizeCacheEntryUpload"])
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_may_pass_is_tried_again_by_an_upload(cache: Cache, method: str, status: int) -> None:
+    cache.fault(method, actions_service.answer(status), times=4)
+    upload(cache, FRAMES)
+
+
+@pytest.mark.parametrize("method", ["CreateCacheEntry", "PUT", "FinalizeCacheEntryUpload"])
+def test_an_upload_that_is_never_taken_says_so(cache: Cache, method: str) -> None:
+    cache.fault(method, actions_service.answer(503), times=1000)
+    with pytest.raises(RemoteUnavailable, match="503"):
+        upload(cache, FRAMES)
+
+
+def test_a_finished_upload_of_which_the_answer_was_lost_is_found(cache: Cache) -> None:
+    def lost_on_the_way_back(request: Any, handle: Any) -> Any:
+        handle(request)
+        return actions_service.answer(500)(request, handle)
+
+    cache.fault("FinalizeCacheEntryUpload", lost_on_the_way_back)
+    upload(cache, FRAMES)
+
+
+def test_a_refusal_is_told_in_the_words_of_the_service(cache: Cache) -> None:
+    remote = GitHubCache(CacheService(cache.url, cache.token(write=False)), [])
+    with pytest.raises(UploadRefused, match="cache write denied"):
+        upload(cache, FRAMES, remote)
+
+
+def test_a_signature_that_runs_out_during_an_upload_begins_another(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(github_cache, "BLOCK", 64)
+    cache.fault("PUT", actions_service.answer(403), when=lambda request: "blockid" in request.query)
+    assert re.fullmatch(r"castore-[0-9a-f]{64}-[0-9a-f]{8}", upload(cache, FRAMES))
+
+
+def test_what_is_accepted_but_not_there_is_no_success(cache: Cache) -> None:
+    cache.fault("GetCacheEntryDownloadURL", actions_service.answer(200, {}, b'{"ok": false}'), times=1000)
+    with pytest.raises(UploadRefused, match="look-up says: not in the cache"):
+        upload(cache, FRAMES)
+
+
+def test_a_look_up_that_takes_a_moment_to_find_it_is_tried_again(cache: Cache) -> None:
+    cache.fault("GetCacheEntryDownloadURL", actions_service.answer(200, {}, b'{"ok": false}'), times=2)
+    upload(cache, FRAMES)
+
+
+# -- many bundles ----------------------------------------------------------------------------------------------------
+
+
+def test_evicted_bundles_are_looked_up_once_each(cache: Cache) -> None:
+    records = [
+        Record(
+            bundle=object_id(b"b%d" % i),
+            key=f"castore-{i}",
+            created="2026-01-02T03:04:05.000006Z",
+            bytes=1000,
+            objects=3,
+            parts={object_id(b"p%d" % i): [object_id(b"b%d" % i)]},
+        )
+        for i in range(50)
+    ]
+    remote = GitHubCache(client(cache), records)
+    for record in records:
+        assert remote.has(record.parts) == set()
+    assert cache.count("GetCacheEntryDownloadURL") == 50
+    assert len(remote.missing()) == 50
+
+
+def test_connecting_makes_the_cache_a_remote(repo: Repo, cache: Cache, box: Box) -> None:
+    repo.catalog.add_record(box.record)
+    (repo.root / "bundles" / "0000000000000000.json").write_text("{}")
+    remote, (broken,) = sessions.connect(repo, client(cache))
+    assert broken.path.name == "0000000000000000.json"
+    assert remote.records == (box.record,)
+    assert repo.remotes[-1] is remote
+    repo.store.discard(list(repo.store.stored()))
+    repo.store.empty_trash()
+    assert {state.where for state in repo.part_states(repo.find(box.saved.id)).values()} == {"remote"}
+    assert repo.load(box.saved.id).keys() == box.saved.manifest.parts.keys()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from builders import manifest, tree
+
+from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId
+from castore.storage.catalog import Catalog
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "tmp").mkdir()
+    return Catalog(tmp_path, durable=False)
+
+
+def test_what_is_added_is_listed_newest_first(catalog: Catalog) -> None:
+    added = {catalog.add(manifest(step, run=run))[0] for step, run in [(3, "a"), (1, "b"), (2, "a")]}
+    listing = catalog.listing()
+    assert [one.manifest.step for one in listing.entries] == [3, 2, 1]
+    assert {one.id for one in listing.entries} == added
+    assert listing.broken == ()
+
+
+def test_adding_the_same_manifest_again_changes_nothing(catalog: Catalog) -> None:
+    first = catalog.add(manifest(1))
+    before = tree(catalog.root.parent)
+    assert catalog.add(manifest(1)) == first
+    assert tree(catalog.root.parent) == before
+
+
+def test_a_file_in_the_way_of_a_manifest_is_not_replaced(catalog: Catalog) -> None:
+    _, path = catalog.add(manifest(1))
+    path.write_bytes(b"something else")
+    with pytest.raises(CorruptManifest, match="another file has this manifest's name"):
+        catalog.add(manifest(1))
+    assert path.read_bytes() == b"something else"
+
+
+def test_listing_changes_nothing_and_reports_what_is_broken_beside_the_others(catalog: Catalog) -> None:
+    good, path = catalog.add(manifest(1))
+    folder = path.parent
+    _, edited = catalog.add(manifest(2))
+    edited.write_bytes(edited.read_bytes().replace(b'"step": 2', b'"step": 3'))
+    _, moved = catalog.add(manifest(4))
+    moved.rename(folder / "000000004-000000000000.json")
+    _, newer = catalog.add(manifest(5))
+    newer.write_bytes(newer.read_bytes().replace(b'"version": 1', b'"version": 9'))
+    shutil.copy(path, folder / "copy.json")
+    (folder / "empty.json").write_bytes(b"")
+    (folder / "large.json").write_bytes(b" " * (2 << 20))
+    (folder / "folder.json").mkdir()
+    os.mkfifo(folder / "pipe.json")  # to open it would be to wait for ever
+    (folder / "link.json").symlink_to(path)
+    (folder / "dangling.json").symlink_to("nowhere")
+    (catalog.root / "run").symlink_to(folder)
+    (folder / "notes.txt").write_bytes(b"not of interest")
+    (catalog.root / ".gitkeep").write_bytes(b"")
+    before = tree(catalog.root.parent)
+    listing = catalog.listing()
+    assert [one.id for one in listing.entries] == [good]
+    reasons = {broken.path.name: broken.reason for broken in listing.broken}
+    expected = {
+        edited.name: "changed or moved",
+        "000000004-000000000000.json": "changed or moved",
+        newer.name: "upgrade castore",
+        "copy.json": "changed or moved",
+        "empty.json": "not a valid manifest",
+        "large.json": "at most",
+        "folder.json": "not a regular file",
+        "pipe.json": "not a regular file",
+        "link.json": "not a regular file",
+        "dangling.json": "not a regular file",
+        "run": "a symbolic link",
+    }
+    assert reasons.keys() == expected.keys()
+    assert [name for name, words in expected.items() if words not in reasons[name]] == []
+    assert tree(catalog.root.parent) == before
+
+
+def test_every_changed_byte_of_a_manifest_shows(catalog: Catalog) -> None:
+    _, path = catalog.add(manifest(1, metrics={"val_loss": 2.5}))
+    data = path.read_bytes()
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        listing = catalog.listing()
+        assert listing.entries == ()
+        assert len(listing.broken) == 1
+
+
+def test_a_catalog_whose_folder_is_gone_is_empty(catalog: Catalog) -> None:
+    catalog.root.rmdir()
+    assert catalog.listing().entries == ()
+
+
+def test_a_catalog_that_is_no_folder_is_an_error(catalog: Catalog) -> None:
+    catalog.root.rmdir()
+    catalog.root.write_bytes(b"")
+    with pytest.raises(StorageError, match="manifests"):
+        catalog.listing()
+
+
+def test_a_prefix_finds_its_one_checkpoint_in_either_case(catalog: Catalog) -> None:
+    for step in range(30):
+        own, _ = catalog.add(manifest(step))
+        for prefix in (own, own[:12].upper(), own[:20]):
+            found = catalog.find(prefix)
+            assert (found.id, found.manifest.step) == (own, step)
+
+
+def test_a_prefix_that_fits_several_names_them(catalog: Catalog) -> None:
+    added = [catalog.add(manifest(step))[0] for step in range(40)]
+    digits = [own[0] for own in added]  # more than there are: some two are alike
+    digit = max(digits, key=digits.count)
+    with pytest.raises(AmbiguousId, match="give more digits") as caught:
+        catalog.find(digit)
+    assert sorted(caught.value.matches) == sorted(own for own in added if own.startswith(digit))
+
+
+def test_an_unknown_id_suggests_those_that_look_alike(catalog: Catalog) -> None:
+    wanted = [catalog.add(manifest(step))[0] for step in range(30)][7][:10]
+    mistyped = wanted[:4] + ("0" if wanted[4] != "0" else "1") + wanted[5:]
+    with pytest.raises(UnknownId, match="did you mean") as caught:
+        catalog.find(mistyped)
+    assert wanted in caught.value.near
+
+
+@pytest.mark.parametrize("prefix", ["", "zzzz", "../x"])
+def test_what_is_like_no_id_says_where_ids_are_listed(catalog: Catalog, prefix: str) -> None:
+    catalog.add(manifest(1))
+    with pytest.raises(UnknownId, match="castore log"):
+        catalog.find(prefix)
+
+
+def test_an_id_that_agrees_in_the_file_name_alone_is_another_one(catalog: Catalog) -> None:
+    own, _ = catalog.add(manifest(1))
+    with pytest.raises(UnknownId):
+        catalog.find(own[:12] + ("0" if own[12] != "0" else "1"))
+
+
+def test_a_damaged_manifest_is_an_error_to_who_asks_for_it_and_to_no_one_else(catalog: Catalog) -> None:
+    (own, path), (other, _) = catalog.add(manifest(1)), catalog.add(manifest(2))
+    path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": 3'))
+    with pytest.raises(CorruptManifest, match="changed or moved"):
+        catalog.find(own)
+    assert catalog.find(other).id == other

@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import exact, parts, trained, tree
+
+from castore import Repo
+from castore.errors import CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
+from castore.format.frame import MAX_STORED
+from castore.format.ids import ObjectId, object_id
+from castore.storage import fs
+from castore.storage.object_store import ObjectStore, Written
+
+
+@pytest.fixture
+def store(repo: Repo) -> ObjectStore:
+    return repo.store
+
+
+def put(store: ObjectStore, *contents: bytes, itemsize: int = 1) -> Written:
+    with store.writer() as writer:
+        for plain in contents:
+            assert writer.put(plain, itemsize) == object_id(plain)
+        return writer.commit()
+
+
+def objects_in(store: ObjectStore) -> list[str]:
+    return sorted(path.name for path in store.objects.glob("*/*"))
+
+
+def damage(store: ObjectStore, wanted: ObjectId) -> None:
+    path = store.path(wanted)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("plain", "itemsize"), [(b"", 1), (b"x" * 5000, 1), (trained(5000), 4), (random.Random(6).randbytes(999), 1)]
+)
+def test_what_is_put_is_read(store: ObjectStore, plain: bytes, itemsize: int) -> None:
+    put(store, plain, itemsize=itemsize)
+    own = object_id(plain)
+    out = bytearray(len(plain))
+    store.read_into(own, memoryview(out))
+    assert store.read(own) == out == plain
+    assert store.has(own)
+    assert store.stored_size(own) == os.path.getsize(store.path(own))
+    assert os.listdir(store.temporary) == []
+
+
+def test_equal_content_is_stored_once(store: ObjectStore) -> None:
+    assert put(store, b"a", b"b", b"a").objects == 2
+    before = tree(store.objects)
+    assert put(store, b"b", b"a") == Written(0, 0)
+    assert put(ObjectStore(store.objects.parent), b"a") == Written(0, 0)
+    assert tree(store.objects) == before
+
+
+def test_an_object_that_is_not_there_is_missing(store: ObjectStore) -> None:
+    own = object_id(b"never put")
+    assert not store.has(own)
+    assert store.stored_size(own) is None
+    with pytest.raises(ObjectMissing, match=own[:12]):
+        store.read(own)
+    with pytest.raises(ObjectMissing, match=own[:12]):
+        store.read_into(own, memoryview(bytearray(9)))
+
+
+def test_a_damaged_object_is_quarantined_and_written_anew_by_the_next_put(store: ObjectStore) -> None:
+    put(store, b"precious", b"other")
+    own = object_id(b"precious")
+    damage(store, own)
+    damaged = store.path(own).read_bytes()
+    with pytest.raises(CorruptObject, match=own[:12]):
+        store.read(own)
+    (quarantined,) = store.quarantine.iterdir()
+    assert quarantined.name.startswith(own)
+    assert quarantined.read_bytes() == damaged
+    with pytest.raises(ObjectMissing):
+        store.read(own)
+    assert put(store, b"precious", b"other").objects == 1
+    assert store.read(own) == b"precious"
+
+
+def test_reading_into_a_buffer_quarantines_too(store: ObjectStore) -> None:
+    put(store, b"precious")
+    damage(store, object_id(b"precious"))
+    with pytest.raises(CorruptObject):
+        store.read_into(object_id(b"precious"), memoryview(bytearray(8)))
+    assert len(list(store.quarantine.iterdir())) == 1
+
+
+def test_a_damaged_object_is_never_deduplicated_against(store: ObjectStore) -> None:
+    put(store, b"precious")
+    own = object_id(b"precious")
+    damage(store, own)
+    assert put(ObjectStore(store.objects.parent), b"precious").objects == 1
+    assert store.read(own) == b"precious"
+
+
+def test_an_object_of_a_newer_version_is_left_but_not_deduplicated_against(store: ObjectStore) -> None:
+    put(store, b"precious")
+    own = object_id(b"precious")
+    data = bytearray(store.path(own).read_bytes())
+    data[4] = 9
+    store.path(own).write_bytes(data)
+    with pytest.raises(UnsupportedVersion):
+        store.read(own)
+    assert store.path(own).read_bytes() == data
+    assert put(ObjectStore(store.objects.parent), b"precious").objects == 1
+    assert store.read(own) == b"precious"
+
+
+def test_a_file_larger_than_any_object_is_damage_and_not_read(store: ObjectStore) -> None:
+    put(store, b"precious")
+    own = object_id(b"precious")
+    os.truncate(store.path(own), MAX_STORED + 1)
+    with pytest.raises(CorruptObject, match="over the limit"):
+        store.read(own)
+    assert put(store, b"precious").objects == 1
+    assert store.read(own) == b"precious"
+
+
+def test_a_hit_is_verified_once_and_again_only_if_the_file_changed(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    read = fs.read_into
+    monkeypatch.setattr(fs, "read_into", lambda path, *rest: reads.append(path) or read(path, *rest))
+    put(store, b"precious")
+    fresh = ObjectStore(store.objects.parent)
+    for _ in range(3):
+        put(fresh, b"precious")
+    assert len(reads) == 1
+    os.utime(store.path(object_id(b"precious")), ns=(1, 1))
+    put(fresh, b"precious")
+    assert len(reads) == 2
+
+
+def test_a_good_object_that_took_the_place_of_a_bad_one_stays(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, b"precious")
+    own = object_id(b"precious")
+    good = store.path(own).read_bytes()
+    damage(store, own)
+    make_directory = fs.make_directory
+
+    def replace_meanwhile(path: Path) -> bool:
+        # the last thing a reader does between its look at the damaged file and the move
+        (store.temporary / "other").write_bytes(good)
+        os.replace(store.temporary / "other", store.path(own))
+        return make_directory(path)
+
+    monkeypatch.setattr(fs, "make_directory", replace_meanwhile)
+    with pytest.raises(CorruptObject):
+        store.read(own)
+    assert store.read(own) == b"precious"
+
+
+def test_threads_that_put_the_same_and_other_objects_all_find_them_stored(store: ObjectStore) -> None:
+    contents = [f"{i}".encode() * 50 for i in range(100)]
+    with store.writer() as writer:
+        threads = [threading.Thread(target=lambda: [writer.put(one) for one in contents]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert writer.commit().objects == len(contents)
+    assert [store.read(object_id(one)) for one in contents] == contents
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_fails_after_put_has_returned_ends_the_save_with_a_typed_error(store: ObjectStore, durable: bool) -> None:
+    store.durable = durable
+    put(store, b"older")
+    contents = [f"{i}".encode() for i in range(300)]  # more than may be in flight: none may wait for ever
+    store.path(object_id(contents[5])).mkdir(parents=True)  # in the way of the rename
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StorageError, match="rename"):
+        put(store, *contents)
+    assert os.listdir(store.temporary) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert store.read(object_id(b"older")) == b"older"
+    store.path(object_id(contents[5])).rmdir()
+    put(store, *contents)
+    assert [store.read(object_id(one)) for one in contents] == contents
+
+
+def test_a_failed_sync_is_not_tried_again_and_its_object_never_appears(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.durable = True
+    synced = []
+
+    def fail(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(StorageError, match="can't sync") as caught:
+            put(store, *(f"{i}".encode() for i in range(20)))
+    assert caught.value.errno == 5
+    assert len(synced) == len(set(synced))
+    assert objects_in(store) == []
+    assert os.listdir(store.temporary) == []
+
+
+def test_an_object_that_the_disk_cant_read_is_not_deduplicated_against(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, b"precious")
+
+    def fail(path: Path, limit: int, *_: object) -> bytes:
+        raise StorageError("read", str(path), OSError(5, f"Input/output error below {limit}"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "read_into", fail)
+        assert put(ObjectStore(store.objects.parent), b"precious").objects == 1
+    assert store.read(object_id(b"precious")) == b"precious"
+
+
+@pytest.mark.parametrize("what", ["file", "loop"])
+def test_what_is_no_folder_where_objects_should_be_is_a_storage_error(store: ObjectStore, what: str) -> None:
+    own = object_id(b"x")
+    folder = store.path(own).parent
+    if what == "file":
+        folder.write_bytes(b"")
+    else:
+        folder.symlink_to(folder)
+    for call in (store.has, store.read, store.stored_size, lambda _: put(store, b"x")):
+        with pytest.raises(StorageError):
+            call(own)
+
+
+def test_a_store_whose_disk_is_not_mounted_is_a_storage_error(store: ObjectStore) -> None:
+    store.objects.rmdir()
+    store.objects.symlink_to("not/mounted")
+    with pytest.raises(StorageError):
+        put(store, b"x")
+
+
+# -- in a process of its own: limits and signals ---------------------------------------------------------------------
+
+
+def save_on_a_full_disk(root: str, limit: int, fields: dict[str, Any]) -> None:
+    repo = Repo.open(root)
+    older = repo.catalog.listing().entries
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    with pytest.raises(StorageError, match="File too large"):
+        repo.save(parts(2), run="ci", step=2, **fields)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert os.listdir(repo.store.temporary) == []
+    assert repo.catalog.listing().entries == older
+    assert exact(repo.load(older[0].id)) == exact(parts(1))
+    with Repo.open(root).lock(exclusive=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "fields"),
+    [
+        pytest.param(0, {}, id="every write fails"),
+        pytest.param(30_000, {}, id="objects fail"),
+        pytest.param(100_000, {"note": "x" * 200_000}, id="the manifest fails"),
+    ],
+)
+def test_a_full_disk_is_a_typed_error_and_leaves_the_old_checkpoints_and_nothing_else(
+    repo: Repo, start: Callable[..., BaseProcess], limit: int, fields: dict[str, Any]
+) -> None:
+    repo.save(parts(1), run="ci", step=1)
+    child = start(save_on_a_full_disk, str(repo.root), limit, fields)
+    child.join()
+    assert child.exitcode == 0
+    saved = repo.save(parts(2), run="ci", step=2, **fields)
+    assert exact(repo.load(saved.id)) == exact(parts(2))
+
+
+def interrupt_a_save(root: str, nth: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    repo = Repo.open(root)
+    write, calls = fs.write, []
+
+    def interrupt(*arguments: Any) -> int:
+        calls.append(None)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(*arguments)
+
+    fs.write = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        repo.save(parts(2), run="ci", step=2)
+    fs.write = write
+    assert os.listdir(repo.store.temporary) == []
+    assert len(repo.catalog.listing().entries) == 1
+    with Repo.open(root).lock(exclusive=True):
+        pass
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+def test_an_interrupted_save_leaves_no_temporary_file_and_no_lock(
+    repo: Repo, start: Callable[..., BaseProcess], nth: int
+) -> None:
+    saved = repo.save(parts(1), run="ci", step=1)
+    child = start(interrupt_a_save, str(repo.root), nth)
+    child.join()
+    assert child.exitcode == 0
+    assert exact(repo.load(saved.id)) == exact(parts(1))
+
+
+def test_a_folder_that_can_not_be_listed_is_a_storage_error(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = repo.root / "objects" / "ab"
+    folder.mkdir(parents=True)
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if os.fspath(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(path)
+
+    monkeypatch.setattr("castore.storage.object_store.os.scandir", refuse)
+    with pytest.raises(StorageError, match=f"can't read {folder}: Permission denied"):
+        repo.store.strays()
