@@ -20,7 +20,7 @@ MODULES = sorted([*ROOT.glob("castore/**/*.py"), *ROOT.glob("nanecho/**/*.py"), 
 # by side may import each other where both are in one folder, or in one group of this table. Typing-only imports count.
 LAYERS = [
     ["castore.errors"],
-    ["castore.format", "castore.config", "castore.text"],
+    ["castore.format", "castore.config", "castore.text", "castore.parallel", "castore.progress"],
     ["castore.policy"],
     ["castore.storage"],
     ["castore.remotes"],
