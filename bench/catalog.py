@@ -14,7 +14,7 @@ from pathlib import Path
 
 import castore
 from castore.format import manifest
-from castore.format.ids import object_id
+from castore.format.ids import hash_bytes
 
 RUNS = 5
 
@@ -31,7 +31,7 @@ def fill(repo: castore.Repo, count: int) -> None:
             )
             continue
         parts = {
-            name: manifest.Part(index=object_id(f"{step}{name}".encode()), bytes=1 << 20, stored_bytes=1 << 19)
+            name: manifest.Part(index=hash_bytes(f"{step}{name}".encode()), bytes=1 << 20, stored_bytes=1 << 19)
             for name in ("model", "optimizer", "trainer")
         }
         created = f"2026-01-01T00:00:00.{step:06d}Z"

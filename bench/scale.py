@@ -300,11 +300,11 @@ class Filler:
         self._checkpoint("main", {"model": own})
         for number in range(GONE_BESIDE):
             names = ("model", "optimizer", "trainer")
-            self._checkpoint(f"gone{number}", {name: ids.object_id(self._random.randbytes(8)) for name in names})
+            self._checkpoint(f"gone{number}", {name: ids.hash_bytes(self._random.randbytes(8)) for name in names})
 
     def _put(self, plain: bytes) -> ids.ObjectId:
         """As a save would, without its care for power cuts and for others."""
-        own = ids.object_id(plain)
+        own = ids.hash_bytes(plain)
         with open(self._repo.store.path(own), "wb", buffering=0) as file:
             file.write(b"".join(encode_frame(plain)))
         self.count += 1

@@ -543,7 +543,7 @@ def encoding(bench: Bench, name: str, blob: bytes, width: int, dtype: str) -> No
         return lambda: drop(encode_frame(piece, width) for piece in pieces)
 
     def hash_and_encode(_: Path) -> Act:
-        return lambda: drop((ids.object_id(piece), encode_frame(piece, width)) for piece in pieces)
+        return lambda: drop((ids.hash_bytes(piece), encode_frame(piece, width)) for piece in pieces)
 
     def compress(length: int, _: Path) -> Act:
         fresh = [bytearray(piece) for piece in cut(blob, length)]  # ZipNN shuffles its input in place
@@ -555,7 +555,7 @@ def encoding(bench: Bench, name: str, blob: bytes, width: int, dtype: str) -> No
     title = f"on one core, trained checkpoint, {name}"
     bench.compare(f"encode-{name}", f"encode {title}", "MB/s", ours + theirs, size=len(blob))
 
-    frames = [(ids.object_id(piece), b"".join(encode_frame(piece, width))) for piece in pieces]
+    frames = [(ids.hash_bytes(piece), b"".join(encode_frame(piece, width))) for piece in pieces]
     outs = [memoryview(bytearray(len(piece))) for piece in pieces]
 
     def decode() -> None:

@@ -26,10 +26,10 @@ def manifest(step: int = 1, **fields: Any) -> Manifest:
 
 
 def entry(step: int = 1, **fields: Any) -> Entry:
-    from castore.format.ids import object_id
+    from castore.format.ids import hash_bytes
 
     made = manifest(step, **fields)
-    return Entry(object_id(encode(made)), made)
+    return Entry(hash_bytes(encode(made)), made)
 
 
 def parts(seed: int = 0) -> dict[str, Any]:

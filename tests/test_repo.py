@@ -30,7 +30,7 @@ from castore.errors import (
     UnknownId,
 )
 from castore.format import part_index
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 
 
 def save(repo: Repo, step: int, loss: float | None = None, **fields: Any) -> ObjectId:
@@ -120,7 +120,7 @@ def test_what_is_saved_is_loaded_whole_or_by_parts(repo: Repo) -> None:
     found = repo.find(saved.id)
     assert found.manifest == saved.manifest
     assert (found.manifest.tags, found.manifest.note, found.manifest.config) == (["a", "b"], "n", {"lr": 0.1})
-    assert object_id(saved.path.read_bytes()) == saved.id
+    assert hash_bytes(saved.path.read_bytes()) == saved.id
     assert os.listdir(repo.root / "tmp") == []
 
 

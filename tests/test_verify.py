@@ -16,7 +16,7 @@ from castore import Repo, gc
 from castore.errors import CastoreError, Locked, ObjectMissing, UnknownId
 from castore.format import part_index
 from castore.format.frame import MAX_STORED
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 from castore.policy.retention import Policy
 from castore.verify import Finding, Need, verify
 
@@ -480,4 +480,4 @@ def test_an_id_names_the_plain_bytes(repo: Repo) -> None:
     shutil.copy(repo.store.path(second), repo.store.path(first))
     (finding,) = found(repo)
     assert finding.object_id == first
-    assert object_id(repo.store.read(second)) == second
+    assert hash_bytes(repo.store.read(second)) == second

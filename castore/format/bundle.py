@@ -24,7 +24,7 @@ import msgspec
 
 from castore.errors import CorruptBundle, UnsupportedVersion
 from castore.format.frame import HEADER_BYTES, MAX_STORED
-from castore.format.ids import DIGEST_BYTES, Buffer, ObjectId, is_object_id, object_id
+from castore.format.ids import DIGEST_BYTES, Buffer, ObjectId, hash_bytes, is_object_id
 from castore.format.manifest import CREATED, canonical
 
 VERSION = 1
@@ -68,7 +68,7 @@ def lay_out(sizes: Mapping[ObjectId, int]) -> Layout:
         at += size
     index = b"".join(_PLACE.pack(bytes.fromhex(own), place.offset, place.length) for own, place in places.items())
     tail = index + _TRAILER.pack(at, len(places), _MAGIC)
-    return Layout(object_id(index), places, tail, at + len(tail))
+    return Layout(hash_bytes(index), places, tail, at + len(tail))
 
 
 def tail_bytes(count: int) -> int:
@@ -82,7 +82,7 @@ def read_tail(expected: ObjectId, tail: Buffer, size: int) -> dict[ObjectId, Pla
     The hash comes first. The rest then only proves that whoever wrote it kept to the format.
     """
     index, trailer = tail[: -_TRAILER.size], tail[-_TRAILER.size :]
-    if len(trailer) < _TRAILER.size or object_id(index) != expected:
+    if len(trailer) < _TRAILER.size or hash_bytes(index) != expected:
         raise CorruptBundle("its index is not the one that git names: other bytes stand in its place")
     start, count, magic = _TRAILER.unpack(trailer)
     if (start, count, magic) != (size - len(tail), len(index) // _PLACE.size, _MAGIC):
@@ -121,7 +121,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def file_name(self) -> str:
         """Where it lives below ``bundles/``: named by its content, so that two branches never conflict over one."""
-        return f"{object_id(encode_record(self))[:16]}.json"
+        return f"{hash_bytes(encode_record(self))[:16]}.json"
 
 
 PARTS_OF_A_RECORD = 1000

@@ -18,7 +18,7 @@ import struct
 
 from castore.errors import CorruptObject, UnsupportedVersion
 from castore.format import codecs
-from castore.format.ids import Buffer, ObjectId, object_id
+from castore.format.ids import Buffer, ObjectId, hash_bytes
 
 MAX_PLAIN = 64 << 20
 """Largest object, plain bytes: a frame that claims more is refused before anything is allocated."""
@@ -57,7 +57,7 @@ def decode_frame(expected: ObjectId, frame: memoryview, out: memoryview) -> None
         codecs.decode(codec, frame[HEADER_BYTES:], out)
     except codecs.CodecError as error:
         raise CorruptObject(expected, str(error)) from error
-    found = object_id(out)
+    found = hash_bytes(out)
     if found != expected:
         raise CorruptObject(expected, f"its bytes hash to {found[:12]}")
 

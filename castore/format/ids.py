@@ -18,7 +18,7 @@ DIGEST_BYTES = 32
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
-def object_id(data: Buffer) -> ObjectId:
+def hash_bytes(data: Buffer) -> ObjectId:
     """The id of ``data``: what `b3sum` prints for the same bytes. Releases the GIL while hashing."""
     return ObjectId(blake3(data).hexdigest())
 

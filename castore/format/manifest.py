@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from castore.errors import CorruptManifest, InvalidManifest, UnsupportedVersion
-from castore.format.ids import ObjectId, is_object_id, object_id
+from castore.format.ids import ObjectId, hash_bytes, is_object_id
 
 VERSION = 1
 MAX_BYTES = 1 << 20
@@ -120,7 +120,7 @@ def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
             _check(manifest, plain=_is_plain(data))
             if canonical(manifest) != data:
                 raise ValueError("not in canonical form: it was edited or merged by hand")
-            return object_id(data), manifest
+            return hash_bytes(data), manifest
     except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
         _raise_if_newer(data, path)
         if b"<<<<<<< " in data:

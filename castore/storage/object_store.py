@@ -16,7 +16,7 @@ from types import TracebackType
 
 from castore.errors import CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
 from castore.format.frame import MAX_STORED, decode_frame, encode_frame, plain_length
-from castore.format.ids import Buffer, ObjectId, is_object_id, object_id
+from castore.format.ids import Buffer, ObjectId, hash_bytes, is_object_id
 from castore.storage import fs
 
 # fsync waits for the disk, not for the processor: two threads that compute and eight that finish saved fastest on two
@@ -314,7 +314,7 @@ class Writer:
 
         ``plain`` may be reused once this returns. The object is durable only after :meth:`commit`.
         """
-        own = object_id(plain)
+        own = hash_bytes(plain)
         with self._lock:
             if own in self._claimed:
                 return own

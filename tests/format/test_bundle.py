@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from castore.errors import CorruptBundle, UnsupportedVersion
 from castore.format import bundle
 from castore.format.bundle import MOST_BUNDLES, Record
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 
 SIZES = st.lists(st.integers(16, 5000), max_size=20).map(
-    lambda sizes: {object_id(bytes([i])): size for i, size in enumerate(sizes)}
+    lambda sizes: {hash_bytes(bytes([i])): size for i, size in enumerate(sizes)}
 )
 
 
 def a(number: int) -> ObjectId:
-    return object_id(b"%d" % number)
+    return hash_bytes(b"%d" % number)
 
 
 def record(**changes: Any) -> Record:
@@ -92,7 +92,7 @@ def test_an_index_that_breaks_a_rule_is_refused_though_its_hash_is_right(
     start = 8 + sum(length for _, _, length in places)
     tail = index + struct.pack("<QI4s", start, len(places), b"CSTB")
     with pytest.raises(CorruptBundle):
-        bundle.read_tail(object_id(index), tail, start + len(tail))
+        bundle.read_tail(hash_bytes(index), tail, start + len(tail))
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_an_index_that_breaks_a_rule_is_refused_though_its_hash_is_right(
 
 def test_a_record_comes_back() -> None:
     assert bundle.decode_record(bundle.encode_record(record())) == record()
-    assert record().file_name == f"{object_id(bundle.encode_record(record()))[:16]}.json"
+    assert record().file_name == f"{hash_bytes(bundle.encode_record(record()))[:16]}.json"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from castore.errors import CorruptObject, UnsupportedVersion
 from castore.format import codecs
 from castore.format.frame import MAX_PLAIN, decode_frame, encode_frame, plain_length
-from castore.format.ids import object_id
+from castore.format.ids import hash_bytes
 
 SAMPLES = {
     codecs.RAW: (random.Random(5).randbytes(150), 1),
@@ -28,7 +28,7 @@ def frame_of(plain: bytes, itemsize: int = 1) -> bytes:
 
 
 def read(frame: bytes, plain: bytes) -> bytes:
-    own = object_id(plain)
+    own = hash_bytes(plain)
     out = bytearray(plain_length(own, memoryview(frame)))
     decode_frame(own, memoryview(frame), memoryview(out))
     return bytes(out)
@@ -68,13 +68,13 @@ def test_an_object_cut_short_or_with_a_byte_more_is_refused(codec: int) -> None:
 def test_a_whole_object_under_another_id_is_refused() -> None:
     out = bytearray(3)
     with pytest.raises(CorruptObject, match="hash to"):
-        decode_frame(object_id(b"abd"), memoryview(frame_of(b"abc")), memoryview(out))
+        decode_frame(hash_bytes(b"abd"), memoryview(frame_of(b"abc")), memoryview(out))
 
 
 @given(st.binary(max_size=60), st.sampled_from([b"", b"CSTO", b"CSTO\x01", b"CSTO\x01\x02\0\0"]), st.integers(0, 40))
 def test_arbitrary_bytes_are_corrupt_or_of_another_version(tail: bytes, head: bytes, size: int) -> None:
     frame = memoryview(head + tail)
-    own = object_id(b"something else")
+    own = hash_bytes(b"something else")
     with pytest.raises((CorruptObject, UnsupportedVersion)):
         decode_frame(own, frame, memoryview(bytearray(size)))
 
@@ -92,7 +92,7 @@ def test_a_claim_of_more_than_the_limit_is_refused_before_anything_is_allocated(
     tracemalloc.start()
     try:
         with pytest.raises(CorruptObject, match="over the limit"):
-            plain_length(object_id(b"abc"), frame)
+            plain_length(hash_bytes(b"abc"), frame)
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()
@@ -101,7 +101,7 @@ def test_a_claim_of_more_than_the_limit_is_refused_before_anything_is_allocated(
 def test_a_claim_other_than_the_expected_length_is_refused() -> None:
     frame = memoryview(frame_of(b"abc"))
     with pytest.raises(CorruptObject, match="3 bytes where 4"):
-        decode_frame(object_id(b"abc"), frame, memoryview(bytearray(4)))
+        decode_frame(hash_bytes(b"abc"), frame, memoryview(bytearray(4)))
 
 
 def test_more_than_the_limit_is_not_encoded() -> None:

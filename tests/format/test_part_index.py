@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from castore.errors import CorruptIndex, UnsupportedValue, UnsupportedVersion
 from castore.format import part_index
-from castore.format.ids import object_id
+from castore.format.ids import hash_bytes
 from castore.format.part_index import MAX_DEPTH, ChunkRef, Index, TensorRef, TensorSpec
 
-A, B = object_id(b"a"), object_id(b"b")
+A, B = hash_bytes(b"a"), hash_bytes(b"b")
 TENSORS = (TensorSpec("float32", (5, 3), 0), TensorSpec("bool", (), 64), TensorSpec("bfloat16", (0, 7), 0))
 CHUNKS = (ChunkRef(A, 60), ChunkRef(B, 5))
 

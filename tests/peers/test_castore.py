@@ -11,7 +11,7 @@ from actions_service import Service as Cache
 from conftest import Official
 
 from castore.format import bundle
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 from castore.remotes import github_cache
 from castore.remotes.github_cache import CacheService, GitHubCache
 
@@ -66,7 +66,7 @@ def test_a_bundle_goes_into_azures_blobs_and_comes_back(
     any_service: Cache, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(github_cache, "BLOCK", block)
-    frames: dict[ObjectId, bytes] = {object_id(bytes([i])): os.urandom(9_000) for i in range(8)}
+    frames: dict[ObjectId, bytes] = {hash_bytes(bytes([i])): os.urandom(9_000) for i in range(8)}
     layout = bundle.lay_out({own: len(frame) for own, frame in frames.items()})
     data = bundle.HEADER + b"".join(frames.values()) + layout.tail
     key = GitHubCache(CacheService.of_job(any_service.environment()), []).upload(

@@ -9,7 +9,7 @@ from builders import entry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 from castore.format.manifest import Entry, Experiment, Part
 from castore.policy.retention import Decision, Policy, Source, decide
 from castore.policy.scoring import score
@@ -27,7 +27,7 @@ def checkpoint(step: int, loss: float, **fields: Any) -> Entry:
 
 def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
     """Ten bytes for a model, twenty for the rest, none of them shared."""
-    return {object_id(f"{entry.id}{part}".encode()): 10 if part == "model" else 20}
+    return {hash_bytes(f"{entry.id}{part}".encode()): 10 if part == "model" else 20}
 
 
 def decided(entries: list[Entry], *others: list[Entry], **options: Any) -> dict[int, Decision]:
@@ -105,7 +105,7 @@ def test_what_others_share_or_what_is_gone_already_is_not_let_go_for_size() -> N
 
 def test_worst_first_holds_for_checkpoints_that_share_all_they_have() -> None:
     def shared(one: Entry, part: str) -> Mapping[ObjectId, int]:
-        return {object_id(b"same" if one.manifest.step < 4 else one.id.encode()): 100} if part == "model" else {}
+        return {hash_bytes(b"same" if one.manifest.step < 4 else one.id.encode()): 100} if part == "model" else {}
 
     entries = [checkpoint(step, loss) for step, loss in enumerate([9.0, 8.0, 7.0, 3.0, 2.0], start=1)]
     found = decide(Source("here", entries), [], Policy(keep=5, keep_latest=0, max_size=250), shared, now=NOW)

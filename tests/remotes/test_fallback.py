@@ -12,7 +12,7 @@ from castore import Repo
 from castore.errors import CorruptObject, ObjectMissing, StorageError
 from castore.format import part_index
 from castore.format.frame import MAX_STORED
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 from castore.policy.resolution import availability
 from castore.remotes import fallback
 from castore.remotes.folder import Folder
@@ -71,7 +71,7 @@ def test_what_is_damaged_is_quarantined_and_fetched(pair: tuple[Repo, ObjectId, 
         flip(repo.store.path(one))
     assert exact(repo.load(own)) == exact(parts(3))
     assert {name[:64] for name in os.listdir(repo.store.quarantine)} == set(damaged)
-    assert all(object_id(repo.store.read(one)) == one for one in damaged)
+    assert all(hash_bytes(repo.store.read(one)) == one for one in damaged)
 
 
 def test_an_index_is_kept_only_after_its_chunks(pair: tuple[Repo, ObjectId, Path]) -> None:
@@ -151,7 +151,7 @@ def test_a_remote_is_never_written_to(pair: tuple[Repo, ObjectId, Path]) -> None
 
 def test_an_oversized_file_of_a_remote_is_not_read(tmp_path: Path) -> None:
     remote = Folder("big", tmp_path)
-    own = object_id(b"x")
+    own = hash_bytes(b"x")
     path = tmp_path / "objects" / own[:2] / own
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:
@@ -162,7 +162,7 @@ def test_an_oversized_file_of_a_remote_is_not_read(tmp_path: Path) -> None:
 
 def test_a_link_in_a_remote_is_not_followed(tmp_path: Path) -> None:
     remote = Folder("linked", tmp_path)
-    own = object_id(b"x")
+    own = hash_bytes(b"x")
     path = tmp_path / "objects" / own[:2] / own
     path.parent.mkdir(parents=True)
     (tmp_path / "secret").write_bytes(b"s")
@@ -183,19 +183,19 @@ def test_a_relative_path_starts_where_the_project_lives(
     monkeypatch.chdir("/")
     (remote,) = Repo.open(repo.root).remotes
     some = objects_of(repo, "model")
-    assert remote.has([*some, object_id(b"unknown")]) == set(some)
+    assert remote.has([*some, hash_bytes(b"unknown")]) == set(some)
 
 
 def test_having_asks_each_for_what_the_others_lack(tmp_path: Path, rng: random.Random) -> None:
     made = []
     for name in ("a", "b"):
-        own = object_id(rng.randbytes(10))
+        own = hash_bytes(rng.randbytes(10))
         path = tmp_path / name / "objects" / own[:2] / own
         path.parent.mkdir(parents=True)
         path.write_bytes(b"")
         made.append(own)
     both = [Folder(name, tmp_path / name) for name in ("a", "b", "c")]
-    assert fallback.having(both, [*made, object_id(b"")]) == set(made)
+    assert fallback.having(both, [*made, hash_bytes(b"")]) == set(made)
 
 
 def test_the_state_of_a_part_needs_all_missing_chunks_in_remotes(pair: tuple[Repo, ObjectId, Path]) -> None:

@@ -19,7 +19,7 @@ from castore import Repo, transfer
 from castore.errors import NotInActions, RemoteUnavailable, UploadRefused
 from castore.format import bundle
 from castore.format.bundle import Record
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 from castore.github import sessions
 from castore.remotes import fallback, github_cache
 from castore.remotes.github_cache import CacheService, GitHubCache
@@ -144,8 +144,8 @@ def test_what_no_record_names_is_looked_for_in_every_bundle_and_else_a_miss(box:
     remote = box.remote()
     chunk = next(own for own in box.frames if own not in box.record.parts)
     assert remote.get(chunk) == box.frames[chunk]
-    assert remote.get(object_id(b"unknown")) is None
-    assert remote.explain_missing(object_id(b"unknown")) == "no bundle has it"
+    assert remote.get(hash_bytes(b"unknown")) is None
+    assert remote.explain_missing(hash_bytes(b"unknown")) == "no bundle has it"
 
 
 def truncated(box: Box) -> None:
@@ -418,7 +418,7 @@ def upload(cache: Cache, data: dict[ObjectId, bytes], remote: GitHubCache | None
     return key
 
 
-FRAMES = {object_id(bytes([i])): bytes([i]) * (100 + i) for i in range(5)}
+FRAMES = {hash_bytes(bytes([i])): bytes([i]) * (100 + i) for i in range(5)}
 
 
 def test_a_bundle_of_several_blocks_arrives_whole(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,12 +504,12 @@ def test_a_look_up_that_takes_a_moment_to_find_it_is_tried_again(cache: Cache) -
 def test_evicted_bundles_are_looked_up_once_each(cache: Cache) -> None:
     records = [
         Record(
-            bundle=object_id(b"b%d" % i),
+            bundle=hash_bytes(b"b%d" % i),
             key=f"castore-{i}",
             created="2026-01-02T03:04:05.000006Z",
             bytes=1000,
             objects=3,
-            parts={object_id(b"p%d" % i): [object_id(b"b%d" % i)]},
+            parts={hash_bytes(b"p%d" % i): [hash_bytes(b"b%d" % i)]},
         )
         for i in range(50)
     ]

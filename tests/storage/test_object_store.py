@@ -16,7 +16,7 @@ from builders import exact, parts, trained, tree
 from castore import Repo
 from castore.errors import CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
 from castore.format.frame import MAX_STORED
-from castore.format.ids import ObjectId, object_id
+from castore.format.ids import ObjectId, hash_bytes
 from castore.storage import fs
 from castore.storage.object_store import ObjectStore, Written
 
@@ -29,7 +29,7 @@ def store(repo: Repo) -> ObjectStore:
 def put(store: ObjectStore, *contents: bytes, itemsize: int = 1) -> Written:
     with store.writer() as writer:
         for plain in contents:
-            assert writer.put(plain, itemsize) == object_id(plain)
+            assert writer.put(plain, itemsize) == hash_bytes(plain)
         return writer.commit()
 
 
@@ -49,7 +49,7 @@ def damage(store: ObjectStore, wanted: ObjectId) -> None:
 )
 def test_what_is_put_is_read(store: ObjectStore, plain: bytes, itemsize: int) -> None:
     put(store, plain, itemsize=itemsize)
-    own = object_id(plain)
+    own = hash_bytes(plain)
     out = bytearray(len(plain))
     store.read_into(own, memoryview(out))
     assert store.read(own) == out == plain
@@ -67,7 +67,7 @@ def test_equal_content_is_stored_once(store: ObjectStore) -> None:
 
 
 def test_an_object_that_is_not_there_is_missing(store: ObjectStore) -> None:
-    own = object_id(b"never put")
+    own = hash_bytes(b"never put")
     assert not store.has(own)
     assert store.stored_size(own) is None
     with pytest.raises(ObjectMissing, match=own[:12]):
@@ -78,7 +78,7 @@ def test_an_object_that_is_not_there_is_missing(store: ObjectStore) -> None:
 
 def test_a_damaged_object_is_quarantined_and_written_anew_by_the_next_put(store: ObjectStore) -> None:
     put(store, b"precious", b"other")
-    own = object_id(b"precious")
+    own = hash_bytes(b"precious")
     damage(store, own)
     damaged = store.path(own).read_bytes()
     with pytest.raises(CorruptObject, match=own[:12]):
@@ -94,15 +94,15 @@ def test_a_damaged_object_is_quarantined_and_written_anew_by_the_next_put(store:
 
 def test_reading_into_a_buffer_quarantines_too(store: ObjectStore) -> None:
     put(store, b"precious")
-    damage(store, object_id(b"precious"))
+    damage(store, hash_bytes(b"precious"))
     with pytest.raises(CorruptObject):
-        store.read_into(object_id(b"precious"), memoryview(bytearray(8)))
+        store.read_into(hash_bytes(b"precious"), memoryview(bytearray(8)))
     assert len(list(store.quarantine.iterdir())) == 1
 
 
 def test_a_damaged_object_is_never_deduplicated_against(store: ObjectStore) -> None:
     put(store, b"precious")
-    own = object_id(b"precious")
+    own = hash_bytes(b"precious")
     damage(store, own)
     assert put(ObjectStore(store.objects.parent), b"precious").objects == 1
     assert store.read(own) == b"precious"
@@ -110,7 +110,7 @@ def test_a_damaged_object_is_never_deduplicated_against(store: ObjectStore) -> N
 
 def test_an_object_of_a_newer_version_is_left_but_not_deduplicated_against(store: ObjectStore) -> None:
     put(store, b"precious")
-    own = object_id(b"precious")
+    own = hash_bytes(b"precious")
     data = bytearray(store.path(own).read_bytes())
     data[4] = 9
     store.path(own).write_bytes(data)
@@ -123,7 +123,7 @@ def test_an_object_of_a_newer_version_is_left_but_not_deduplicated_against(store
 
 def test_a_file_larger_than_any_object_is_damage_and_not_read(store: ObjectStore) -> None:
     put(store, b"precious")
-    own = object_id(b"precious")
+    own = hash_bytes(b"precious")
     os.truncate(store.path(own), MAX_STORED + 1)
     with pytest.raises(CorruptObject, match="over the limit"):
         store.read(own)
@@ -142,7 +142,7 @@ def test_a_hit_is_verified_once_and_again_only_if_the_file_changed(
     for _ in range(3):
         put(fresh, b"precious")
     assert len(reads) == 1
-    os.utime(store.path(object_id(b"precious")), ns=(1, 1))
+    os.utime(store.path(hash_bytes(b"precious")), ns=(1, 1))
     put(fresh, b"precious")
     assert len(reads) == 2
 
@@ -151,7 +151,7 @@ def test_a_good_object_that_took_the_place_of_a_bad_one_stays(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, b"precious")
-    own = object_id(b"precious")
+    own = hash_bytes(b"precious")
     good = store.path(own).read_bytes()
     damage(store, own)
     make_directory = fs.make_directory
@@ -177,7 +177,7 @@ def test_threads_that_put_the_same_and_other_objects_all_find_them_stored(store:
         for thread in threads:
             thread.join()
         assert writer.commit().objects == len(contents)
-    assert [store.read(object_id(one)) for one in contents] == contents
+    assert [store.read(hash_bytes(one)) for one in contents] == contents
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -185,16 +185,16 @@ def test_what_fails_after_put_has_returned_ends_the_save_with_a_typed_error(stor
     store.durable = durable
     put(store, b"older")
     contents = [f"{i}".encode() for i in range(300)]  # more than may be in flight: none may wait for ever
-    store.path(object_id(contents[5])).mkdir(parents=True)  # in the way of the rename
+    store.path(hash_bytes(contents[5])).mkdir(parents=True)  # in the way of the rename
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(StorageError, match="rename"):
         put(store, *contents)
     assert os.listdir(store.temporary) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert store.read(object_id(b"older")) == b"older"
-    store.path(object_id(contents[5])).rmdir()
+    assert store.read(hash_bytes(b"older")) == b"older"
+    store.path(hash_bytes(contents[5])).rmdir()
     put(store, *contents)
-    assert [store.read(object_id(one)) for one in contents] == contents
+    assert [store.read(hash_bytes(one)) for one in contents] == contents
 
 
 def test_a_failed_sync_is_not_tried_again_and_its_object_never_appears(
@@ -228,12 +228,12 @@ def test_an_object_that_the_disk_cant_read_is_not_deduplicated_against(
     with monkeypatch.context() as patch:
         patch.setattr(fs, "read_into", fail)
         assert put(ObjectStore(store.objects.parent), b"precious").objects == 1
-    assert store.read(object_id(b"precious")) == b"precious"
+    assert store.read(hash_bytes(b"precious")) == b"precious"
 
 
 @pytest.mark.parametrize("what", ["file", "loop"])
 def test_what_is_no_folder_where_objects_should_be_is_a_storage_error(store: ObjectStore, what: str) -> None:
-    own = object_id(b"x")
+    own = hash_bytes(b"x")
     folder = store.path(own).parent
     if what == "file":
         folder.write_bytes(b"")
