@@ -223,7 +223,7 @@ def _places(found: Index) -> list[list[tuple[ObjectId, int, int]]]:
     """Where the bytes of each tensor are: (chunk, offset in it, length), in order. Equal places hold equal bytes."""
     extents = [(spec.offset, spec.nbytes) for spec in found.tensors]
     places: list[list[tuple[ObjectId, int, int]]] = [[] for _ in extents]
-    covered = chunking.cover(extents, [chunk.length for chunk in found.chunks])
+    covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in found.chunks])
     for chunk, pieces in zip(found.chunks, covered, strict=True):
         for piece in pieces:
             places[piece.tensor].append((chunk.id, piece.at, piece.stop - piece.start))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from castore.errors import CorruptionError, CorruptObject, ObjectMissing
 from castore.format import bundle, part_index
-from castore.format.bundle import Layout
+from castore.format.bundle import BundleLayout
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
 from castore.remotes import fallback
@@ -114,7 +114,7 @@ def plan_upload(repo: Repo, remote: GitHubCache, kept: Sequence[tuple[Entry, Seq
             left_out.append((entry.id, str(error)))
             continue
         needed = {own: size for sizes in found.values() for own, size in sizes.items()}
-        chosen, new = bundle.cover(needed, bundles)
+        chosen, new = bundle.choose_bundles(needed, bundles)
         problem = _damaged(repo.store, new - wanted)
         if problem:
             left_out.append((entry.id, problem))
@@ -164,7 +164,7 @@ def _damaged(store: ObjectStore, wanted: Collection[ObjectId]) -> str:
     return ""
 
 
-def reader(store: ObjectStore, layout: Layout) -> Callable[[int, int], bytes]:
+def reader(store: ObjectStore, layout: BundleLayout) -> Callable[[int, int], bytes]:
     """Gives any range of a bundle, read from the objects' files as they lie: no copy of the whole is ever made."""
     pieces: list[tuple[int, ObjectId | None]] = [
         (0, None),

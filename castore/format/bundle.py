@@ -1,16 +1,16 @@
-"""Bundles: one remote entry that holds many objects, and the record of one that is committed to git. Pure.
+"""Bundles (one remote entry that holds many objects) and the records of them that are committed to git. Pure.
 
 =========  ======  ==================================================
 offset     bytes   field
 =========  ======  ==================================================
 0          8       magic ``CSTB``, version 1, three zero bytes
-8          ...     frames (:mod:`castore.objects`), back to back
+8          ...     frames (:mod:`castore.format.frame`), back to back
 f          44 n    the index: for each frame, in order, id (32 bytes), offset (u64), length (u32)
 f + 44 n   16      f (u64), n (u32), magic ``CSTB``
 =========  ======  ==================================================
 
-The id of a bundle is the BLAKE3 of its index. The record in git says it, so a reader needs two requests: one for the
-index, which it verifies, and one for the object that it wants, which verifies itself.
+The id of a bundle is the BLAKE3 of its index, and the record in git states it. So reading an object takes two requests:
+one for the index, verified against the bundle's id, and one for the object's frame, verified against the object's id.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from castore.format.manifest import CREATED, canonical
 VERSION = 1
 MAX_OBJECTS = 1 << 17
 MAX_RECORD_BYTES = 1 << 20
-_LONGEST_KEY = 512  # what GitHub allows
+_LONGEST_KEY = 512  # the limit of the GitHub Actions cache
 
 _MAGIC = b"CSTB"
 HEADER = _MAGIC + bytes((VERSION, 0, 0, 0))
@@ -40,7 +40,7 @@ _TRAILER = struct.Struct("<QL4s")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a frame lies in its bundle, in bytes."""
+    """Position of a frame in its bundle, in bytes."""
 
     offset: int
     length: int
@@ -50,8 +50,8 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """A bundle that is to be written: ``HEADER``, the frames at their places, then ``tail``; ``size`` bytes in all."""
+class BundleLayout:
+    """A bundle to write: ``HEADER``, the frames at their ``places``, then ``tail``; ``size`` bytes in all."""
 
     id: ObjectId
     places: Mapping[ObjectId, Place]
@@ -59,54 +59,56 @@ class Layout:
     size: int
 
 
-def lay_out(sizes: Mapping[ObjectId, int]) -> Layout:
-    """The bundle of frames of these sizes, in this order."""
+def lay_out(sizes: Mapping[ObjectId, int]) -> BundleLayout:
+    """Return the layout of a bundle with frames of these sizes (bytes), in this order."""
     places = {}
-    at = len(HEADER)
-    for own, size in sizes.items():
-        places[own] = Place(at, size)
-        at += size
-    index = b"".join(_PLACE.pack(bytes.fromhex(own), place.offset, place.length) for own, place in places.items())
-    tail = index + _TRAILER.pack(at, len(places), _MAGIC)
-    return Layout(hash_bytes(index), places, tail, at + len(tail))
+    offset = len(HEADER)
+    for object_id, size in sizes.items():
+        places[object_id] = Place(offset, size)
+        offset += size
+    index = b"".join(
+        _PLACE.pack(bytes.fromhex(object_id), place.offset, place.length) for object_id, place in places.items()
+    )
+    tail = index + _TRAILER.pack(offset, len(places), _MAGIC)
+    return BundleLayout(hash_bytes(index), places, tail, offset + len(tail))
 
 
 def tail_bytes(count: int) -> int:
-    """How long the end of a bundle of ``count`` objects is: what :func:`read_tail` takes."""
+    """Return the length of the tail of a bundle with ``count`` objects: the bytes that :func:`read_tail` takes."""
     return _PLACE.size * count + _TRAILER.size
 
 
-def read_tail(expected: ObjectId, tail: Buffer, size: int) -> dict[ObjectId, Place]:
-    """Where each object lies in the bundle ``expected`` of ``size`` bytes that ends so. CorruptBundle.
+def read_tail(bundle_id: ObjectId, tail: Buffer, size: int) -> dict[ObjectId, Place]:
+    """Return the place of every object in the bundle of ``size`` bytes that ends in ``tail``. CorruptBundle.
 
-    The hash comes first. The rest then only proves that whoever wrote it kept to the format.
+    The hash is checked first; the remaining checks catch a writer that did not follow the format.
     """
     index, trailer = tail[: -_TRAILER.size], tail[-_TRAILER.size :]
-    if len(trailer) < _TRAILER.size or hash_bytes(index) != expected:
-        raise CorruptBundle("its index is not the one that git names: other bytes stand in its place")
-    start, count, magic = _TRAILER.unpack(trailer)
-    if (start, count, magic) != (size - len(tail), len(index) // _PLACE.size, _MAGIC):
-        raise CorruptBundle("its last bytes contradict its index")
+    if len(trailer) < _TRAILER.size or hash_bytes(index) != bundle_id:
+        raise CorruptBundle("its index does not match the id recorded in git: the entry holds other bytes")
+    frames_end, count, magic = _TRAILER.unpack(trailer)
+    if (frames_end, count, magic) != (size - len(tail), len(index) // _PLACE.size, _MAGIC):
+        raise CorruptBundle("its trailer contradicts its index")
     places = {}
-    at = len(HEADER)
+    expected_offset = len(HEADER)
     for digest, offset, length in _PLACE.iter_unpack(index):
-        if offset != at or not HEADER_BYTES <= length <= MAX_STORED:
-            raise CorruptBundle("its index lists frames that don't follow one another")
+        if offset != expected_offset or not HEADER_BYTES <= length <= MAX_STORED:
+            raise CorruptBundle("its index lists frames that are not contiguous, or a length out of range")
         places[ObjectId(digest.hex())] = Place(offset, length)
-        at += length
-    if at != start or len(places) != count:
-        raise CorruptBundle("its index lists an object twice, or not all of the bundle")
+        expected_offset += length
+    if expected_offset != frames_end or len(places) != count:
+        raise CorruptBundle("its index lists an object twice, or does not cover the whole bundle")
     return places
 
 
-# -- its record ------------------------------------------------------------------------------------------------------
+# -- the record of a bundle ------------------------------------------------------------------------------------------
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What git knows of a bundle: under which ``key`` it was uploaded, and what can be read with its help.
+    """The file in git that describes a bundle: the ``key`` it was uploaded under, and the parts it helps to read.
 
-    ``parts`` maps the index id of each part of a checkpoint to all the bundles that hold its objects together. ``ref``
-    is the git ref of the job that uploaded it, as not every other sees what it did.
+    ``parts`` maps the index id of each part to all the bundles that together hold its objects. ``ref`` is the git ref
+    of the job that uploaded the bundle: a job on another ref may not be able to see the entry.
     """
 
     version: int = VERSION
@@ -120,21 +122,21 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def file_name(self) -> str:
-        """Where it lives below ``bundles/``: named by its content, so that two branches never conflict over one."""
+        """Path below ``bundles/``. Named after the content, so two branches never conflict over a record."""
         return f"{hash_bytes(encode_record(self))[:16]}.json"
 
 
 PARTS_OF_A_RECORD = 1000
-"""So that a record stays far below its limit; what goes beyond is another record of the same bundle."""
+"""Keeps a record far below ``MAX_RECORD_BYTES``; further parts go into another record of the same bundle."""
 
 
 def encode_record(record: Record) -> bytes:
-    """The record's file."""
+    """Return the bytes of the record's file."""
     return canonical(record)
 
 
 def decode_record(data: bytes) -> Record:
-    """The record in a file's bytes. CorruptBundle or UnsupportedVersion for anything else."""
+    """Return the record in a file's bytes. Raise CorruptBundle or UnsupportedVersion for anything else."""
     try:
         record = msgspec.json.decode(data[: MAX_RECORD_BYTES + 1], type=Record)
         if record.version > VERSION:
@@ -143,61 +145,66 @@ def decode_record(data: bytes) -> Record:
         if encode_record(record) != data:
             raise ValueError("not in canonical form")
     except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise CorruptBundle(f"not a valid record of a bundle: {error}") from error
+        raise CorruptBundle(f"not a valid bundle record: {error}") from error
     return record
 
 
 def _check(record: Record) -> None:
-    ids = [record.bundle, *record.parts, *(one for bundles in record.parts.values() for one in bundles)]
-    if not all(map(is_object_id, ids)):
-        raise ValueError("an id is not one")
-    if (
-        not (0 < len(record.key) <= _LONGEST_KEY and record.key.isascii() and record.key.isprintable())
-        or "," in record.key
-    ):
-        raise ValueError("its key is none")
+    bundle_ids = (bundle_id for bundles in record.parts.values() for bundle_id in bundles)
+    if not all(map(is_object_id, [record.bundle, *record.parts, *bundle_ids])):
+        raise ValueError("invalid id")
+    if not _is_valid_key(record.key):
+        raise ValueError("invalid key")
     if not CREATED.fullmatch(record.created):
         raise ValueError("created is not a UTC time with microseconds")
     datetime.fromisoformat(record.created)  # ValueError for a month of 19
     if not all(record.parts.values()):
-        raise ValueError("a part lies in no bundle")
+        raise ValueError("a part lists no bundle")
     if not record.ref.isprintable() or len(record.ref) > _LONGEST_KEY:
-        raise ValueError("its ref is none")
+        raise ValueError("invalid ref")
     if record.version < 1 or not 0 < record.objects <= MAX_OBJECTS or not 0 < record.bytes < 2**63:
         raise ValueError("a number is out of range")
     if record.bytes < len(HEADER) + tail_bytes(record.objects):
-        raise ValueError("it is smaller than its own index")
+        raise ValueError("the bundle would be smaller than its own index")
 
 
-# -- which objects go into a new one ---------------------------------------------------------------------------------
+def _is_valid_key(key: str) -> bool:
+    return 0 < len(key) <= _LONGEST_KEY and key.isascii() and key.isprintable() and "," not in key
+
+
+# -- which objects go into a new bundle ------------------------------------------------------------------------------
 
 MOST_BUNDLES = 4
-"""One more that a checkpoint depends on is one more that may have been evicted."""
+"""A checkpoint depends on at most this many bundles: each further one is one more that the cache may have evicted."""
 
 
-def cover(
+def choose_bundles(
     needed: Mapping[ObjectId, int], bundles: Mapping[ObjectId, Mapping[ObjectId, int]]
 ) -> tuple[list[ObjectId], set[ObjectId]]:
-    """(existing bundles to rely on, objects that a new bundle must have) so that all of ``needed`` can be had.
+    """Return (existing bundles to rely on, objects that go into a new bundle); together they hold all of ``needed``.
 
-    ``needed`` and each of ``bundles`` map objects to stored sizes. When it would take more than ``MOST_BUNDLES``, or
-    more than half of what the existing ones hold isn't needed, the new one holds everything.
+    ``needed`` and each value of ``bundles`` map object ids to stored sizes. The new bundle holds everything if
+    ``MOST_BUNDLES`` would be exceeded otherwise, or if over half the bytes of the existing bundles are not needed.
     """
-    left = set(needed)
+    uncovered = set(needed)
     chosen: list[ObjectId] = []
-    while left:
-        best = max(bundles, key=lambda one: sum(needed[own] for own in left & bundles[one].keys()), default=None)
-        if best is None or not left & bundles[best].keys():
+
+    def gain(bundle_id: ObjectId) -> int:
+        return sum(needed[object_id] for object_id in uncovered & bundles[bundle_id].keys())
+
+    while uncovered:
+        best = max(bundles, key=gain, default=None)
+        if best is None or not uncovered & bundles[best].keys():
             break
         chosen.append(best)
-        left -= bundles[best].keys()
-    held = sum(sum(bundles[one].values()) for one in chosen)
-    used = sum(needed[own] for own in needed.keys() - left)
-    if len(chosen) + bool(left) > MOST_BUNDLES or held > 2 * used:
+        uncovered -= bundles[best].keys()
+    held = sum(sum(bundles[bundle_id].values()) for bundle_id in chosen)
+    used = sum(needed[object_id] for object_id in needed.keys() - uncovered)
+    if len(chosen) + bool(uncovered) > MOST_BUNDLES or held > 2 * used:
         return [], set(needed)
-    return chosen, left
+    return chosen, uncovered
 
 
-def in_order(parts: Iterable[Iterable[ObjectId]], wanted: set[ObjectId]) -> list[ObjectId]:
-    """The ``wanted`` objects, each once and those of a part side by side."""
-    return list(dict.fromkeys(own for objects in parts for own in objects if own in wanted))
+def in_order(parts: Iterable[Iterable[ObjectId]], selected: set[ObjectId]) -> list[ObjectId]:
+    """Return the ``selected`` objects, each once, with those of a part side by side."""
+    return list(dict.fromkeys(object_id for objects in parts for object_id in objects if object_id in selected))

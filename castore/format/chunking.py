@@ -1,13 +1,13 @@
-"""How a part's tensors are laid out in one stream and cut into chunks. Pure.
+"""Layout of a part: its tensors in one stream of bytes, and the stream cut into chunks. Pure.
 
-A tensor of at least half a chunk is cut at multiples of the chunk size from its own start, so the same tensor gives
-the same chunks wherever it stands. Smaller ones of the same element width share chunks, each at a 64-byte boundary:
-equal widths keep the byte planes of :mod:`castore.codecs` aligned.
+A tensor of at least half a chunk is cut at multiples of the chunk size from its own start, so equal tensors give
+equal chunks whatever else the part holds. Smaller tensors of equal element width share chunks, each starting at a
+64-byte boundary: equal widths keep the byte planes of :mod:`castore.format.codecs` aligned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 ALIGNMENT = 64
@@ -15,7 +15,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes ``[start, stop)`` of one tensor, at ``at`` within a chunk."""
+    """Bytes ``[start, stop)`` of tensor number ``tensor``, which begin at byte ``at`` of a chunk."""
 
     tensor: int
     start: int
@@ -25,7 +25,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """``length`` bytes of the stream: ``pieces`` in order, zeros between them. ``itemsize`` is the number width."""
+    """``length`` bytes of the stream: ``pieces`` in order, zeros between them. ``itemsize`` is their element width."""
 
     length: int
     itemsize: int
@@ -34,47 +34,51 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """``offsets[i]`` is where tensor i begins in the concatenation of ``chunks``; 0 for an empty tensor."""
+    """``offsets[i]`` is where tensor i begins in the stream, the concatenation of ``chunks``; 0 if it is empty."""
 
     offsets: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
 
 @dataclass(slots=True)
-class _Shared:
-    """A chunk that small tensors are still being added to."""
+class _OpenChunk:
+    """A shared chunk to which small tensors are still being added."""
 
     length: int = 0
     pieces: list[Piece] = field(default_factory=list)
 
 
 def plan_layout(sizes: Sequence[tuple[int, int]], chunk_size: int) -> Layout:
-    """Lay out tensors given as (bytes, element width), in order. A function of its arguments alone."""
+    """Return the layout of tensors given as (bytes, element width), in order. Deterministic."""
     chunks: list[Chunk] = []
-    shared: dict[int, _Shared] = {}
+    open_chunks: dict[int, _OpenChunk] = {}  # by element width
 
-    def flush(itemsize: int) -> None:
-        full = shared.pop(itemsize)
-        chunks.append(Chunk(full.length, itemsize, tuple(full.pieces)))
+    def close(itemsize: int) -> None:
+        closed = open_chunks.pop(itemsize)
+        chunks.append(Chunk(closed.length, itemsize, tuple(closed.pieces)))
 
     for tensor, (size, itemsize) in enumerate(sizes):
         if size == 0:
             continue
         if 2 * size >= chunk_size:
-            for start in range(0, size, chunk_size):
-                stop = min(start + chunk_size, size)
-                chunks.append(Chunk(stop - start, itemsize, (Piece(tensor, start, stop, 0),)))
+            chunks.extend(_cut(tensor, size, itemsize, chunk_size))
             continue
-        at = _aligned(shared[itemsize].length) if itemsize in shared else 0
+        at = _aligned(open_chunks[itemsize].length) if itemsize in open_chunks else 0
         if at + size > chunk_size:
-            flush(itemsize)
+            close(itemsize)
             at = 0
-        current = shared.setdefault(itemsize, _Shared())
-        current.pieces.append(Piece(tensor, 0, size, at))
-        current.length = at + size
-    for itemsize in list(shared):
-        flush(itemsize)
+        chunk = open_chunks.setdefault(itemsize, _OpenChunk())
+        chunk.pieces.append(Piece(tensor, 0, size, at))
+        chunk.length = at + size
+    for itemsize in list(open_chunks):
+        close(itemsize)
     return Layout(_offsets(len(sizes), chunks), tuple(chunks))
+
+
+def _cut(tensor: int, size: int, itemsize: int, chunk_size: int) -> Iterator[Chunk]:
+    for start in range(0, size, chunk_size):
+        stop = min(start + chunk_size, size)
+        yield Chunk(stop - start, itemsize, (Piece(tensor, start, stop, 0),))
 
 
 def _offsets(count: int, chunks: Sequence[Chunk]) -> tuple[int, ...]:
@@ -88,14 +92,14 @@ def _offsets(count: int, chunks: Sequence[Chunk]) -> tuple[int, ...]:
     return tuple(offsets)
 
 
-def cover(extents: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[list[Piece]]:
-    """For each chunk of the given lengths, the pieces of the tensors that lie in it.
+def pieces_by_chunk(extents: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[list[Piece]]:
+    """Return, for each chunk of the given lengths, the pieces of tensors that lie in it.
 
-    ``extents`` are (offset, bytes) in the stream. The inverse of :func:`plan`, but for any layout that an index may
-    describe.
+    ``extents`` are (offset, bytes) in the stream. Inverts :func:`plan_layout`, and accepts any other layout that an
+    index may describe.
     """
     order = sorted((offset, size, tensor) for tensor, (offset, size) in enumerate(extents) if size)
-    covered: list[list[Piece]] = []
+    by_chunk: list[list[Piece]] = []
     start = 0
     first = 0
     for length in lengths:
@@ -110,9 +114,9 @@ def cover(extents: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[li
             i += 1
             if offset + size <= stop:
                 first = i
-        covered.append(pieces)
+        by_chunk.append(pieces)
         start = stop
-    return covered
+    return by_chunk
 
 
 def _aligned(offset: int) -> int:

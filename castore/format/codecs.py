@@ -8,9 +8,9 @@ number  name      payload
 2       planes    the bytes of equal significance of every element stored together, each plane raw or zstd
 ======  ========  ==============================================================================================
 
-Trained floating-point numbers compress in one byte only: the sign and exponent (ZipNN, arXiv:2411.05239). Splitting
-the planes and compressing that one alone is both smaller and several times faster than zstd over the whole. Matches
-hardly exist in such a plane, so zstd is set to do little but entropy coding.
+Of trained floating-point numbers only one byte compresses: the sign and exponent (ZipNN, arXiv:2411.05239). Splitting
+the planes and compressing that one alone gives a smaller result than zstd over the whole, several times faster. Such a
+plane holds hardly any matches, so zstd is set to do little but entropy coding.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ RAW, ZSTD, PLANES = 0, 1, 2
 NAMES = {RAW: "raw", ZSTD: "zstd", PLANES: "planes"}
 
 MAX_WINDOW = 1 << 23
-"""Largest zstd window that is decoded, bytes: what any frame written here stays far below."""
+"""Largest zstd window that is decoded, in bytes. Frames written here stay far below it."""
 
 _PROBE_SLICES = 4
 _PROBE_BYTES = 8192
-_WORTH = 0.97  # an encoding that saves less than 3 % isn't worth decoding
+_WORTH = 0.97  # an encoding that saves less than 3 % isn't worth the time to decode it
 _PLANE_RAW, _PLANE_ZSTD = 0, 1
 _PLANE_HEADER = struct.Struct("<BBI")  # width in bytes, raw or zstd, stored length
 
@@ -47,18 +47,18 @@ class CodecError(ValueError):
 
 
 def encode(plain: Buffer, itemsize: int = 1) -> tuple[int, list[Buffer]]:
-    """The codec that a probe finds best for ``plain``, and the payload as buffers to be written one after another.
+    """Return (codec, payload): the codec that suits a sample of ``plain`` best, and buffers to write one after another.
 
-    ``itemsize`` is the width in bytes of the numbers in ``plain``: 1 when there are none. The payload may alias
-    ``plain`` (codec raw), so it must be written before ``plain`` changes.
+    ``itemsize`` is the width in bytes of the numbers in ``plain``, 1 for other data. The payload may alias ``plain``
+    (codec raw), so it must be written before ``plain`` changes.
     """
     sample = _sample(plain, itemsize)
     as_zstd = len(_compressor(_GENERAL).compress(sample))
     if itemsize in _GROUPS and len(plain) % itemsize == 0:
-        shrinking = _shrinking_planes(sample, itemsize)
-        as_planes = sum(min(size, raw) for size, raw in shrinking)
+        plane_sizes = _probe_planes(sample, itemsize)
+        as_planes = sum(min(size, raw) for size, raw in plane_sizes)
         if as_planes < min(as_zstd, _WORTH * len(sample)):
-            return PLANES, _encode_planes(plain, itemsize, [size < _WORTH * raw for size, raw in shrinking])
+            return PLANES, _encode_planes(plain, itemsize, [size < _WORTH * raw for size, raw in plane_sizes])
     if as_zstd < _WORTH * len(sample):
         frame = _compressor(_GENERAL).compress(plain)
         if len(frame) < len(plain):
@@ -67,7 +67,7 @@ def encode(plain: Buffer, itemsize: int = 1) -> tuple[int, list[Buffer]]:
 
 
 def _sample(plain: Buffer, itemsize: int) -> bytes:
-    """A few evenly spaced slices that stand for the whole; each starts at an element."""
+    """Return a few evenly spaced slices that stand for the whole, each starting at an element."""
     size = len(plain)
     if size <= _PROBE_SLICES * _PROBE_BYTES:
         return bytes(plain)
@@ -77,43 +77,43 @@ def _sample(plain: Buffer, itemsize: int) -> bytes:
     return b"".join(view[start : start + _PROBE_BYTES] for start in starts)
 
 
-# How the bytes of an element are grouped into planes, least significant first. The low half of a float never
-# shrinks, and one copy of twice the width is cheaper than two.
+# Widths of the planes of an element, least significant first. The low half of a float never shrinks, and one copy
+# of twice the width is cheaper than two copies.
 _GROUPS = {2: (1, 1), 4: (2, 1, 1), 8: (4, 2, 1, 1)}
 
 
-def _shrinking_planes(sample: bytes, itemsize: int) -> list[tuple[int, int]]:
-    """For each plane of the sample: its compressed and its raw size."""
+def _probe_planes(sample: bytes, itemsize: int) -> list[tuple[int, int]]:
+    """Return the (compressed, raw) size of each plane of the sample."""
     compressor = _compressor(_ENTROPY)
     planes = _split(sample, itemsize)
     return [(len(compressor.compress(plane)), len(plane)) for plane in planes]
 
 
 def _split(plain: Buffer, itemsize: int) -> list[memoryview]:
+    """Return the planes of ``plain``, with the widths of ``_GROUPS``."""
     import numpy as np
 
     planes = []
     offset = 0
-    groups = _GROUPS[itemsize]
-    # the last two bytes of an element are fetched together and taken apart while they are in the cache
-    for width in groups[:-2]:
+    # the last two widths are 1 and 1: both bytes are fetched together and taken apart while they are in the cache
+    for width in _GROUPS[itemsize][:-2]:
         numbers = np.frombuffer(plain, dtype=f"<u{width}")
         planes.append(np.ascontiguousarray(numbers[offset // width :: itemsize // width]))
         offset += width
     pairs = np.frombuffer(plain, dtype="<u2")[offset // 2 :: itemsize // 2]
     low, high = np.empty(len(pairs), np.uint8), np.empty(len(pairs), np.uint8)
-    scratch = np.empty(min(len(pairs), _PAIRS), np.uint16)
-    for start in range(0, len(pairs), _PAIRS):
-        some = pairs[start : start + _PAIRS]
-        both = scratch[: len(some)]
-        both[:] = some
-        low[start : start + _PAIRS] = both
-        np.right_shift(both, 8, out=both)
-        high[start : start + _PAIRS] = both
+    scratch = np.empty(min(len(pairs), _BLOCK_PAIRS), np.uint16)
+    for start in range(0, len(pairs), _BLOCK_PAIRS):
+        stop = min(start + _BLOCK_PAIRS, len(pairs))
+        block = scratch[: stop - start]
+        block[:] = pairs[start:stop]
+        low[start:stop] = block
+        np.right_shift(block, 8, out=block)
+        high[start:stop] = block
     return [plane.view(np.uint8).data for plane in (*planes, low, high)]
 
 
-_PAIRS = 1 << 16
+_BLOCK_PAIRS = 1 << 16
 
 
 def _encode_planes(plain: Buffer, itemsize: int, shrinks: Sequence[bool]) -> list[Buffer]:
@@ -135,9 +135,9 @@ _WORTH_NUMPY = 1 << 16
 
 
 def copy(source: Buffer, target: memoryview) -> None:
-    """Copy all of ``source`` into ``target``, of the same length, letting other threads run meanwhile if it is long.
+    """Copy ``source`` into ``target``, of the same length. Releases the GIL for long buffers.
 
-    Assigning to a memoryview doesn't, and the first touch of new memory takes longer than what is copied into it.
+    Assigning to a memoryview holds the GIL, and the first touch of new memory takes longer than the copying itself.
     """
     if len(target) < _WORTH_NUMPY:
         target[:] = source
@@ -151,9 +151,9 @@ def copy(source: Buffer, target: memoryview) -> None:
 
 
 def decode(codec: int, payload: memoryview, out: memoryview) -> None:
-    """Decode ``payload`` into all of ``out``. CodecError for anything that doesn't fill it exactly.
+    """Decode ``payload`` into all of ``out``. CodecError if it does not fill ``out`` exactly.
 
-    Arbitrary bytes cost no memory beyond ``out`` and one plane of it.
+    Hostile bytes cost no memory beyond ``out`` and one plane of it.
     """
     if codec == RAW:
         if len(payload) != len(out):
@@ -173,7 +173,7 @@ def _decompress(frame: memoryview, size: int) -> bytes:
     try:
         # max_output_size is ignored when the frame declares a size, so the declared one is checked first
         declared = zstandard.get_frame_parameters(frame)
-        if declared.content_size != size or not size:  # of an empty frame zstandard looks at nothing but the header
+        if declared.content_size != size or not size:  # zstandard reads only the header of an empty frame
             raise CodecError(f"zstd frame declares {declared.content_size} bytes where {size} were expected")
         if declared.window_size > MAX_WINDOW:
             raise CodecError(f"zstd window of {declared.window_size} bytes is over the limit")
@@ -225,7 +225,7 @@ def _plane_headers(payload: memoryview, itemsize: int) -> list[tuple[int, int, i
     return headers
 
 
-# -- zstd objects: one per thread, since they are expensive to make and not safe to share ----------------------------
+# -- zstd objects: one per thread, as they are expensive to make and not safe to share -------------------------------
 
 _GENERAL, _ENTROPY = "general", "entropy"
 _local = threading.local()

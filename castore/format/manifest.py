@@ -1,7 +1,7 @@
 """Manifest <-> canonical JSON, validated. Pure.
 
-A manifest's id is the BLAKE3 of the file's bytes, so the bytes are canonical: sorted keys, indent 2, a final newline,
-finite numbers only, no key twice. A file that says the same in other bytes is not a manifest.
+A manifest's id is the BLAKE3 of its file's bytes, so the bytes are canonical: sorted keys, indent 2, a final newline,
+finite numbers only, no duplicate keys. A file with the same content in any other form is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ Kind = Literal["checkpoint", "dataset", "files"]
 
 
 class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a metric counts: which ``direction`` is better, and the range that maps it into [0, 1]."""
+    """How a metric is scored: which ``direction`` is better, and the range that is mapped into [0, 1].
+
+    >>> perplexity = Metric(direction="min", low=1.0, high=100.0)
+    >>> (perplexity.direction, perplexity.high)
+    ('min', 100.0)
+    """
 
     direction: Literal["max", "min"] = "max"
     low: float = 0.0
@@ -38,10 +43,14 @@ class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What makes two checkpoints comparable. Scores are compared inside one experiment only.
+    """What makes checkpoints comparable: scores are compared within one experiment only.
 
-    ``model`` holds the parameters that a checkpoint can't be loaded without; ``tokenizer`` and ``data`` are digests;
-    ``evaluation`` says what the validation loss was measured on; ``metrics`` declares the metrics that are scored.
+    ``model`` holds the parameters that loading a checkpoint depends on; ``tokenizer`` and ``data`` are digests;
+    ``evaluation`` describes what the validation loss was measured on; ``metrics`` declares the metrics that are scored.
+
+    >>> experiment = Experiment(model={"n_layer": 4, "n_embd": 128}, metrics={"accuracy": Metric()})
+    >>> experiment == Experiment(model={"n_layer": 6, "n_embd": 128}, metrics={"accuracy": Metric()})
+    False
     """
 
     model: dict[str, Scalar] = msgspec.field(default_factory=dict)
@@ -52,7 +61,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One part of a checkpoint: the id of its index, and its size in plain and in stored bytes."""
+    """One part of a checkpoint: the id of its index, and its size in plain and in stored bytes (informative)."""
 
     index: ObjectId
     bytes: int
@@ -60,10 +69,15 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is committed to git of a checkpoint, a prepared data set or a tree of files.
+    """The file in git that describes a checkpoint, prepared data or a tree of files.
 
-    Only a checkpoint has a quality and an experiment. ``config`` and ``info`` are free-form JSON, recorded and never
-    judged.
+    ``step`` counts completed training steps; ``parent`` is the id of the checkpoint it was resumed from. Only a
+    checkpoint has metrics and an experiment. ``config`` and ``info`` are free-form JSON that castore never interprets.
+
+    >>> part = Part(index="ab" * 32, bytes=4096, stored_bytes=3500)
+    >>> manifest = Manifest(run="ci", step=500, created="2026-01-02T03:04:05.000006Z", parts={"model": part})
+    >>> manifest.file_name("cd" * 32)
+    'ci/000000500-cdcdcdcdcdcd.json'
     """
 
     version: int = VERSION
@@ -80,28 +94,28 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     config: dict[str, Any] = msgspec.field(default_factory=dict)
     info: dict[str, Any] = msgspec.field(default_factory=dict)
 
-    def file_name(self, own_id: ObjectId) -> str:
-        """Where the manifest lives below ``manifests/``."""
-        return f"{self.run}/{self.step:09d}-{own_id[:12]}.json"
+    def file_name(self, checkpoint_id: ObjectId) -> str:
+        """Return the path of the manifest with this id below ``manifests/``."""
+        return f"{self.run}/{self.step:09d}-{checkpoint_id[:12]}.json"
 
 
 class Entry(NamedTuple):
-    """One manifest of the catalog with its id."""
+    """A manifest of the catalog and its id."""
 
     id: ObjectId
     manifest: Manifest
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest's file, which :func:`decode` accepts. InvalidManifest when it breaks a rule."""
+    """Return the bytes of the manifest's file, which :func:`decode` accepts. InvalidManifest if it breaks a rule."""
     try:
         _check(manifest)
-        # by way of the types: a range of 0 to 1 is written as 0.0 to 1.0, and a step of 1.5 is refused
+        # decoded once to apply the types: a range of 0 to 1 is written as 0.0 to 1.0, and a step of 1.5 is refused
         data = canonical(_decoder.decode(canonical(manifest)))
     except (ValueError, TypeError, OverflowError, msgspec.MsgspecError, RecursionError) as error:
         raise InvalidManifest(f"can't record this checkpoint: {error}") from error
     if len(data) > MAX_BYTES:
-        raise InvalidManifest(f"can't record this checkpoint: its manifest takes {len(data)} bytes, over {MAX_BYTES}")
+        raise InvalidManifest(f"can't record this checkpoint: its manifest has {len(data)} bytes, over {MAX_BYTES}")
     return data
 
 
@@ -109,13 +123,13 @@ _decoder = msgspec.json.Decoder(Manifest)
 
 
 def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
-    """(id, manifest) of a file's bytes. CorruptManifest or UnsupportedVersion for anything else."""
+    """Return (id, manifest) for a file's bytes. Raise CorruptManifest or UnsupportedVersion for anything else."""
     try:
         if len(data) > MAX_BYTES:
-            raise ValueError("larger than a manifest can be")
+            raise ValueError(f"larger than {MAX_BYTES} bytes")
         manifest = _decoder.decode(data)
         if manifest.version < 1:
-            raise ValueError(f"version {manifest.version} never was")
+            raise ValueError(f"invalid version {manifest.version}")
         if manifest.version == VERSION:
             _check(manifest, plain=_is_plain(data))
             if canonical(manifest) != data:
@@ -124,19 +138,19 @@ def decode(data: bytes, path: str = "manifest") -> tuple[ObjectId, Manifest]:
     except (ValueError, TypeError, msgspec.MsgspecError, RecursionError) as error:
         _raise_if_newer(data, path)
         if b"<<<<<<< " in data:
-            reason = "has merge conflict markers, but manifests are never merged: take either side as it is"
+            reason = "has merge conflict markers; manifests are never merged: keep one side unchanged"
             raise CorruptManifest(path, reason) from error
         raise CorruptManifest(path, f"not a valid manifest: {error}") from error
     raise UnsupportedVersion(path, manifest.version)
 
 
 def timestamp(moment: datetime) -> str:
-    """``moment`` in the one form a manifest uses: UTC with microseconds, so that text order is time order."""
+    """Return ``moment`` as manifests write it: UTC with microseconds, so that text order is time order."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _raise_if_newer(data: bytes, path: str) -> None:
-    # a newer version may have fields that don't validate here: say that it is newer, not that it is damaged
+    # a newer version may have fields that don't validate here: report it as newer, not as damaged
     try:
         version = msgspec.json.decode(data[: MAX_BYTES + 1], type=dict[str, Any]).get("version")
     except (ValueError, msgspec.MsgspecError, RecursionError):
@@ -149,20 +163,21 @@ _ONE_DIGIT = bytes.maketrans(b"123456789", b"000000000")
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether no value in ``data`` can break a rule of :func:`_check_json`: nearly every manifest, told in no time.
+    """Return True only if no value in ``data`` can break a rule of :func:`_check_json`: a fast path for most manifests.
 
-    With so few brackets nothing is nested too deep, and numbers so short fit in 64 bits; JSON has no others.
+    With at most ``MAX_DEPTH`` brackets nothing is nested too deep, and integers of fewer than 19 digits fit in 64 bits.
+    JSON text can break the rules in no other way.
     """
     return data.count(b"{") + data.count(b"[") <= MAX_DEPTH and b"0" * 19 not in data.translate(_ONE_DIGIT)
 
 
 def canonical(value: Any) -> bytes:
-    """``value`` as JSON in the one form that is committed: sorted keys, indent 2, a final newline."""
+    """Return ``value`` as canonical JSON: sorted keys, indent 2, a final newline."""
     return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2) + b"\n"
 
 
 def _check(manifest: Manifest, *, plain: bool = False) -> None:
-    """Raise ValueError for what the types alone don't exclude. Free values that are ``plain`` need no look."""
+    """Raise ValueError for what the types do not exclude. Free-form values known to be ``plain`` are not visited."""
     if not RUN.fullmatch(manifest.run):
         raise ValueError(f"run {manifest.run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
     if not 0 <= manifest.step <= MAX_STEP:
@@ -172,18 +187,23 @@ def _check(manifest: Manifest, *, plain: bool = False) -> None:
     datetime.fromisoformat(manifest.created)  # ValueError for a month of 19
     if manifest.parent is not None and not is_object_id(manifest.parent):
         raise ValueError("parent is not an id")
-    if not manifest.parts:
+    _check_parts(manifest.parts)
+    if not plain:
+        # before anything is formatted: indented, a deep value grows far beyond its own size
+        experiment = manifest.experiment
+        for value in (manifest.config, manifest.info, experiment.model, experiment.evaluation):
+            _check_json(value)
+    _check_quality(manifest)
+
+
+def _check_parts(parts: Mapping[str, Part]) -> None:
+    if not parts:
         raise ValueError("it has no part")
-    for name, part in manifest.parts.items():
+    for name, part in parts.items():
         if not PART.fullmatch(name):
             raise ValueError(f"part {name[:40]!r} is not a lower-case name")
         if not is_object_id(part.index) or not (0 <= part.bytes < 2**63 and 0 <= part.stored_bytes < 2**63):
             raise ValueError(f"part {name} has no valid index or size")
-    # before anything is formatted: indented, a deep value grows far beyond its own size
-    experiment = manifest.experiment
-    for value in () if plain else (manifest.config, manifest.info, experiment.model, experiment.evaluation):
-        _check_json(value)
-    _check_quality(manifest)
 
 
 def _check_quality(manifest: Manifest) -> None:
@@ -198,14 +218,14 @@ def _check_quality(manifest: Manifest) -> None:
         if name == "val_loss":
             raise ValueError("val_loss is always scored and can't be declared as a metric")
         if not (math.isfinite(metric.low) and math.isfinite(metric.high) and metric.low < metric.high):
-            raise ValueError(f"metric {name} has no range: low must be below high")
+            raise ValueError(f"metric {name} has an invalid range: low must be below high, both finite")
 
 
 def _check_json(value: Any) -> None:
-    """ValueError unless ``value`` survives JSON unchanged. A loop, as it looks at every value of every manifest."""
-    left = [(value, 1)]
-    while left:
-        container, depth = left.pop()
+    """Raise ValueError unless ``value`` survives JSON unchanged. Iterative: it visits every value of every manifest."""
+    pending = [(value, 1)]
+    while pending:
+        container, depth = pending.pop()
         if depth > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
         items = container
@@ -225,6 +245,6 @@ def _check_json(value: Any) -> None:
                 if not -(2**63) <= item < 2**63:
                     raise ValueError("an integer does not fit in 64 bits")
             elif isinstance(item, Mapping | list | tuple):
-                left.append((item, depth + 1))
+                pending.append((item, depth + 1))
             else:
                 raise ValueError(f"{kind.__name__} is not a JSON value")

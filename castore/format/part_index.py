@@ -1,8 +1,8 @@
-"""A part's values, tensors and chunks <-> msgpack. Pure; the only module that imports msgpack.
+"""Index of a part (its values, tensors and chunks) <-> msgpack. Pure; the only module that imports msgpack.
 
-The index is a *flat* sequence of msgpack objects: containers are announced by a small extension object and followed
-by their items. A nested encoding lets a few hostile bytes reserve gigabytes (every array header preallocates); read
-flat, with every count checked against the bytes that are left, an index costs memory in proportion to its size.
+The index is a *flat* sequence of msgpack objects: a small extension object announces a container, and its items
+follow. In a nested encoding a few hostile bytes could reserve gigabytes, as every array header preallocates. Read
+flat, with every count checked against the bytes left, an index takes memory in proportion to its size.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DTYPES: dict[str, tuple[int, int]] = {
     "int6": (1, 1), "int7": (1, 1), "bits8": (1, 1), "bits16": (2, 2),
     "bits1x8": (1, 1), "bits2x4": (1, 1), "bits4x2": (1, 1),
 }  # fmt: skip
-"""Name -> (bytes of an element, bytes of the numbers it is made of). Elements are stored little-endian."""
+"""Name -> (bytes of an element, bytes of each number in it). Elements are stored little-endian."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor: its element type, shape, and where its bytes begin in the part's stream."""
+    """A tensor: element type, shape, and the offset of its first byte in the part's stream."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRef:
-    """One chunk of the stream: the object that holds it and its plain length."""
+    """A chunk of the stream: the id of its object and its plain length in bytes."""
 
     id: ObjectId
     length: int
@@ -61,14 +61,14 @@ class ChunkRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Stands in a tree for tensor ``number`` of the index; a tied tensor is referred to more than once."""
+    """Stands for tensor ``number`` of the index in a tree; a tied tensor has several."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """One part: ``tree`` holds its values, with a TensorRef in place of each tensor."""
+    """A part: ``tree`` holds its values, with a TensorRef in place of each tensor."""
 
     chunks: tuple[ChunkRef, ...]
     tensors: tuple[TensorSpec, ...]
@@ -76,7 +76,7 @@ class Index:
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a dense tensor."""
+    """Return the number of bytes of a dense tensor."""
     size = DTYPES[dtype][0]
     for extent in shape:
         size *= extent
@@ -92,9 +92,9 @@ _CONTAINERS: dict[type, int] = {list: _LIST, tuple: _TUPLE, dict: _DICT, Ordered
 
 
 def encode(index: Index, name: str = "") -> bytes:
-    """Deterministic: equal parts give equal bytes, so their index has the same id.
+    """Return the index's bytes. Deterministic: equal parts give equal bytes and so have the same index id.
 
-    UnsupportedValue, naming the key below ``name``, for a value that has no exact form here.
+    UnsupportedValue, naming the key below ``name``, for a value that the format has no exact form for.
     """
     pack = msgpack.Packer(use_bin_type=True, strict_types=True).pack
     lengths = b"".join(_COUNT.pack(chunk.length) for chunk in index.chunks)
@@ -129,7 +129,7 @@ def _encode_value(value: Any, key: str, depth: int, out: list[bytes], pack: Any)
 
 
 def check_leaf(value: Any, key: str) -> Any:
-    """The object that msgpack is to pack for a value; UnsupportedValue, naming ``key``, when there is none."""
+    """Return what msgpack packs for a value other than a container. UnsupportedValue, naming ``key``, if it can't."""
     kind = type(value)
     if kind is TensorRef:
         return msgpack.ExtType(_TENSOR, _COUNT.pack(value.number))
@@ -151,23 +151,23 @@ def check_leaf(value: Any, key: str) -> Any:
 
 
 def check_key(name: Any, key: str) -> None:
-    """UnsupportedValue unless ``name`` can be a key of a dict found at ``key``."""
+    """Raise UnsupportedValue unless ``name`` can be a key of the dict at ``key``."""
     if type(name) not in (str, int):
         raise UnsupportedValue(join_key(key, name), f"a dict key is a str or an int, not {_type_name(type(name))}")
 
 
 def join_key(key: str, name: Any) -> str:
-    """The readable path of an item in a state: ``optimizer.state[3].exp_avg``."""
+    """Return the readable path of item ``name`` below ``key``, such as ``optimizer.state[3].exp_avg``."""
     if type(name) is str:
         return f"{key}.{name}" if key else name
     if type(name) is int and name.bit_length() > 64:
-        name = f"{name >> (name.bit_length() - 64):#x}..."  # Python refuses to print very large numbers
+        name = f"{name >> (name.bit_length() - 64):#x}..."  # Python refuses to print very large integers
         return f"{key}[{name}]"
     return f"{key}[{name!r}]"
 
 
 def items(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """What a container holds, each with its readable path below ``key``; nothing for what is none."""
+    """Return the (readable path, item) pairs of a container at ``key``; an empty list for any other value."""
     if isinstance(value, dict):
         return [(join_key(key, name), item) for name, item in value.items()]
     if isinstance(value, list | tuple):
@@ -176,12 +176,12 @@ def items(value: Any, key: str = "") -> list[tuple[str, Any]]:
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in a state that holds nothing itself, with its readable path: a container without items, too."""
-    found = items(value, key)
-    if not found:
+    """Yield (readable path, value) for every value in a state that has no items, empty containers included."""
+    children = items(value, key)
+    if not children:
         yield key, value
-    for name, item in found:
-        yield from leaves(item, name)
+    for path, item in children:
+        yield from leaves(item, path)
 
 
 def _type_name(kind: type) -> str:
@@ -192,7 +192,7 @@ def _type_name(kind: type) -> str:
 
 
 def decode(data: bytes) -> Index:
-    """The index in ``data``, whose hash the caller has verified. CorruptIndex for bytes that are no index."""
+    """Return the index in ``data``, whose hash the caller has verified. Raise CorruptIndex or UnsupportedVersion."""
     reader = _Reader(data)
     chunks = _read_chunks(reader)
     tensors = _read_tensors(reader, sum(chunk.length for chunk in chunks))
@@ -202,12 +202,12 @@ def decode(data: bytes) -> Index:
 
 
 def decode_chunks(data: bytes) -> tuple[ChunkRef, ...]:
-    """The chunks alone: what availability needs, without reading the rest."""
+    """Return the chunks alone, without reading the rest: availability needs no more."""
     return _read_chunks(_Reader(data))
 
 
 class _Reader:
-    """msgpack objects one after another, none of them a container."""
+    """Reads msgpack objects one after another, none of them a container."""
 
     def __init__(self, data: bytes) -> None:
         self._size = len(data)
@@ -217,7 +217,7 @@ class _Reader:
         self._unpacker.feed(data)
 
     def next(self, *kinds: type) -> Any:
-        """The next object, of one of ``kinds``; any scalar when none are given."""
+        """Return the next object, of one of ``kinds``; any scalar if none are given."""
         try:
             value = self._unpacker.unpack()
         except (msgpack.exceptions.UnpackException, ValueError, RecursionError) as error:
@@ -227,20 +227,20 @@ class _Reader:
         return value
 
     def count(self, value: int) -> int:
-        """``value`` as a number of objects still to come, each of which takes a byte at least."""
+        """Return ``value`` if so many objects can follow, each of which takes at least one byte."""
         if not 0 <= value <= self._size - self._unpacker.tell():
-            raise CorruptIndex(f"index is damaged: {value} items in the bytes that are left")
+            raise CorruptIndex(f"index is damaged: {value} items do not fit in the bytes left")
         return value
 
     def finish(self) -> None:
         if self._unpacker.tell() != self._size:
-            raise CorruptIndex("index is damaged: bytes after its end")
+            raise CorruptIndex("index is damaged: trailing bytes")
 
 
 def _read_chunks(reader: _Reader) -> tuple[ChunkRef, ...]:
     version = reader.next()
     if type(version) is not int or version < 1:
-        raise CorruptIndex("index is damaged: it doesn't begin with a version")
+        raise CorruptIndex("index is damaged: it does not begin with a version")
     if version != VERSION:
         raise UnsupportedVersion("index", version)
     digests, packed = reader.next(bytes), reader.next(bytes)
@@ -265,7 +265,12 @@ def _read_tensors(reader: _Reader, stream: int) -> tuple[TensorSpec, ...]:
         if not all(0 <= extent < 2**63 for extent in shape):
             raise CorruptIndex("index is damaged: a shape is out of range")
         tensors.append(TensorSpec(dtype, shape, reader.next(int)))
-    # tensors that overlapped could claim the same bytes a million times over
+    _check_extents(tensors, stream)
+    return tuple(tensors)
+
+
+def _check_extents(tensors: Sequence[TensorSpec], stream: int) -> None:
+    """Raise CorruptIndex for overlap, which could claim the same bytes a million times, or an end after the stream."""
     end = 0
     for spec in sorted((spec for spec in tensors if spec.nbytes), key=lambda spec: spec.offset):
         if spec.offset < end:
@@ -273,7 +278,6 @@ def _read_tensors(reader: _Reader, stream: int) -> tuple[TensorSpec, ...]:
         end = spec.offset + spec.nbytes
     if end > stream:
         raise CorruptIndex("index is damaged: a tensor ends after the stream")
-    return tuple(tensors)
 
 
 def _read_value(reader: _Reader, tensors: int, depth: int) -> Any:
@@ -290,13 +294,13 @@ def _read_value(reader: _Reader, tensors: int, depth: int) -> Any:
     if code == _COMPLEX and len(data) == _PAIR.size:
         return complex(*_PAIR.unpack(data))
     if len(data) != _COUNT.size:
-        raise CorruptIndex("index is damaged: extension of a wrong length")
+        raise CorruptIndex("index is damaged: extension of the wrong length")
     (number,) = _COUNT.unpack(data)
     if code == _TENSOR and number < tensors:
         return TensorRef(number)
     if code in (_LIST, _TUPLE):
-        items = [_read_value(reader, tensors, depth + 1) for _ in range(reader.count(number))]
-        return items if code == _LIST else tuple(items)
+        values = [_read_value(reader, tensors, depth + 1) for _ in range(reader.count(number))]
+        return values if code == _LIST else tuple(values)
     if code in (_DICT, _ORDERED):
         return _read_dict(reader, tensors, depth, OrderedDict() if code == _ORDERED else {}, number)
     raise CorruptIndex(f"index is damaged: extension {code} with {number}")
@@ -308,6 +312,6 @@ def _read_dict(reader: _Reader, tensors: int, depth: int, into: dict[Any, Any], 
         if type(key) is msgpack.ExtType and key.code == _INTEGER and key.data:
             key = int.from_bytes(key.data, "little", signed=True)
         if type(key) not in (str, int) or key in into:
-            raise CorruptIndex("index is damaged: a dict key is repeated or of a wrong type")
+            raise CorruptIndex("index is damaged: a dict key is repeated or of the wrong type")
         into[key] = _read_value(reader, tensors, depth + 1)
     return into

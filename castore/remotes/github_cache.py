@@ -26,7 +26,7 @@ import urllib3
 
 from castore.errors import CorruptBundle, NotInActions, RemoteError, RemoteUnavailable, UploadRefused, printable
 from castore.format import bundle
-from castore.format.bundle import Layout, Place, Record
+from castore.format.bundle import BundleLayout, Place, Record
 from castore.format.ids import ObjectId
 
 NAME = "GitHub's cache"
@@ -377,7 +377,7 @@ class GitHubCache:
         """The bundles that were looked for and are not there."""
         return {own for own, found in self._found.items() if isinstance(found, str)} if not self.down else set()
 
-    def upload(self, layout: Layout, read: Read, progress: Progress) -> str:
+    def upload(self, layout: BundleLayout, read: Read, progress: Progress) -> str:
         """Upload a bundle, of which ``read`` gives any range, and return the key under which a look-up found it then.
 
         When it is there already nothing is sent. A key that a failed upload left reserved, or under which something
@@ -401,7 +401,7 @@ class GitHubCache:
                 raise refusal or UploadRefused(NAME, f"it was accepted, but a look-up says: {problem}")
         raise UploadRefused(NAME, f"{_MOST_ATTEMPTS} uploads of the same bytes were not taken: no signature held")
 
-    def _confirm(self, layout: Layout, key: str, *, patient: bool = False) -> str | None:
+    def _confirm(self, layout: BundleLayout, key: str, *, patient: bool = False) -> str | None:
         """What is wrong with the bundle under a key; None when it is the one."""
         record = Record(bundle=layout.id, key=key, created="", bytes=layout.size, objects=len(layout.places), parts={})
         problem = None

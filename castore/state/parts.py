@@ -186,7 +186,7 @@ def _read_chunks(
 
     every = len(views) == len(found.tensors)
     extents = [(spec.offset, spec.nbytes) for spec in found.tensors]
-    covered = chunking.cover(extents, [chunk.length for chunk in found.chunks])
+    covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in found.chunks])
     wanted = [[piece for piece in pieces if piece.tensor in views] for pieces in covered]
     return [
         pool.submit(fill, chunk, pieces) for chunk, pieces in zip(found.chunks, wanted, strict=True) if pieces or every

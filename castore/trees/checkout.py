@@ -266,7 +266,7 @@ class _Checkout:
     def _chunks(self, found: Index) -> Iterator[tuple[memoryview, list[chunking.Piece]]]:
         """The chunks that hold bytes of files, in order. A tensor that is no file of the tree isn't read."""
         extents = [(spec.offset, spec.nbytes if i in self._tree.files else 0) for i, spec in enumerate(found.tensors)]
-        covered = chunking.cover(extents, [chunk.length for chunk in found.chunks])
+        covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in found.chunks])
 
         def read(item: tuple[ChunkRef, list[chunking.Piece]]) -> tuple[memoryview, list[chunking.Piece]]:
             data = memoryview(bytearray(item[0].length))

@@ -154,22 +154,22 @@ IDS = list(ITEMS)
 
 
 def test_what_existing_bundles_hold_is_not_uploaded_again() -> None:
-    assert bundle.cover(ITEMS, {a(100): dict.fromkeys(IDS[:8], 100)}) == ([a(100)], set(IDS[8:]))
-    assert bundle.cover(ITEMS, {a(100): ITEMS}) == ([a(100)], set())
+    assert bundle.choose_bundles(ITEMS, {a(100): dict.fromkeys(IDS[:8], 100)}) == ([a(100)], set(IDS[8:]))
+    assert bundle.choose_bundles(ITEMS, {a(100): ITEMS}) == ([a(100)], set())
 
 
 def test_a_bundle_of_which_most_is_not_needed_is_not_relied_on() -> None:
     held = dict.fromkeys(IDS[:4], 100) | {a(50): 401}
-    assert bundle.cover(ITEMS, {a(100): held}) == ([], set(IDS))
+    assert bundle.choose_bundles(ITEMS, {a(100): held}) == ([], set(IDS))
     held[a(50)] = 400
-    assert bundle.cover(ITEMS, {a(100): held}) == ([a(100)], set(IDS[4:]))
+    assert bundle.choose_bundles(ITEMS, {a(100): held}) == ([a(100)], set(IDS[4:]))
 
 
 def test_no_checkpoint_depends_on_more_than_four_bundles() -> None:
     three = {a(100 + i): dict.fromkeys(IDS[3 * i : 3 * i + 3], 100) for i in range(3)}
-    assert bundle.cover(ITEMS, three) == (list(three), {IDS[9]})
+    assert bundle.choose_bundles(ITEMS, three) == (list(three), {IDS[9]})
     four = {a(100 + i): dict.fromkeys(IDS[2 * i : 2 * i + 2], 100) for i in range(4)}
-    assert bundle.cover(ITEMS, four) == ([], set(IDS))
+    assert bundle.choose_bundles(ITEMS, four) == ([], set(IDS))
 
 
 @given(
@@ -181,7 +181,7 @@ def test_no_checkpoint_depends_on_more_than_four_bundles() -> None:
 def test_every_object_can_be_had_afterwards(
     needed: dict[ObjectId, int], bundles: dict[ObjectId, dict[ObjectId, int]]
 ) -> None:
-    chosen, new = bundle.cover(needed, bundles)
+    chosen, new = bundle.choose_bundles(needed, bundles)
     held = {own for one in chosen for own in bundles[one]}
     assert needed.keys() <= held | new
     assert not held & new

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castore.format.chunking import ALIGNMENT, Piece, cover, plan_layout
+from castore.format.chunking import ALIGNMENT, Piece, pieces_by_chunk, plan_layout
 
 CHUNK = 256
 sizes = st.lists(
@@ -31,7 +31,7 @@ def test_every_byte_is_in_one_chunk_and_no_chunk_is_over_the_limit(sizes: list[t
 def test_covering_a_plan_gives_back_its_pieces(sizes: list[tuple[int, int]]) -> None:
     layout = plan_layout(sizes, CHUNK)
     extents = [(offset, size) for offset, (size, _) in zip(layout.offsets, sizes, strict=True)]
-    covered = cover(extents, [chunk.length for chunk in layout.chunks])
+    covered = pieces_by_chunk(extents, [chunk.length for chunk in layout.chunks])
     assert covered == [list(chunk.pieces) for chunk in layout.chunks]
 
 
@@ -71,7 +71,7 @@ def test_cover_finds_every_byte_of_any_layout(gaps_and_sizes: list[tuple[int, in
         owner.update({start + i: (tensor, i) for i in range(size)})
     found = {}
     start = 0
-    for length, pieces in zip(lengths, cover(extents, lengths), strict=True):
+    for length, pieces in zip(lengths, pieces_by_chunk(extents, lengths), strict=True):
         for piece in pieces:
             assert piece.at >= 0
             assert piece.at + piece.stop - piece.start <= length
