@@ -272,7 +272,7 @@ class Repo:
         if experiment is None:
             experiment = entries[0].manifest.experiment if entries else Experiment()
         requirement = Requirement(
-            want=want,
+            selector=want,
             experiment=experiment,
             config=config,
             parts=_names(parts, "parts") if parts is not None else None,

@@ -41,7 +41,7 @@ def _describe_begin(event: events.Began) -> list[str]:
     if not event.match:
         return [*lines, f"fresh   starting at step 0: {event.fresh}"]
     loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
-    want = event.resolution.want if event.resolution else ""
+    want = event.resolution.selector if event.resolution else ""
     if event.instead_of:
         best = f"{event.instead_of.id[:12]}, step {event.instead_of.step:,}"
         lines.append(f"note    {best}, is the best, but from it this session was trained before: going on from its end")

@@ -462,7 +462,7 @@ def _resolution(began: Began) -> dict[str, Any] | None:
         return None
     rejected = began.resolution.rejected
     return {
-        "want": began.resolution.want,
+        "want": began.resolution.selector,
         "match": began.match.id if began.match else None,
         "differences": list(began.match.differences) if began.match else [],
         "rejected": [{"id": one.id, "reasons": list(one.reasons)} for one in rejected[:_RECORDED_REJECTIONS]],

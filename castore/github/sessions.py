@@ -376,7 +376,7 @@ def _restored_lines(found: Restored) -> Iterator[str]:
         match = found.match
         told = f"Resuming from step **{match.step:,}** of run `{match.run}`, checkpoint `{match.id[:12]}`"
         quality = "" if match.score is None else f", score {match.score:.4f}"
-        want = escape_markdown(found.resolution.want) if found.resolution else ""
+        want = escape_markdown(found.resolution.selector) if found.resolution else ""
         yield f"{told}{quality}: {match.availability}, {want}."
         for further in found.further:
             yield ""

@@ -1,4 +1,4 @@
-"""Checkpoints and their parents, drawn as text. Pure."""
+"""Checkpoints and their parents: a graph drawn as text, and the furthest descendant. Pure."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from castore.format.manifest import Entry
 
 
 def draw(entries: Sequence[Entry]) -> Iterator[tuple[str, Entry | None]]:
-    """(graph, checkpoint on this line or None), children above their parents as in ``git log --graph``.
+    """Yield (graph, entry on this line or None), children above their parents as in ``git log --graph``.
 
-    ``entries`` come newest first, and the tree with the newest one is drawn first. Where a parent has several
-    children, the branch with most checkpoints comes first: so the drawing is at most log2(n) + 1 columns wide,
-    whatever was resumed from what.
+    ``entries`` are given newest first, and the tree of the newest is drawn first. Where a parent has several children,
+    the branch with the most checkpoints is drawn first, which keeps the graph of n checkpoints within log2(n) + 1
+    columns.
     """
     known = {entry.id: entry for entry in entries}
     children: dict[ObjectId | None, list[Entry]] = {}
     for entry in entries:
         parent = entry.manifest.parent
         children.setdefault(parent if parent in known else None, []).append(entry)
-    awaited: list[ObjectId] = []
+    open_parents: list[ObjectId] = []
     for entry in _ordered(children, _weights(children)):
-        if awaited[-1:] == [entry.id]:
-            awaited.pop()
-        yield "| " * len(awaited) + "*", entry
+        if open_parents[-1:] == [entry.id]:
+            open_parents.pop()
+        yield "| " * len(open_parents) + "*", entry
         parent = entry.manifest.parent
         if parent in known:
-            if awaited[-1:] == [parent]:
-                yield "| " * (len(awaited) - 1) + "|/", None
+            if open_parents[-1:] == [parent]:
+                yield "| " * (len(open_parents) - 1) + "|/", None
             else:
-                awaited.append(parent)
+                open_parents.append(parent)
 
 
 def _weights(children: dict[ObjectId | None, list[Entry]]) -> dict[ObjectId, int]:
-    """How many checkpoints descend from each, itself included."""
+    """Return the number of descendants of each checkpoint, itself included."""
     downwards = list(children.get(None, ()))
     for entry in downwards:  # grows while it is walked
         downwards += children.get(entry.id, ())
@@ -46,7 +46,7 @@ def _weights(children: dict[ObjectId | None, list[Entry]]) -> dict[ObjectId, int
 
 
 def _ordered(children: dict[ObjectId | None, list[Entry]], weights: dict[ObjectId, int]) -> Iterator[Entry]:
-    """Every checkpoint after its children."""
+    """Yield every checkpoint after its children."""
     pending: list[tuple[Entry, bool]] = []
     for root in _by_newest(children):
         pending.append((root, False))
@@ -61,24 +61,27 @@ def _ordered(children: dict[ObjectId | None, list[Entry]], weights: dict[ObjectI
 
 
 def _by_newest(children: dict[ObjectId | None, list[Entry]]) -> list[Entry]:
-    """The roots, that of the newest checkpoint first."""
+    """Return the roots, the one with the newest descendant first."""
 
     def newest(root: Entry) -> str:
-        below = [root]
-        for entry in below:  # grows while it is walked
-            below += children.get(entry.id, ())
-        return max(entry.manifest.created for entry in below)
+        descendants = [root]
+        for entry in descendants:  # grows while it is walked
+            descendants += children.get(entry.id, ())
+        return max(entry.manifest.created for entry in descendants)
 
     return sorted(children.get(None, ()), key=newest, reverse=True)
 
 
-def furthest(entries: Sequence[Entry], own: ObjectId, config: Mapping[str, Any]) -> Entry | None:
-    """The checkpoint with most steps among those that descend from ``own`` by sessions with exactly these settings."""
-    reached = {own}
-    found = []
+def furthest(entries: Sequence[Entry], ancestor_id: ObjectId, config: Mapping[str, Any]) -> Entry | None:
+    """Return the descendant of ``ancestor_id`` with the most steps trained with exactly this config, or None.
+
+    Every checkpoint on the way to it must have been trained with this config, too.
+    """
+    reached = {ancestor_id}
+    descendants = []
     for entry in sorted(entries, key=lambda entry: (entry.manifest.created, entry.manifest.step)):
         if entry.manifest.parent in reached and entry.manifest.config == config:
             reached.add(entry.id)
-            found.append(entry)
-    # of several at the same step the newest: its data is the likeliest to be there
-    return max(found, key=lambda entry: (entry.manifest.step, entry.manifest.created), default=None)
+            descendants.append(entry)
+    # of several at the same step the newest: its data is the most likely to be available
+    return max(descendants, key=lambda entry: (entry.manifest.step, entry.manifest.created), default=None)

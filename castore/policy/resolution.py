@@ -1,8 +1,8 @@
-"""Requirement x manifests x availability -> the checkpoint to use, and a reason for every other one. Pure.
+"""Choose the checkpoint to resume from, and give a reason for every checkpoint that was rejected. Pure.
 
-Compatible is what can be loaded and means the same: equal model parameters, tokenizer and data. Best is decided by
-score inside the requirement's own experiment; compatible checkpoints that were evaluated otherwise come after all of
-those, newest first, since their scores say nothing here.
+A checkpoint is compatible if it can be loaded and means the same: equal model parameters, tokenizer and data. ``best``
+goes by score within the requirement's own experiment. Compatible checkpoints of other experiments come after all of
+those, newest first, since their scores can't be compared.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Experiment
 from castore.policy.scoring import newest_first, rank, score
 
-_SHOWN = 10
-_LISTED_EACH = 3  # for the same reason, before they are summed up
+_MOST_LINES = 10  # of rejections in an error or explanation
+_LISTED_EACH = 3  # rejections with the same reason; more of them are summed up in one line
 
 
 @dataclass(frozen=True, slots=True)
 class PartState:
-    """Where a part's data is, and if it can't be had, why."""
+    """The availability of a part's data and, if it is missing, the reason."""
 
     where: Literal["local", "remote", "missing"]
     reason: str = ""
@@ -32,7 +32,7 @@ Availability = Literal["full", "weights-only", "history"]
 
 
 def availability(parts: Mapping[str, PartState]) -> Availability:
-    """Of a manifest, from the state of its parts: everything, the model alone, or nothing usable."""
+    """Return a manifest's availability, given the states of its parts: all, the model alone, or nothing usable."""
     if all(state.where != "missing" for state in parts.values()):
         return "full"
     if "model" in parts and parts["model"].where != "missing":
@@ -42,14 +42,14 @@ def availability(parts: Mapping[str, PartState]) -> Availability:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """What a run needs. ``want`` is ``best``, ``latest`` or a full id.
+    """What a run needs. ``selector`` is ``best``, ``latest`` or a full checkpoint id.
 
-    ``config`` is the run's free-form configuration, for listing differences; None to compare none. ``parts`` are those
-    that must be there, all that the checkpoint has when None. When no candidate has them and ``weights_only`` is true,
-    the first that has a model will do.
+    ``config`` is the run's free-form configuration, for listing differences; None compares nothing. ``parts`` must be
+    available; None stands for all parts of the checkpoint. If no candidate has them and ``weights_only`` is true, the
+    first candidate with its model is accepted.
     """
 
-    want: str = "best"
+    selector: str = "best"
     experiment: Experiment = field(default_factory=Experiment)
     config: Mapping[str, Any] | None = None
     parts: tuple[str, ...] | None = None
@@ -60,7 +60,12 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """The checkpoint to use. ``differences`` lists what is not the same there but may differ."""
+    """The checkpoint to use. ``differences`` lists what differs from the requirement and is allowed to.
+
+    >>> match = Match(id="ab" * 32, step=500, run="ci", score=0.5, availability="full", differences=())
+    >>> f"{match.id[:12]}, step {match.step} of run {match.run}"
+    'abababababab, step 500 of run ci'
+    """
 
     id: ObjectId
     step: int
@@ -72,7 +77,12 @@ class Match:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A checkpoint that was considered and not used. ``unavailable``: compatible, but its data can't be had."""
+    """A checkpoint that was considered and not used. ``unavailable``: it is compatible, but its data is missing.
+
+    >>> rejected = Rejected(id="ab" * 32, step=500, run="ci", score=0.5, reasons=("tokenizer is a there, b here",))
+    >>> (rejected.reasons, rejected.unavailable)
+    (('tokenizer is a there, b here',), False)
+    """
 
     id: ObjectId
     step: int
@@ -84,7 +94,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A file that should be a manifest and can't be read as one: what it was may have been better than the match."""
+    """A file that should be a manifest and can't be read: it may have described a better checkpoint than the match."""
 
     path: str
     reason: str
@@ -92,20 +102,30 @@ class Damaged:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """``match``, or None; and every checkpoint that came before it or could not be used, with reasons."""
+    """The ``match``, or None, and every checkpoint that was preferred to it or incompatible, with reasons.
 
-    want: str
+    >>> rejected = Rejected(id="ab" * 32, step=500, run="ci", score=0.5, reasons=("tokenizer is a there, b here",))
+    >>> resolution = Resolution(selector="best", match=None, rejected=(rejected,))
+    >>> resolution.explain_rejections()
+    ['abababababab, step 500 of run ci: tokenizer is a there, b here']
+    >>> resolution.require()
+    Traceback (most recent call last):
+    castore.errors.NothingMatches: none of 1 checkpoint(s) fits
+      abababababab (run ci, step 500): tokenizer is a there, b here
+    """
+
+    selector: str
     match: Match | None
     rejected: tuple[Rejected, ...]
     damaged: tuple[Damaged, ...] = ()
 
     @property
     def unavailable(self) -> tuple[Rejected, ...]:
-        """The rejected ones that would do if their data were there."""
+        """The rejected checkpoints that only lack their data."""
         return tuple(rejected for rejected in self.rejected if rejected.unavailable)
 
     def explain_rejections(self) -> list[str]:
-        """Say which checkpoints were passed over and why; of many with the same reason in one run, give the range."""
+        """Return a line for each rejected checkpoint; more than three of one run with equal reasons share a line."""
         groups: dict[tuple[str, tuple[str, ...]], list[Rejected]] = {}
         for rejected in self.rejected:
             groups.setdefault((rejected.run, rejected.reasons), []).append(rejected)
@@ -118,18 +138,18 @@ class Resolution:
                 steps = [member.step for member in members]
                 span = f"steps {min(steps):,} to {max(steps):,}"
                 lines.append(f"{len(members)} checkpoints, {span} of run {run}: {why}")
-        if len(lines) > _SHOWN:
-            lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more: `castore resolve --json` lists them"]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more: `castore resolve --json` lists them"]
         return lines
 
     def require(self) -> Match:
-        """The match. CorruptManifest, NothingAvailable or NothingMatches, with the reasons, when there is none."""
+        """Return the match. CorruptManifest, NothingAvailable or NothingMatches, with the reasons, if there is none."""
         if self.match is not None:
             return self.match
         for damaged in self.damaged:
             raise CorruptManifest(damaged.path, damaged.reason)
         if self.unavailable:
-            head = f"{len(self.unavailable)} compatible checkpoint(s), but the data of none can be had"
+            head = f"{len(self.unavailable)} compatible checkpoint(s), but the data of none is available"
             raise NothingAvailable(head + _listed(self.unavailable))
         if self.rejected:
             raise NothingMatches(f"none of {len(self.rejected)} checkpoint(s) fits" + _listed(self.rejected))
@@ -141,39 +161,43 @@ def resolve(
     entries: Iterable[Entry],
     parts_of: Callable[[Entry], Mapping[str, PartState]],
 ) -> Resolution:
-    """The first candidate, in order of preference, whose needed parts can be had.
+    """Return the first candidate, in order of preference, whose needed parts are available.
 
-    ``parts_of`` is asked about compatible candidates alone, and not beyond the match: finding out may cost a look at
-    a remote.
+    ``parts_of`` returns the states of an entry's parts. It is called only for compatible candidates, up to the match:
+    a call may have to ask a remote.
     """
-    if requirement.want not in ("best", "latest"):
-        entries = [entry for entry in entries if entry.id == requirement.want]
+    if requirement.selector not in ("best", "latest"):
+        entries = [entry for entry in entries if entry.id == requirement.selector]
     compatible = []
-    rejected = []
+    incompatible = []
     for entry in entries:
         problems = _incompatibilities(requirement, entry.manifest.experiment)
         if problems:
-            rejected.append(_reject(entry, problems))
+            incompatible.append(_reject(entry, problems))
         else:
             compatible.append(entry)
     unavailable = []
     match = None
-    for entry in _preference(requirement, compatible):
+    for entry in _by_preference(requirement, compatible):
         parts = parts_of(entry)
-        missing = _missing(parts, tuple(entry.manifest.parts) if requirement.parts is None else requirement.parts)
-        if not missing:
+        reasons = _missing(parts, tuple(entry.manifest.parts) if requirement.parts is None else requirement.parts)
+        if not reasons:
             match = _match(requirement, entry, availability(parts))
             break
-        unavailable.append((entry, parts, missing))
+        unavailable.append((entry, parts, reasons))
     if match is None and requirement.weights_only:
         usable = (entry for entry, parts, _ in unavailable if availability(parts) != "history")
         match = next((_match(requirement, entry, "weights-only") for entry in usable), None)
-    passed = [_reject(one, missing, unavailable=True) for one, _, missing in unavailable if not _is(match, one)]
-    return Resolution(requirement.want, match, tuple(passed + rejected))
+    passed_over = [
+        _reject(entry, reasons, unavailable=True)
+        for entry, _, reasons in unavailable
+        if match is None or entry.id != match.id
+    ]
+    return Resolution(requirement.selector, match, tuple(passed_over + incompatible))
 
 
 def _missing(parts: Mapping[str, PartState], needed: Sequence[str]) -> list[str]:
-    """Why not all of the needed parts can be had, each reason once."""
+    """Return the reasons why needed parts are unavailable, each once; empty if all are available."""
     reasons: dict[str, list[str]] = {}
     for name in needed:
         state = parts.get(name, PartState("missing", "this checkpoint has no such part"))
@@ -185,36 +209,32 @@ def _missing(parts: Mapping[str, PartState], needed: Sequence[str]) -> list[str]
     ]
 
 
-def _is(match: Match | None, entry: Entry) -> bool:
-    return match is not None and match.id == entry.id
-
-
-def _preference(requirement: Requirement, compatible: list[Entry]) -> list[Entry]:
-    if requirement.want != "best":
+def _by_preference(requirement: Requirement, compatible: list[Entry]) -> list[Entry]:
+    if requirement.selector != "best":
         return newest_first(compatible)
-    own = [entry for entry in compatible if entry.manifest.experiment == requirement.experiment]
+    comparable = [entry for entry in compatible if entry.manifest.experiment == requirement.experiment]
     others = [entry for entry in compatible if entry.manifest.experiment != requirement.experiment]
-    return rank(own, requirement.tie_tolerance) + newest_first(others)
+    return rank(comparable, requirement.tie_tolerance) + newest_first(others)
 
 
 def _incompatibilities(requirement: Requirement, experiment: Experiment) -> list[str]:
-    need = requirement.experiment
-    problems = [f"model {text}" for text in _differing(need.model, experiment.model)]
-    if need.tokenizer != experiment.tokenizer:
-        problems.append(_differs("tokenizer", need.tokenizer, experiment.tokenizer))
-    if need.data != experiment.data and not requirement.allow_data_change:
-        problems.append(_differs("data", need.data, experiment.data))
+    required = requirement.experiment
+    problems = [f"model {text}" for text in _differences(required.model, experiment.model)]
+    if required.tokenizer != experiment.tokenizer:
+        problems.append(_difference("tokenizer", required.tokenizer, experiment.tokenizer))
+    if required.data != experiment.data and not requirement.allow_data_change:
+        problems.append(_difference("data", required.data, experiment.data))
     return problems
 
 
 def _match(requirement: Requirement, entry: Entry, available: Availability) -> Match:
     manifest = entry.manifest
-    need = requirement.experiment
-    differences = [] if requirement.config is None else _differing(requirement.config, manifest.config)
-    if need.data != manifest.experiment.data:
-        differences.append(_differs("data", need.data, manifest.experiment.data))
-    differences += [f"evaluation {text}" for text in _differing(need.evaluation, manifest.experiment.evaluation)]
-    if need.metrics != manifest.experiment.metrics:
+    required, experiment = requirement.experiment, manifest.experiment
+    differences = [] if requirement.config is None else _differences(requirement.config, manifest.config)
+    if required.data != experiment.data:
+        differences.append(_difference("data", required.data, experiment.data))
+    differences += [f"evaluation {text}" for text in _differences(required.evaluation, experiment.evaluation)]
+    if required.metrics != experiment.metrics:
         differences.append("other metrics are declared")
     return Match(
         id=entry.id,
@@ -237,10 +257,10 @@ def _reject(entry: Entry, reasons: Iterable[str], unavailable: bool = False) -> 
     )
 
 
-def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """One line for each key whose value is not the same, with both values."""
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Return one line with both values for each key whose values differ."""
     return [
-        _differs(key, here.get(key, "absent"), there.get(key, "absent"))
+        _difference(key, here.get(key, "absent"), there.get(key, "absent"))
         for key in sorted({*here, *there})
         if here.get(key, _ABSENT) != there.get(key, _ABSENT)
     ]
@@ -249,11 +269,12 @@ def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
 _ABSENT = object()
 
 
-def _differs(name: str, here: object, there: object) -> str:
+def _difference(name: str, here: object, there: object) -> str:
     return f"{printable(name)} is {_short(there)} there, {_short(here)} here"
 
 
 def _short(value: object) -> str:
+    """Return the value in at most 60 characters; of a digest, the first 12."""
     text = printable(str(value))
     is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
     return text[:12] if is_digest else text[:60]
@@ -261,7 +282,8 @@ def _short(value: object) -> str:
 
 def _listed(rejected: tuple[Rejected, ...]) -> str:
     lines = [
-        f"\n  {one.id[:12]} (run {one.run}, step {one.step}): {'; '.join(one.reasons)}" for one in rejected[:_SHOWN]
+        f"\n  {checkpoint.id[:12]} (run {checkpoint.run}, step {checkpoint.step}): {'; '.join(checkpoint.reasons)}"
+        for checkpoint in rejected[:_MOST_LINES]
     ]
-    more = len(rejected) - _SHOWN
+    more = len(rejected) - _MOST_LINES
     return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")

@@ -1,8 +1,8 @@
-"""Manifests x policy -> what is kept of each, and why. Pure.
+"""Retention: which parts of each manifest are kept under a policy, and why. Pure.
 
-Retention looks at *sources*: the work tree (with the git index) and, one by one, every ref that holds manifests which
-the work tree doesn't. What is kept is the union of what each source keeps for itself, so that a manifest on some
-branch, a pull request's say, can retain objects but never cause the deletion of others.
+Retention judges *sources*: the work tree (with the git index) and, one by one, every ref that holds manifests which
+the work tree does not. What is kept is the union of what each source keeps by itself, so a manifest on another branch,
+such as that of a pull request, can retain objects but never cause the deletion of others.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from castore.format.manifest import Entry
 from castore.policy.scoring import newest_first, rank
 
 RESUME_PARTS = frozenset({"optimizer", "trainer"})
-"""Parts that serve to resume training alone: two thirds of a checkpoint, wanted of few."""
+"""Parts needed only to resume training exactly: two thirds of a checkpoint's bytes, so kept for few checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What to keep. Counts are per experiment; ``max_size`` is in stored bytes, over everything; None is no limit."""
+    """What to keep. Counts are per experiment; ``max_size`` limits the stored bytes of everything; None is no limit."""
 
     keep: int = 10
     keep_latest: int = 1
@@ -37,7 +37,7 @@ class Policy:
 
 
 def policy_of(config: Config) -> Policy:
-    """Return the policy that the settings ask for."""
+    """Return the retention policy of the settings."""
     retention = config.retention
     return Policy(
         keep=retention.keep,
@@ -51,7 +51,7 @@ def policy_of(config: Config) -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Manifests that are judged together, such as those of a branch."""
+    """Manifests that are judged together: those of the work tree, or of one ref."""
 
     name: str
     entries: Sequence[Entry]
@@ -59,7 +59,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The parts of a manifest that are kept, none when it is dropped, and why."""
+    """The parts of a manifest that are kept (none if it is dropped), and the reasons."""
 
     entry: Entry
     parts: tuple[str, ...]
@@ -67,11 +67,11 @@ class Decision:
 
 
 Contents = Callable[[Entry, str], Mapping[ObjectId, int]]
-"""The objects of a part that are in the store, with their stored sizes."""
+"""Return the objects of a part that are in the store, with their stored sizes in bytes."""
 
 
 def decide(
-    own: Source,
+    work_tree: Source,
     others: Sequence[Source],
     policy: Policy,
     contents: Contents,
@@ -82,53 +82,55 @@ def decide(
     in_use: AbstractSet[str] = frozenset(),
     gone: AbstractSet[ObjectId] = frozenset(),
 ) -> tuple[Decision, ...]:
-    """One decision for every manifest of every source, newest first.
+    """Return one decision for every manifest of every source, newest first.
 
-    Of each experiment: the best ``keep`` by score and the newest ``keep_latest``; beside them what is pinned or in use.
-    Their optimizer and trainer parts stay for the best one, the newest ``keep_optimizer`` of those kept, and those
-    pinned or in use. ``max_size`` then lets go worst-first, but never of the best, the newest, the pinned or the used.
-    Manifests in ``gone``, whose data can't be had any more, take nobody's place.
-    What ``others`` keep, or pin, gets the room that is left: it can't make anything of ``own`` go.
+    Keep, of each experiment, the best ``keep`` by score and the newest ``keep_latest``; and everything pinned or in
+    use. Keep the resume parts (optimizer, trainer) of the best, of the newest ``keep_optimizer`` of those kept, and of
+    those pinned or in use. If the total exceeds ``max_size``, evict the worst checkpoints first, but never the best,
+    the newest, those pinned or in use.
+    Manifests in ``gone``, whose data no longer exists anywhere, count towards none of these numbers.
+    What ``others`` keep or pin gets the space that the work tree leaves: it never evicts anything of the work tree.
     """
-    mine = {entry.id: _Draft(entry) for entry in own.entries}
-    _judge_source(own, policy, mine, now, "", gone)
-    _hold(mine, pinned, "pinned")
-    _hold(mine, in_use, "in use")
-    theirs = {entry.id: _Draft(entry) for source in (own, *others) for entry in source.entries}
+    own_drafts = {entry.id: _Draft(entry) for entry in work_tree.entries}
+    _judge_source(work_tree, policy, own_drafts, now, "", gone)
+    _hold(own_drafts, pinned, "pinned")
+    _hold(own_drafts, in_use, "in use")
+    other_drafts = {entry.id: _Draft(entry) for source in (work_tree, *others) for entry in source.entries}
     for source in others:
-        _judge_source(source, policy, theirs, now, f" on {source.name}", gone)
-    _hold(theirs, pinned_elsewhere, "pinned elsewhere")
+        _judge_source(source, policy, other_drafts, now, f" on {source.name}", gone)
+    _hold(other_drafts, pinned_elsewhere, "pinned elsewhere")
     if policy.max_size is not None:
-        used = _shrink(list(mine.values()), policy.max_size, contents, {})
-        _shrink(list(theirs.values()), policy.max_size, contents, used)
-    ordered = newest_first(draft.entry for draft in theirs.values())
-    return tuple(_decision(mine.get(entry.id), theirs[entry.id]) for entry in ordered)
+        used = _evict(list(own_drafts.values()), policy.max_size, contents, {})
+        _evict(list(other_drafts.values()), policy.max_size, contents, used)
+    ordered = newest_first(draft.entry for draft in other_drafts.values())
+    return tuple(_decision(own_drafts.get(entry.id), other_drafts[entry.id]) for entry in ordered)
 
 
 def _hold(drafts: Mapping[ObjectId, _Draft], ids: AbstractSet[str], reason: str) -> None:
-    for own_id in ids:
-        if draft := drafts.get(ObjectId(own_id)):
+    for checkpoint_id in ids:
+        if draft := drafts.get(ObjectId(checkpoint_id)):
             draft.hold(reason, every_part=True, protect=True)
 
 
-def _decision(mine: _Draft | None, theirs: _Draft) -> Decision:
-    kept = [draft for draft in (mine, theirs) if draft is not None and draft.kept]
-    wanted = {part for draft in kept for part in draft.parts()}
+def _decision(own: _Draft | None, other: _Draft) -> Decision:
+    """Return the union of what the work tree and the other sources keep of a manifest."""
+    kept = [draft for draft in (own, other) if draft is not None and draft.kept]
+    names = {part for draft in kept for part in draft.parts()}
     reasons = tuple(reason for draft in kept for reason in draft.reasons)
-    why_not = (mine.why_not if mine else "") or theirs.why_not
-    parts = tuple(part for part in theirs.entry.manifest.parts if part in wanted)
-    return Decision(theirs.entry, parts, reasons if kept else (why_not,))
+    why_not = (own.why_not if own else "") or other.why_not
+    parts = tuple(part for part in other.entry.manifest.parts if part in names)
+    return Decision(other.entry, parts, reasons if kept else (why_not,))
 
 
 class _Draft:
-    """A decision in the making."""
+    """A decision in the making. ``place``: the best rank in any experiment; a ``protected`` one is never evicted."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         self.kept = False
         self.whole = False
         self.protected = False
-        self.depth = 1 << 60
+        self.place = 1 << 60
         self.reasons: list[str] = []
         self.why_not = ""
 
@@ -153,27 +155,28 @@ def _judge_source(
     where: str,
     gone: AbstractSet[ObjectId],
 ) -> None:
-    lines: dict[bytes, list[Entry]] = {}
+    experiments: dict[bytes, list[Entry]] = {}
     for entry in source.entries:
         if entry.id in gone:
             drafts[entry.id].why_not = "its data is gone"
         elif entry.manifest.kind == "checkpoint":
-            lines.setdefault(msgspec.json.encode(entry.manifest.experiment, order="sorted"), []).append(entry)
+            key = msgspec.json.encode(entry.manifest.experiment, order="sorted")
+            experiments.setdefault(key, []).append(entry)
         elif entry.manifest.kind == "dataset":
             _judge_dataset(drafts[entry.id], policy, now)
         else:
-            drafts[entry.id].hold("added by hand: `castore forget` lets it go", every_part=True, protect=not where)
-    for entries in lines.values():
+            drafts[entry.id].hold("added by hand: `castore forget` removes it", every_part=True, protect=not where)
+    for entries in experiments.values():
         _judge_experiment(entries, policy, drafts, where)
 
 
 def _judge_experiment(entries: Sequence[Entry], policy: Policy, drafts: Mapping[ObjectId, _Draft], where: str) -> None:
     ranked = rank(entries, policy.tie_tolerance)
     newest = newest_first(entries)
-    kept_here = {entry.id for entry in [*ranked[: policy.keep], *newest[: policy.keep_latest]]}
+    kept_ids = {entry.id for entry in [*ranked[: policy.keep], *newest[: policy.keep_latest]]}
     for place, entry in enumerate(ranked):
         draft = drafts[entry.id]
-        draft.depth = min(draft.depth, place)
+        draft.place = min(draft.place, place)
         draft.why_not = draft.why_not or f"number {place + 1} of its experiment, {policy.keep} are kept"
         if place < policy.keep:
             best = place == 0
@@ -181,8 +184,8 @@ def _judge_experiment(entries: Sequence[Entry], policy: Policy, drafts: Mapping[
             draft.hold(reason + where, every_part=best, protect=best and not where)
     for entry in newest[: policy.keep_latest]:
         drafts[entry.id].hold("the newest" + where, protect=not where)
-    # of those that this source keeps by itself: else another source could change what it keeps
-    for entry in [entry for entry in newest if entry.id in kept_here][: policy.keep_optimizer]:
+    # only of those that this source keeps by itself: otherwise another source could change what this one keeps
+    for entry in [entry for entry in newest if entry.id in kept_ids][: policy.keep_optimizer]:
         drafts[entry.id].whole = True
 
 
@@ -194,46 +197,47 @@ def _judge_dataset(draft: _Draft, policy: Policy, now: datetime) -> None:
     draft.why_not = f"prepared data older than {limit:.0f} h"
 
 
-def _shrink(
+def _evict(
     drafts: Sequence[_Draft], max_size: int, contents: Contents, used: Mapping[ObjectId, int]
 ) -> dict[ObjectId, int]:
-    """Let go of whole manifests, worst first, until what is left fits beside ``used``. Returns all that is used then.
+    """Evict whole manifests, worst first, until the rest fits into ``max_size`` together with ``used``.
 
-    One that frees nothing, since its data is gone already or others that stay need all of it, stays too.
+    Return all objects used then, with their sizes. A manifest whose eviction frees nothing, since its data is gone or
+    shared with manifests that stay, is not evicted.
     """
     sizes = dict(used)
     holders: Counter[ObjectId] = Counter(used.keys())
     held: dict[ObjectId, Counter[ObjectId]] = {}
     for draft in drafts:
         parts = [contents(draft.entry, part) for part in draft.parts()]
-        held[draft.entry.id] = Counter(own for objects in parts for own in objects)
+        held[draft.entry.id] = Counter(object_id for objects in parts for object_id in objects)
         holders.update(held[draft.entry.id])
         for objects in parts:
             sizes.update(objects)
     total = sum(sizes.values())
-    let_go = []
-    for draft in sorted((one for one in drafts if one.kept and not one.protected), key=_eviction_order):
+    candidates = []
+    for draft in sorted((draft for draft in drafts if draft.kept and not draft.protected), key=_eviction_order):
         if total <= max_size:
             break
-        mine = held[draft.entry.id]
-        holders.subtract(mine)
-        total -= sum(sizes[own] for own in mine if not holders[own])
-        let_go.append(draft)
-    for draft in let_go:
-        if all(holders[own] for own in held[draft.entry.id]):
+        objects_held = held[draft.entry.id]
+        holders.subtract(objects_held)
+        total -= sum(sizes[object_id] for object_id in objects_held if not holders[object_id])
+        candidates.append(draft)
+    for draft in candidates:
+        if all(holders[object_id] for object_id in held[draft.entry.id]):
             holders.update(held[draft.entry.id])
         else:
             draft.kept = False
             draft.why_not = "evicted to fit max_size"
-    return {own: size for own, size in sizes.items() if holders[own] > 0}
+    return {object_id: size for object_id, size in sizes.items() if holders[object_id] > 0}
 
 
 def _eviction_order(draft: _Draft) -> tuple[bool, int, str, ObjectId]:
-    """First what can be made again, then the worst, then the oldest."""
+    """Sort key: first prepared data, which can be prepared again, then the worst, then the oldest."""
     manifest = draft.entry.manifest
-    return manifest.kind != "dataset", -draft.depth, manifest.created, draft.entry.id
+    return manifest.kind != "dataset", -draft.place, manifest.created, draft.entry.id
 
 
 def kept_parts(decisions: Iterable[Decision]) -> list[tuple[Entry, str]]:
-    """Every part that is kept, with its manifest."""
+    """Return every (entry, part name) that is kept."""
     return [(decision.entry, part) for decision in decisions for part in decision.parts]

@@ -51,8 +51,8 @@ def step_of(resolution: Resolution) -> int:
 def test_best_goes_by_score_latest_by_time_and_an_id_by_itself() -> None:
     entries = [checkpoint(1, 2.0), checkpoint(2, 1.0), checkpoint(3, 3.0)]
     assert step_of(resolved(*entries)) == 2
-    assert step_of(resolved(*entries, want="latest")) == 3
-    assert step_of(resolved(*entries, want=entries[0].id)) == 1
+    assert step_of(resolved(*entries, selector="latest")) == 3
+    assert step_of(resolved(*entries, selector=entries[0].id)) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_only_the_parts_that_are_needed_must_be_there() -> None:
     assert rejected.reasons == ("ema: this checkpoint has no such part",)
 
 
-@pytest.mark.parametrize("want", ["best", "latest"])
-def test_nothing_is_asked_about_incompatible_candidates_or_beyond_the_match(want: str) -> None:
+@pytest.mark.parametrize("selector", ["best", "latest"])
+def test_nothing_is_asked_about_incompatible_candidates_or_beyond_the_match(selector: str) -> None:
     asked = Asked({3: ["model"]})
     entries = [checkpoint(1, 3.0), checkpoint(2, 2.0), checkpoint(3, 1.0), checkpoint(4, 0.5, changed(tokenizer="x"))]
-    assert step_of(resolve(Requirement(want=want, experiment=EXPERIMENT), entries, asked)) == 2
+    assert step_of(resolve(Requirement(selector=selector, experiment=EXPERIMENT), entries, asked)) == 2
     assert asked.steps == [3, 2]
 
 
