@@ -1,4 +1,4 @@
-"""``.castore/config.toml``: every setting, its default and what it does. Pure."""
+"""``.castore/config.toml``: every setting, its default and its meaning. Pure."""
 
 from __future__ import annotations
 
@@ -14,46 +14,48 @@ from castore.errors import ConfigError
 from castore.format.frame import MAX_PLAIN
 
 TEMPLATE = """\
-# castore's settings. A line that is missing means the value shown here.
+# castore's settings. A setting that is left out has the value shown here.
 
 [store]
-# Largest piece of a checkpoint that is stored as one object: 64KiB to 64MiB.
+# Size of the chunks that checkpoints are stored in: 64KiB to 64MiB, a multiple of 64 bytes.
 chunk_size = "4MiB"
-# Threads that hash and compress; 0 takes one for each processor.
+# Number of threads that hash and compress; 0 means one per processor.
 threads = 0
-# Whether a save waits until the disk has it. Without, a power cut can lose what was saved last.
+# Wait until the disk has written a save before reporting success. If false, a power failure can lose recent saves.
 fsync = true
 # Seconds to wait for another castore process before giving up with exit code 6.
 lock_timeout = 60.0
 
 [resume]
-# When checkpoints exist but none can be used: "error" stops, "fresh" starts anew and says so.
+# If checkpoints exist but none can be used: "error" stops, "fresh" starts from scratch and says so.
 on_missing = "error"
-# Scores closer than this are a tie, which the later step wins.
+# Scores that differ by at most this are a tie, which the later step wins.
 tie_tolerance = 0.0001
-# Whether a checkpoint trained on other data may be resumed (listed as a difference).
+# Allow resuming from a checkpoint trained on other data (listed as a difference).
 allow_data_change = false
 
 [retention]
-# Whether `castore train` collects garbage after it has saved.
+# Collect garbage after `castore train` has saved.
 auto_gc = true
-# Of checkpoints that are comparable, how many of the best are kept, and how many of the newest beside them.
+# How many of the best checkpoints of each experiment are kept, and how many of the newest in addition.
 keep = 10
 keep_latest = 1
-# How many of the newest that are kept can be resumed exactly, beside the best: the rest keep their weights alone.
+# How many of the newest kept checkpoints, in addition to the best, keep what exact resuming needs (the optimizer and
+# trainer parts). The others keep only their weights.
 keep_optimizer = 2
-# Above this the worst go first, but never the best, the newest or a pinned one; "0" is no limit.
+# Limit on the stored size. Above it the worst checkpoints are evicted first, but never the best, the newest or a pinned
+# one; "0" means no limit.
 max_size = "20GB"
-# How long prepared data is used before it is prepared again.
+# How long prepared data is kept and reused before it is prepared again.
 data_ttl = "168h"
-# Objects that belong to no manifest stay for so long, in case one is on its way.
+# How long objects that belong to no manifest are kept, in case their manifest is about to be written.
 grace = "1d"
 
 [remotes]
-# Folders with copies of objects, such as another store on a shared disk, each as a line
+# Folders that hold copies of objects, such as another store on a shared disk, one per line:
 #   name = "path"
-# with a relative path starting in the folder that holds .castore. An object at path/objects/ab/abcd... is fetched when
-# it is missing or damaged here, and verified before it is used.
+# A relative path starts in the folder that holds .castore. If an object is missing or damaged here, it is fetched from
+# path/objects/ab/abcd..., and verified before it is used.
 """
 
 GITIGNORE = """\
@@ -66,7 +68,7 @@ GITIGNORE = """\
 """
 
 GITATTRIBUTES = """\
-# an id is the hash of the file's bytes: line endings stay as they are
+# an id is the hash of the file's bytes, so git must not convert line endings
 /manifests/** -text
 /bundles/** -text
 """
@@ -106,7 +108,7 @@ class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All settings. The defaults are those of :data:`TEMPLATE`."""
+    """All settings, with the defaults that :data:`TEMPLATE` writes out."""
 
     store: Store = msgspec.field(default_factory=Store)
     resume: Resume = msgspec.field(default_factory=Resume)
@@ -119,7 +121,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def parse(text: str, path: str = "config.toml") -> Config:
-    """The settings in a TOML text. ConfigError, naming the setting, for anything unknown or out of range."""
+    """Return the settings in a TOML text. ConfigError, naming the setting, for anything unknown or out of range."""
     try:
         config = msgspec.convert(tomllib.loads(text), Config)
         _check(config)
@@ -131,7 +133,11 @@ def parse(text: str, path: str = "config.toml") -> Config:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as ``4MiB``, ``20GB`` or ``1048576``; units with an i are powers of 1024."""
+    """Return the bytes of a size such as ``20GB`` or ``1048576``; units with an i are powers of 1024. ValueError.
+
+    >>> parse_size("4MiB")
+    4194304
+    """
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise ValueError(f"{text!r} is not a size: write 512KiB, 4MiB or 20GB")
@@ -141,13 +147,17 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> timedelta:
-    """A duration such as ``90s``, ``30min``, ``12h`` or ``7d``; ``0`` is none."""
+    """Return a duration such as ``90s``, ``30min``, ``12h`` or ``0``. ValueError.
+
+    >>> parse_duration("7d").days
+    7
+    """
     match = _DURATION.fullmatch(text.strip())
     if not match or not (match[2] or float(match[1]) == 0):
         raise ValueError(f"{text!r} is not a duration: write 30min, 12h or 7d")
     seconds = float(match[1]) * _SECONDS[match[2] or "s"]
     if seconds > 1e10:
-        raise ValueError(f"{text!r} is longer than anything lasts")
+        raise ValueError(f"{text!r} is longer than 300 years")
     return timedelta(seconds=seconds)
 
 
@@ -164,10 +174,10 @@ def _check(config: Config) -> None:
         raise ValueError("store.lock_timeout is not between 0 and 86400 seconds")
     if not 0 <= config.resume.tie_tolerance <= 1:
         raise ValueError("resume.tie_tolerance is not between 0 and 1")
-    for name, place in config.remotes.items():
+    for name, path in config.remotes.items():
         if not _REMOTE.fullmatch(name):
             raise ValueError(f"remotes.{name[:80]!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
-        if not place.strip() or "\0" in place:
+        if not path.strip() or "\0" in path:
             raise ValueError(f"remotes.{name} is not the path of a folder")
     for name in ("keep", "keep_latest", "keep_optimizer"):
         if getattr(config.retention, name) < 0:

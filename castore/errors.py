@@ -1,7 +1,7 @@
-"""Every error that castore raises, grouped by what a caller would do about it.
+"""Every error that castore raises, grouped by what a caller does about it.
 
-The groups are the direct children of :class:`CastoreError`; a program maps a group to an exit code and never
-needs to know the leaves. Leaves carry their data as fields and say in their message what to do next.
+The groups are the direct subclasses of :class:`CastoreError`: a program maps groups to exit codes and need not know
+the leaves. A leaf carries its data as fields, and its message says what to do next.
 """
 
 from __future__ import annotations
@@ -10,24 +10,38 @@ from collections.abc import Sequence
 
 
 class CastoreError(Exception):
-    """Base of everything castore raises on purpose."""
+    """Base class of every error that castore raises on purpose.
+
+    >>> try:
+    ...     raise UnknownId("0123", near=["0124abcd"])
+    ... except CastoreError as error:
+    ...     print(error)
+    no checkpoint '0123'; did you mean 0124abcd?
+    """
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with what could steer a terminal or disguise other text written as an escape.
+    r"""Return ``text`` with every character escaped that could control a terminal or disguise other text.
 
-    For whatever comes from a file, a manifest or a branch: its author may be hostile.
+    For any text from a file, a manifest or a branch: its author may be hostile.
+
+    >>> printable("main\x1b[2J")
+    'main\\x1b[2J'
     """
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in text)
+    return "".join(map(_escape_character, text))
 
 
-# -- the caller asked for something that can't be done: change the call -------------------------------------------
+def _escape_character(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+
+
+# -- the request is wrong: change it -------------------------------------------------------------------------------
 
 
 class UsageError(CastoreError):
-    """The request itself is wrong; the same call will fail again."""
+    """The request itself is wrong: the same call will fail again."""
 
 
 class RepoNotFound(UsageError):
@@ -35,11 +49,11 @@ class RepoNotFound(UsageError):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        super().__init__(f"no .castore/ in {printable(path)} or above it: run `castore init` where the project lives")
+        super().__init__(f"no .castore/ in {printable(path)} or above it: run `castore init` in the project's folder")
 
 
 class ConfigError(UsageError):
-    """``config.toml`` can't be used as it is."""
+    """``config.toml`` is missing, unreadable or holds an invalid setting."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
@@ -47,7 +61,7 @@ class ConfigError(UsageError):
 
 
 class UnsupportedValue(UsageError):
-    """A state holds a value that the format has no exact form for; ``key`` says where."""
+    """A state holds a value that the format can't represent exactly; ``key`` says where."""
 
     def __init__(self, key: str, reason: str) -> None:
         self.key, self.reason = key, reason
@@ -55,11 +69,11 @@ class UnsupportedValue(UsageError):
 
 
 class InvalidManifest(UsageError):
-    """A manifest that was about to be written breaks a rule, such as a metric that is not finite."""
+    """A manifest to be written breaks a rule, such as a metric that is not finite."""
 
 
 class UnsupportedFile(UsageError):
-    """A file, folder or link that can't be kept exactly, or one that can't be imported; ``path`` names it."""
+    """A file, folder or link that can't be stored exactly, or a file that can't be imported."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
@@ -67,7 +81,7 @@ class UnsupportedFile(UsageError):
 
 
 class RefusedPath(UsageError):
-    """Nothing is written there: something is in the way, or it is a place where output never goes."""
+    """Output was not written to ``path``: something exists there, or it is a protected place."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
@@ -75,55 +89,55 @@ class RefusedPath(UsageError):
 
 
 class NotInActions(UsageError):
-    """GitHub's cache is within reach of jobs of GitHub Actions alone."""
+    """The GitHub Actions cache was used outside a job of GitHub Actions."""
 
 
 class PackageMissing(UsageError):
-    """What was asked for takes a package that isn't installed."""
+    """``feature`` needs a package that isn't installed; ``extra`` is the extra of castore that brings it."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        self.what, self.package, self.extra = what, package, extra
-        super().__init__(f"{what} needs the package {package}: pip install 'castore[{extra}]'")
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        self.feature, self.package, self.extra = feature, package, extra
+        super().__init__(f"{feature} needs the package {package}: pip install 'castore[{extra}]'")
 
 
-# -- nothing fits: ask for something else --------------------------------------------------------------------------
+# -- nothing matches: ask for something else -----------------------------------------------------------------------
 
 
 class NotFound(CastoreError):
-    """Nothing matches what was asked for."""
+    """Nothing matches the request."""
 
 
 class UnknownId(NotFound):
-    """No manifest has this id or prefix; ``near`` lists ids that look alike."""
+    """No manifest has this id or prefix; ``near`` lists similar ids."""
 
-    def __init__(self, wanted: str, near: Sequence[str] = ()) -> None:
-        self.wanted, self.near = wanted, tuple(near)
+    def __init__(self, selector: str, near: Sequence[str] = ()) -> None:
+        self.selector, self.near = selector, tuple(near)
         hint = f"; did you mean {', '.join(self.near)}?" if self.near else "; `castore log` lists them"
-        super().__init__(f"no checkpoint {wanted!r}{hint}")
+        super().__init__(f"no checkpoint {selector!r}{hint}")
 
 
 class AmbiguousId(NotFound):
-    """A prefix fits several manifests."""
+    """A prefix matches several manifests, whose ids are ``matches``."""
 
-    def __init__(self, wanted: str, matches: Sequence[str]) -> None:
-        self.wanted, self.matches = wanted, tuple(matches)
+    def __init__(self, selector: str, matches: Sequence[str]) -> None:
+        self.selector, self.matches = selector, tuple(matches)
         shown = ", ".join(match[:16] for match in self.matches[:5])
-        super().__init__(f"{wanted!r} fits {len(self.matches)} checkpoints ({shown}): give more digits")
+        super().__init__(f"{selector!r} matches {len(self.matches)} checkpoints ({shown}): give more digits")
 
 
 class NothingMatches(NotFound):
     """No manifest is compatible with what the run needs."""
 
 
-# -- the data is not here: fetch it, or start from something else --------------------------------------------------
+# -- the data is missing: fetch it, or start from something else ---------------------------------------------------
 
 
 class DataMissing(CastoreError):
-    """History knows the checkpoint, but its data can't be had."""
+    """A manifest exists, but its data is not available."""
 
 
 class ObjectMissing(DataMissing):
-    """An object is neither in the store nor in any remote."""
+    """An object is in neither the store nor any remote."""
 
     def __init__(self, object_id: str, part: str = "", manifest: str = "") -> None:
         self.object_id, self.part, self.manifest = object_id, part, manifest
@@ -131,18 +145,18 @@ class ObjectMissing(DataMissing):
 
 
 class NothingAvailable(DataMissing):
-    """Compatible manifests exist, but the data of none of them can be had."""
+    """Compatible manifests exist, but the data of none of them is available."""
 
 
 class RootsUnreadable(DataMissing):
-    """It can't be told which checkpoints are still needed, so nothing may be deleted."""
+    """The manifests still in use could not all be determined, so nothing was deleted."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"nothing was deleted, as it can't be told what is still needed: {reason}")
 
 
-# -- bytes are not what they should be: distrust them --------------------------------------------------------------
+# -- bytes fail verification: do not use them ----------------------------------------------------------------------
 
 
 class CorruptionError(CastoreError):
@@ -150,7 +164,7 @@ class CorruptionError(CastoreError):
 
 
 class CorruptObject(CorruptionError):
-    """An object does not decode to the bytes that its id names."""
+    """An object does not decode to the bytes that its id is the hash of."""
 
     def __init__(self, object_id: str, reason: str, part: str = "", manifest: str = "") -> None:
         self.object_id, self.reason, self.part, self.manifest = object_id, reason, part, manifest
@@ -159,11 +173,11 @@ class CorruptObject(CorruptionError):
 
 
 class CorruptIndex(CorruptionError):
-    """An index, though its hash is right, does not describe a part."""
+    """An index whose hash is right does not describe a part."""
 
 
 class CorruptManifest(CorruptionError):
-    """A manifest file is not valid, or not the one that its name says."""
+    """A manifest file is invalid, or its content does not belong under its name."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
@@ -171,7 +185,7 @@ class CorruptManifest(CorruptionError):
 
 
 class UnsupportedVersion(CorruptionError):
-    """Data in a format that this castore does not know: a newer castore wrote it."""
+    """The data has a format version that this castore does not know: a newer castore wrote it."""
 
     def __init__(self, what: str, version: object) -> None:
         self.what, self.version = what, version
@@ -181,11 +195,11 @@ class UnsupportedVersion(CorruptionError):
 
 
 class CorruptBundle(CorruptionError):
-    """A bundle, or the record of one, is not what its id says."""
+    """A bundle or a bundle record is invalid, or does not match its id."""
 
 
 class UnsafePath(CorruptionError):
-    """A tree of files holds a path or link that could write where it shouldn't. Nothing of it was written."""
+    """A stored tree holds a path or link that could write outside its folder. Nothing of it was written."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
@@ -193,22 +207,22 @@ class UnsafePath(CorruptionError):
 
 
 class InvalidFile(CorruptionError):
-    """A file that was to be imported is damaged, or not what it pretends to be. Nothing of it was saved."""
+    """A file to be imported is damaged, or is not of the type it claims. Nothing of it was saved."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(f"{printable(path)}: {reason}; nothing was imported")
 
 
-# -- a remote failed: try again, or see what it allows ---------------------------------------------------------------
+# -- a remote failed: try again, or check its permissions and limits -----------------------------------------------
 
 
 class RemoteError(CastoreError):
-    """A remote could not be asked, or refused. What is stored here is intact."""
+    """A remote was unreachable or refused a request. The local store is intact."""
 
 
 class RemoteUnavailable(RemoteError):
-    """The remote gives no answer that can be used."""
+    """The remote gave no usable answer."""
 
     def __init__(self, remote: str, reason: str) -> None:
         self.remote, self.reason = remote, reason
@@ -216,26 +230,26 @@ class RemoteUnavailable(RemoteError):
 
 
 class UploadRefused(RemoteError):
-    """What was made here could not be handed on: nothing refers to it, and the next session won't find it."""
+    """The remote refused an upload: no record refers to the data, so the next session won't find it."""
 
     def __init__(self, remote: str, reason: str) -> None:
         self.remote, self.reason = remote, reason
-        super().__init__(f"nothing was handed on to {remote}: {reason}")
+        super().__init__(f"nothing was uploaded to {remote}: {reason}")
 
 
 class NotPushed(RemoteError):
-    """A commit could not be made or pushed; what it holds is staged or committed here."""
+    """A commit could not be made or pushed; its files are staged or committed locally."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"not pushed, so the next session won't know of it: {reason}")
 
 
-# -- somebody else is at work: wait --------------------------------------------------------------------------------
+# -- another process is at work: wait ------------------------------------------------------------------------------
 
 
 class Locked(CastoreError):
-    """Another process holds the store's lock."""
+    """Another process holds the store's lock; ``seconds`` is how long this one waited."""
 
     def __init__(self, path: str, seconds: float) -> None:
         self.path, self.seconds = path, seconds
@@ -244,28 +258,28 @@ class Locked(CastoreError):
         )
 
 
-# -- the request is already fulfilled ------------------------------------------------------------------------------
-
-
-class NothingToDo(CastoreError):
-    """The work asked for is zero, which is said rather than passed over."""
-
-
-# -- the machine failed: free space, mend the disk -----------------------------------------------------------------
-
-
 class FileChanged(CastoreError):
-    """A file was written to while it was read, so that what was read may never have been in it."""
+    """A file was written to while it was read: the bytes that were read may never have been its content."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         super().__init__(
-            f"{printable(path)} changed while it was read: nothing was added; try again when it is at rest"
+            f"{printable(path)} changed while it was read: nothing was added; try again when nothing writes to it"
         )
 
 
+# -- there is nothing to do: continue ------------------------------------------------------------------------------
+
+
+class NothingToDo(CastoreError):
+    """The requested work is empty. Raised so that it is not mistaken for work done."""
+
+
+# -- the machine failed: free space, repair the disk ---------------------------------------------------------------
+
+
 class StorageError(CastoreError):
-    """The file system refused an operation. What was stored before is intact."""
+    """The file system refused an operation. Everything stored before is intact."""
 
     def __init__(self, action: str, path: str, error: OSError) -> None:
         self.action, self.path, self.errno = action, path, error.errno

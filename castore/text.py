@@ -1,4 +1,4 @@
-"""Sizes, times and numbers as people read them, and text from elsewhere made safe to print. Pure."""
+"""Sizes, times and numbers formatted for people, and untrusted text made safe to print. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ __all__ = ["escape_markdown", "format_age", "format_number", "format_size", "pri
 
 
 def format_size(count: float) -> str:
-    """Bytes in decimal units, as disks and networks are sold: ``3.8 MB``."""
+    """Format a number of bytes in decimal units.
+
+    >>> format_size(3_800_000)
+    '3.8 MB'
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -19,7 +23,11 @@ def format_size(count: float) -> str:
 
 
 def format_age(span: timedelta) -> str:
-    """The largest whole unit of a time span: ``3 h``; a time in the future is ``0 s``."""
+    """Format a time span in its largest unit; a negative one as ``0 s``.
+
+    >>> format_age(timedelta(hours=3, minutes=5))
+    '3 h'
+    """
     seconds = max(0.0, span.total_seconds())
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
@@ -31,12 +39,23 @@ _PLAIN = " .,;/'\"=%?-"
 
 
 def escape_markdown(text: str) -> str:
-    """``text`` as text: nothing in it is taken for Markdown, HTML or the end of a table's cell."""
-    return "".join(one if one.isalnum() or one in _PLAIN else f"&#{ord(one)};" for one in printable(text))
+    """Escape ``text`` so that none of it is read as Markdown, HTML or the end of a table cell.
+
+    >>> escape_markdown("a|b")
+    'a&#124;b'
+    """
+    return "".join(
+        character if character.isalnum() or character in _PLAIN else f"&#{ord(character)};"
+        for character in printable(text)
+    )
 
 
 def format_number(value: float | None) -> str:
-    """Four places, or four digits of what is very large; ``-`` for nothing."""
+    """Format a number with four decimals, a very large one with four digits, None as ``-``.
+
+    >>> format_number(2.31), format_number(None)
+    ('2.3100', '-')
+    """
     if value is None:
         return "-"
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
