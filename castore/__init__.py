@@ -1,8 +1,11 @@
 """castore: a content-addressed store for training checkpoints.
 
-    >>> repo = castore.Repo.init(path)
-    >>> saved = repo.save({"model": model.state_dict()}, run="ci", step=500, metrics={"val_loss": 2.31})
-    >>> state = repo.load(repo.resolve("best").require().id)
+    >>> import castore
+    >>> repo = castore.Repo.init(".")
+    >>> state = {"model": {"weights": [0.25, 0.5]}, "trainer": {"step": 500}}
+    >>> saved = repo.save(state, run="ci", step=500, metrics={"val_loss": 2.31})
+    >>> repo.load(repo.resolve("best").require().id) == state
+    True
 
 Importing castore imports neither torch nor NumPy; saving and loading tensors does.
 """
@@ -43,8 +46,8 @@ __all__ = [
     "text",
 ]
 
-# imported when they are first used: a quarter of the time in which `castore --help` answers
-_PLACES = {
+# imported on first use, which saves a quarter of the time that `castore --help` takes
+_MODULES = {
     "Experiment": "format.manifest",
     "GCPlan": "gc",
     "Manifest": "format.manifest",
@@ -61,10 +64,10 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(f"castore.{_PLACES[name]}"), name)
-    return found
+    value = globals()[name] = getattr(importlib.import_module(f"castore.{_MODULES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

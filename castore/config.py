@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -81,6 +82,8 @@ _REMOTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Store(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section ``[store]``; what each setting means is in :data:`TEMPLATE`."""
+
     chunk_size: str = "4MiB"
     threads: int = 0
     fsync: bool = True
@@ -88,12 +91,16 @@ class Store(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section ``[resume]``."""
+
     on_missing: Literal["error", "fresh"] = "error"
     tie_tolerance: float = 1e-4
     allow_data_change: bool = False
 
 
 class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section ``[retention]``."""
+
     auto_gc: bool = True
     keep: int = 10
     keep_latest: int = 1
@@ -162,10 +169,8 @@ def parse_duration(text: str) -> timedelta:
 
 
 def _check(config: Config) -> None:
-    try:
-        chunk_bytes = config.chunk_bytes
-    except ValueError as error:
-        raise ValueError(f"store.chunk_size: {error}") from error
+    """Raise ValueError, naming the setting, for a value that the types alone do not exclude."""
+    chunk_bytes = _read("store.chunk_size", parse_size, config.store.chunk_size)
     if not _SMALLEST_CHUNK <= chunk_bytes <= MAX_PLAIN or chunk_bytes % 64:
         raise ValueError("store.chunk_size is not a multiple of 64 between 64KiB and 64MiB")
     if not 0 <= config.store.threads <= 256:
@@ -182,8 +187,16 @@ def _check(config: Config) -> None:
     for name in ("keep", "keep_latest", "keep_optimizer"):
         if getattr(config.retention, name) < 0:
             raise ValueError(f"retention.{name} is below 0")
-    for name, parse in (("max_size", parse_size), ("data_ttl", parse_duration), ("grace", parse_duration)):
-        try:
-            parse(getattr(config.retention, name))
-        except ValueError as error:
-            raise ValueError(f"retention.{name}: {error}") from error
+    _read("retention.max_size", parse_size, config.retention.max_size)
+    _read("retention.data_ttl", parse_duration, config.retention.data_ttl)
+    _read("retention.grace", parse_duration, config.retention.grace)
+
+
+_T = TypeVar("_T")
+
+
+def _read(setting: str, parse: Callable[[str], _T], text: str) -> _T:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
