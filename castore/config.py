@@ -18,7 +18,7 @@ TEMPLATE = """\
 # castore's settings. A setting that is left out has the value shown here.
 
 [store]
-# Size of the chunks that checkpoints are stored in: 64KiB to 64MiB, a multiple of 64 bytes.
+# Maximum size of a chunk, the unit in which checkpoints are stored: 64KiB to 64MiB, a multiple of 64 bytes.
 chunk_size = "4MiB"
 # Number of threads that hash and compress; 0 means one per processor.
 threads = 0
