@@ -1,4 +1,4 @@
-"""What several test modules make and compare."""
+"""Builders of manifests, states and data that several test modules use, and exact comparisons."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from typing import Any
 
 import torch
 
+from castore.format.ids import hash_bytes
 from castore.format.manifest import Entry, Manifest, Part, encode
 
 
 def manifest(step: int = 1, **fields: Any) -> Manifest:
-    made = {
+    """Return a valid manifest; later steps are created later. ``fields`` replace those of the default."""
+    defaults = {
         "run": "ci",
         "created": f"2026-01-02T03:04:05.{int(step) % 1_000_000:06d}Z",
         "parts": {"model": Part(index="ab" * 32, bytes=10, stored_bytes=9)},
     }
-    return Manifest(step=step, **{**made, **fields})
+    return Manifest(step=step, **{**defaults, **fields})
 
 
 def entry(step: int = 1, **fields: Any) -> Entry:
-    from castore.format.ids import hash_bytes
-
-    made = manifest(step, **fields)
-    return Entry(hash_bytes(encode(made)), made)
+    """Return :func:`manifest` with its id."""
+    built = manifest(step, **fields)
+    return Entry(hash_bytes(encode(built)), built)
 
 
 def parts(seed: int = 0) -> dict[str, Any]:
+    """Return the parts of a checkpoint: a tensor of several chunks, small ones, a tied one, and plain values."""
     generator = torch.Generator().manual_seed(seed)
     big = torch.randn(50_000, generator=generator)
     model = {"big": big, "small": torch.randn(3, 5, generator=generator), "tied": big, "step": torch.tensor(seed)}
@@ -43,13 +45,13 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """The bytes of the dense tensor, by way of NumPy's copy of plain integers."""
+    """Return the bytes of a dense tensor, reinterpreted as integers so that NumPy copies them unchanged."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     return tensor.view(_BITS.get(tensor.element_size(), tensor.dtype)).numpy().tobytes()
 
 
 def exact(value: Any) -> Any:
-    """A value that compares equal for values equal in every bit and type, and for those alone."""
+    """Return a value that is equal exactly for values that agree in every bit and type."""
     kind = type(value)
     if isinstance(value, torch.Tensor):
         return "tensor", value.dtype, tuple(value.shape), bits(value)
@@ -65,18 +67,18 @@ def exact(value: Any) -> Any:
 
 
 def trained(count: int, seed: int = 0) -> bytes:
-    """float32 numbers spread as trained weights are."""
+    """Return ``count`` float32 numbers distributed like trained weights, as bytes."""
     rng = random.Random(seed)
     return array.array("f", [rng.gauss(0, 0.02) for _ in range(count)]).tobytes()
 
 
 def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file below ``root`` with its inode, time of change and content."""
-    found = {}
+    """Return (inode, modification time, content) of every file below ``root``."""
+    files_by_path = {}
     for folder, _, files in os.walk(root):
         for file in files:
             path = Path(folder, file)
             status = path.lstat()
             content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
-            found[str(path.relative_to(root))] = (status.st_ino, status.st_mtime_ns, content)
-    return found
+            files_by_path[str(path.relative_to(root))] = (status.st_ino, status.st_mtime_ns, content)
+    return files_by_path

@@ -1,7 +1,8 @@
 """Make the golden repository of format version 1: `python tests/make_golden.py`.
 
-Run once. What is committed stays as it is, since it stands for what is stored out there; a new format version gets a
-golden repository of its own. Contents come from SHAKE-256 and exact arithmetic, so no library decides them.
+Run once per format version. A committed golden repository never changes, since it stands for repositories in use; a new
+format version gets a golden repository of its own. The contents come from SHAKE-256 and exact arithmetic, so that they
+do not depend on the random numbers of a library.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ import castore
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 CONFIG = '[store]\nchunk_size = "64KiB"\n'
 SHOWN = 64
-"""Tensors of up to this many bytes are spelt out in expected.json, larger ones are named by their hash."""
+"""Tensors of up to this many bytes are written out in expected.json, larger ones are represented by their hash."""
 
 
 def states() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """The parts of each checkpoint, and what else its manifest says."""
-    line = castore.Experiment(
+    """Yield the parts of each checkpoint, and the other fields of its manifest."""
+    experiment = castore.Experiment(
         model={"layers": 2, "dropout": 0.0, "activation": "gelu", "bias": False, "rope": None, "theta": 1e16},
         tokenizer="0a" * 32,
         data="0b" * 32,
@@ -46,7 +47,7 @@ def states() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         "texts": ["", "Grüße, 世界 😀", 'quote " backslash \\ slash /', "\x00\x07\x08\t\n\x0b\x0c\r\x1f\x7f\u2028"],
         "nested": {"empty": {}, "list": [[], [True, False, None]], "é": 1, "z": 2, "\ue000": 3, "😀": 4, "Z": 5},
     }
-    common = {"run": "golden", "experiment": line, "config": config}
+    common = {"run": "golden", "experiment": experiment, "config": config}
     for step in (100, 200):
         yield (
             {"model": model(step), "optimizer": optimizer(step), "trainer": trainer(step)},
@@ -63,7 +64,7 @@ def states() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def model(step: int) -> OrderedDict[str, Any]:
-    """Weights: all codecs' number widths, tied tensors, tensors over several chunks, the odd element types."""
+    """Return weights: every number width of the codecs, tied tensors, tensors over several chunks, rare dtypes."""
     embedding = floats("embedding", (160, 240), torch.float32)
     state = OrderedDict(
         [
@@ -90,7 +91,7 @@ def model(step: int) -> OrderedDict[str, Any]:
 
 
 def optimizer(step: int) -> dict[str, Any]:
-    """Int keys, tuples, and a tensor of eight-byte numbers."""
+    """Return an optimizer state: int keys, tuples, and a tensor of eight-byte numbers."""
     return {
         "state": {
             0: {"step": torch.tensor(float(step)), "exp_avg": floats("exp_avg 0", (5000,), torch.float64)},
@@ -101,7 +102,7 @@ def optimizer(step: int) -> dict[str, Any]:
 
 
 def trainer(step: int) -> dict[str, Any]:
-    """Every other kind of value; random bytes, which no codec shrinks, and a counter, which zstd does."""
+    """Return every other kind of value; random bytes, which no codec shrinks, and a counter, which zstd does."""
     (odd_nan,) = struct.unpack("<d", struct.pack("<Q", 0xFFF8000000001234))
     return {
         "step": step,
@@ -119,22 +120,22 @@ def trainer(step: int) -> dict[str, Any]:
 
 
 def noise(label: str, size: int) -> bytearray:
-    """``size`` bytes that ``label`` decides."""
+    """Return ``size`` pseudo-random bytes determined by ``label``."""
     return bytearray(hashlib.shake_256(label.encode()).digest(size))
 
 
 def floats(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Numbers spread like trained weights: sums of four uniform ones, exact in float64 before they are rounded."""
+    """Return numbers distributed like trained weights: sums of four uniform ones, exact in float64 before rounding."""
     count = int(np.prod(shape))
     uniform = np.frombuffer(noise(label, 16 * count), dtype="<u4").reshape(4, count)
     return torch.from_numpy((uniform.astype(np.float64).sum(axis=0) - 2.0**33) * 2.0**-38).to(dtype).reshape(shape)
 
 
-# -- what is expected, in words that JSON has ------------------------------------------------------------------------
+# -- the expected content, expressed in JSON -------------------------------------------------------------------------
 
 
 def describe(state: Any) -> dict[str, Any]:
-    """A state as JSON that keeps every bit and every type; tensors are numbered by first occurrence."""
+    """Return a state as JSON that keeps every bit and every type; tensors are numbered by first occurrence."""
     tensors: list[torch.Tensor] = []
     value = _describe(state, tensors)
     return {"value": value, "tensors": [_describe_tensor(tensor) for tensor in tensors]}
@@ -170,7 +171,7 @@ def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
 
 def main() -> None:
     if GOLDEN.exists():
-        sys.exit(f"{GOLDEN} is there already: a golden repository is never made again")
+        sys.exit(f"{GOLDEN} exists: a golden repository is never made again")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / ".castore"
         root.mkdir()
@@ -190,8 +191,8 @@ def main() -> None:
                 }
             )
         # the repository's own .gitignore would keep the objects out of git
-        unwanted = shutil.ignore_patterns(".gitignore", ".gitattributes", ".gitkeep", "tmp", "lock")
-        shutil.copytree(root, GOLDEN / "castore", ignore=unwanted)
+        excluded = shutil.ignore_patterns(".gitignore", ".gitattributes", ".gitkeep", "tmp", "lock")
+        shutil.copytree(root, GOLDEN / "castore", ignore=excluded)
     files = sorted(path for path in (GOLDEN / "castore").rglob("*") if path.is_file())
     expected = {
         "checkpoints": checkpoints,

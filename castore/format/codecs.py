@@ -232,13 +232,13 @@ _local = threading.local()
 
 
 def _compressor(kind: str) -> zstandard.ZstdCompressor:
-    made: zstandard.ZstdCompressor | None = getattr(_local, kind, None)
-    if made is None:
+    compressor: zstandard.ZstdCompressor | None = getattr(_local, kind, None)
+    if compressor is None:
         import zstandard
 
-        made = zstandard.ZstdCompressor(compression_params=_parameters(kind))
-        setattr(_local, kind, made)
-    return made
+        compressor = zstandard.ZstdCompressor(compression_params=_parameters(kind))
+        setattr(_local, kind, compressor)
+    return compressor
 
 
 @functools.cache
@@ -259,10 +259,10 @@ def _parameters(kind: str) -> Any:
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
-    made: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
-    if made is None:
+    decompressor: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
+    if decompressor is None:
         import zstandard
 
-        made = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-        _local.decompressor = made
-    return made
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        _local.decompressor = decompressor
+    return decompressor

@@ -43,24 +43,24 @@ def test_a_bundle_says_where_its_objects_are(sizes: dict[ObjectId, int]) -> None
     layout = bundle.lay_out(sizes)
     assert layout.size == 8 + sum(sizes.values()) + bundle.tail_bytes(len(sizes))
     assert bundle.read_tail(layout.id, layout.tail, layout.size) == layout.places
-    assert {own: place.length for own, place in layout.places.items()} == sizes
+    assert {object_id: place.length for object_id, place in layout.places.items()} == sizes
 
 
 def test_another_implementation_reads_it() -> None:
     """By FORMAT.md, section 14, alone."""
     frames = {a(1): b"a" * 20, a(2): b"b" * 30}
-    layout = bundle.lay_out({own: len(frame) for own, frame in frames.items()})
+    layout = bundle.lay_out({object_id: len(frame) for object_id, frame in frames.items()})
     data = bundle.HEADER + b"".join(frames.values()) + layout.tail
     assert data[:8] == b"CSTB\x01\0\0\0"
     start, count, magic = struct.unpack("<QI4s", data[-16:])
     assert (magic, count) == (b"CSTB", 2)
     index = data[start:-16]
     assert blake3(index).hexdigest() == layout.id
-    found = {}
+    read_back = {}
     for at in range(0, len(index), 44):
-        own, offset, length = struct.unpack("<32sQI", index[at : at + 44])
-        found[own.hex()] = data[offset : offset + length]
-    assert found == frames
+        digest, offset, length = struct.unpack("<32sQI", index[at : at + 44])
+        read_back[digest.hex()] = data[offset : offset + length]
+    assert read_back == frames
 
 
 @given(st.data(), SIZES)
@@ -88,7 +88,7 @@ def test_a_changed_tail_is_refused(draw: st.DataObject, sizes: dict[ObjectId, in
 def test_an_index_that_breaks_a_rule_is_refused_though_its_hash_is_right(
     places: list[tuple[ObjectId, int, int]],
 ) -> None:
-    index = b"".join(struct.pack("<32sQI", bytes.fromhex(own), at, length) for own, at, length in places)
+    index = b"".join(struct.pack("<32sQI", bytes.fromhex(object_id), at, length) for object_id, at, length in places)
     start = 8 + sum(length for _, _, length in places)
     tail = index + struct.pack("<QI4s", start, len(places), b"CSTB")
     with pytest.raises(CorruptBundle):
@@ -147,13 +147,13 @@ def test_any_bytes_are_a_record_or_refused(data: bytes) -> None:
         bundle.decode_record(data)
 
 
-# -- what goes into a new one ----------------------------------------------------------------------------------------
+# -- what goes into a new bundle -------------------------------------------------------------------------------------
 
 ITEMS = {a(i): 100 for i in range(10)}
 IDS = list(ITEMS)
 
 
-def test_what_existing_bundles_hold_is_not_uploaded_again() -> None:
+def test_objects_in_existing_bundles_are_not_uploaded_again() -> None:
     assert bundle.choose_bundles(ITEMS, {a(100): dict.fromkeys(IDS[:8], 100)}) == ([a(100)], set(IDS[8:]))
     assert bundle.choose_bundles(ITEMS, {a(100): ITEMS}) == ([a(100)], set())
 
@@ -178,11 +178,11 @@ def test_no_checkpoint_depends_on_more_than_four_bundles() -> None:
         st.sampled_from([a(100 + i) for i in range(6)]), st.dictionaries(st.sampled_from(IDS), st.integers(16, 1000))
     ),
 )
-def test_every_object_can_be_had_afterwards(
+def test_every_needed_object_is_in_a_chosen_or_the_new_bundle(
     needed: dict[ObjectId, int], bundles: dict[ObjectId, dict[ObjectId, int]]
 ) -> None:
     chosen, new = bundle.choose_bundles(needed, bundles)
-    held = {own for one in chosen for own in bundles[one]}
+    held = {object_id for bundle_id in chosen for object_id in bundles[bundle_id]}
     assert needed.keys() <= held | new
     assert not held & new
     assert len(chosen) + bool(new) <= MOST_BUNDLES

@@ -69,17 +69,17 @@ def test_cover_finds_every_byte_of_any_layout(gaps_and_sizes: list[tuple[int, in
         end = start + size
         extents.append((start, size))
         owner.update({start + i: (tensor, i) for i in range(size)})
-    found = {}
+    covered = {}
     start = 0
     for length, pieces in zip(lengths, pieces_by_chunk(extents, lengths), strict=True):
         for piece in pieces:
             assert piece.at >= 0
             assert piece.at + piece.stop - piece.start <= length
-            found.update(
+            covered.update(
                 {start + piece.at + i: (piece.tensor, piece.start + i) for i in range(piece.stop - piece.start)}
             )
         start += length
-    assert found == {at: what for at, what in owner.items() if at < start}
+    assert covered == {at: what for at, what in owner.items() if at < start}
 
 
 def test_small_tensors_fill_a_chunk_before_another_is_begun() -> None:

@@ -79,10 +79,10 @@ float64 = array.array("d", array.array("f", trained(20_000))).tobytes()
     ],
 )
 def test_the_probe_picks_the_codec_that_shrinks(plain: bytes, itemsize: int, codec: int, ratio: float) -> None:
-    found, payload = encoded(plain, itemsize)
-    assert found == codec
+    chosen, payload = encoded(plain, itemsize)
+    assert chosen == codec
     assert len(payload) <= ratio * len(plain)
-    assert decoded(found, payload, len(plain)) == plain
+    assert decoded(chosen, payload, len(plain)) == plain
 
 
 def test_data_that_deceives_the_probe_is_stored_at_little_more_than_its_size() -> None:
@@ -115,8 +115,8 @@ SAMPLES = {
 @pytest.mark.parametrize("codec", SAMPLES)
 def test_a_payload_cut_short_or_longer_or_of_another_size_is_refused(codec: int) -> None:
     plain, itemsize = SAMPLES[codec]
-    found, payload = encoded(plain, itemsize)
-    assert found == codec
+    chosen, payload = encoded(plain, itemsize)
+    assert chosen == codec
     for broken in [*(payload[:i] for i in range(len(payload))), payload + b"\0", payload + payload]:
         with pytest.raises(CodecError):
             decoded(codec, broken, len(plain))

@@ -32,6 +32,7 @@ from castore.format.frame import encode_frame
 SPECIFICATION = Path(castore.__file__).with_name("format").joinpath("FORMAT.md").read_text(encoding="utf-8")
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
+EXPECTED_CHECKPOINTS = EXPECTED["checkpoints"]
 CHUNK = 64 << 10
 
 
@@ -62,15 +63,15 @@ def need(condition: object, what: str) -> None:
         raise Damaged(what)
 
 
-def read_object(root: Path, own: str, length: int | None = None) -> bytes:
-    data = (root / "objects" / own[:2] / own).read_bytes()
+def read_object(root: Path, object_id: str, length: int | None = None) -> bytes:
+    data = (root / "objects" / object_id[:2] / object_id).read_bytes()
     need(16 <= len(data) <= 67112960, "size")
     magic, version, codec, zero, n = struct.unpack_from("<4sBBHQ", data)
     need(magic == b"CSTO" and version == 1 and zero == 0 and n <= 67108864, "header")
     need(length in (None, n), "length")
     need(codec in (0, 1, 2), "codec")
     plain = (plain_raw, plain_zstd, plain_planes)[codec](data[16:], n)
-    need(blake3(plain).hexdigest() == own, "hash")
+    need(blake3(plain).hexdigest() == object_id, "hash")
     return plain
 
 
@@ -110,8 +111,8 @@ MAPPINGS = {3: "dict", 4: "OrderedDict"}
 ELEMENT_TYPES = element_types()
 
 
-def read_part(root: Path, own: str) -> dict[str, Any]:
-    chunks, tensors, value = read_index(read_object(root, own))
+def read_part(root: Path, index_id: str) -> dict[str, Any]:
+    chunks, tensors, value = read_index(read_object(root, index_id))
     stream = b"".join(read_object(root, chunk, length) for chunk, length in chunks)
     described = []
     end = 0
@@ -144,10 +145,10 @@ def read_index(data: bytes) -> tuple[list[tuple[str, int]], list[tuple[str, list
 
     def value(depth: int = 0) -> Any:
         need(depth <= 100, "depth")
-        found = take()
-        if type(found) is not msgpack.ExtType:
-            return scalar(found)
-        code, payload = found
+        item = take()
+        if type(item) is not msgpack.ExtType:
+            return scalar(item)
+        code, payload = item
         if code == 6:
             return scalar(int.from_bytes(payload, "little", signed=True))
         if code == 7:
@@ -177,13 +178,14 @@ def scalar(value: Any) -> Any:
 
 
 def write_index(chunks: list[tuple[str, int]], tensors: list[tuple[str, list[int], int]], tree: Any) -> bytes:
-    out = [1, bytes.fromhex("".join(own for own, _ in chunks)), b"".join(struct.pack("<I", n) for _, n in chunks)]
+    digests = bytes.fromhex("".join(chunk_id for chunk_id, _ in chunks))
+    out = [1, digests, b"".join(struct.pack("<I", length) for _, length in chunks)]
     out.append(len(tensors))
     for dtype, shape, offset in tensors:
         out += [dtype, len(shape), *shape, offset]
 
-    def value(one: Any) -> None:
-        kind, content = next(iter(one.items())) if type(one) is dict else ("plain", one)
+    def value(described: Any) -> None:
+        kind, content = next(iter(described.items())) if type(described) is dict else ("plain", described)
         if kind in SEQUENCES.values():
             code = next(code for code, name in SEQUENCES.items() if name == kind)
             out.append(msgpack.ExtType(code, struct.pack("<I", len(content))))
@@ -200,7 +202,7 @@ def write_index(chunks: list[tuple[str, int]], tensors: list[tuple[str, list[int
         elif kind == "complex":
             out.append(msgpack.ExtType(7, b"".join(bytes.fromhex(half)[::-1] for half in content)))
         elif kind == "float":
-            out.append(struct.unpack(">d", bytes.fromhex(one["bits"]))[0])
+            out.append(struct.unpack(">d", bytes.fromhex(described["bits"]))[0])
         elif kind == "bytes":
             out.append(bytes.fromhex(content))
         elif kind == "int" and not -(2**63) <= int(content) < 2**64:
@@ -289,8 +291,8 @@ def golden(tmp_path: Path) -> Path:
 
 def test_the_golden_repository_is_unchanged() -> None:
     files = [path for path in (GOLDEN / "castore").rglob("*") if path.is_file()]
-    found = {str(path.relative_to(GOLDEN / "castore")): blake3(path.read_bytes()).hexdigest() for path in files}
-    assert found == {name: about["blake3"] for name, about in EXPECTED["files"].items()}
+    hashes = {str(path.relative_to(GOLDEN / "castore")): blake3(path.read_bytes()).hexdigest() for path in files}
+    assert hashes == {name: about["blake3"] for name, about in EXPECTED["files"].items()}
 
 
 def test_the_golden_repository_exercises_every_codec_and_plane() -> None:
@@ -311,14 +313,16 @@ def test_the_golden_repository_exercises_every_codec_and_plane() -> None:
 def test_an_independent_reader_finds_everything_that_was_saved() -> None:
     root = GOLDEN / "castore"
     listed = sorted(path for path in (root / "manifests").glob("*/*.json"))
-    assert [str(path.relative_to(root)) for path in listed] == [one["file"] for one in EXPECTED["checkpoints"]]
-    for path, expected in zip(listed, EXPECTED["checkpoints"], strict=True):
+    assert [str(path.relative_to(root)) for path in listed] == [
+        checkpoint["file"] for checkpoint in EXPECTED_CHECKPOINTS
+    ]
+    for path, expected in zip(listed, EXPECTED_CHECKPOINTS, strict=True):
         data = path.read_bytes()
-        own = blake3(data).hexdigest()
+        checkpoint_id = blake3(data).hexdigest()
         document = json.loads(data)
         assert canonical(document) == data
-        assert (own, document) == (expected["id"], expected["manifest"])
-        assert path.name == f"{document['step']:09}-{own[:12]}.json"
+        assert (checkpoint_id, document) == (expected["id"], expected["manifest"])
+        assert path.name == f"{document['step']:09}-{checkpoint_id[:12]}.json"
         assert path.parent.name == document["run"]
         for name, part in document["parts"].items():
             assert read_part(root, part["index"]) == expected["parts"][name]
@@ -326,7 +330,7 @@ def test_an_independent_reader_finds_everything_that_was_saved() -> None:
 
 def test_castore_loads_the_very_values_that_were_saved(golden: Path) -> None:
     repo = castore.Repo.open(golden)
-    for expected in EXPECTED["checkpoints"]:
+    for expected in EXPECTED_CHECKPOINTS:
         state = repo.load(expected["id"])
         assert {name: describe(part) for name, part in state.items()} == expected["parts"]
 
@@ -334,24 +338,26 @@ def test_castore_loads_the_very_values_that_were_saved(golden: Path) -> None:
 def test_castore_lists_the_golden_manifests(golden: Path) -> None:
     listing = castore.Repo.open(golden).catalog.listing()
     assert listing.broken == ()
-    assert [entry.id for entry in listing.entries] == [one["id"] for one in reversed(EXPECTED["checkpoints"])]
+    assert [entry.id for entry in listing.entries] == [
+        checkpoint["id"] for checkpoint in reversed(EXPECTED_CHECKPOINTS)
+    ]
     newest = listing.entries[0].manifest
     assert newest.parent == listing.entries[1].id
-    assert newest.config == EXPECTED["checkpoints"][1]["manifest"]["config"]
+    assert newest.config == EXPECTED_CHECKPOINTS[1]["manifest"]["config"]
 
 
 def test_castore_still_gives_the_golden_states_the_same_ids(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "castore", tmp_path / ".castore", ignore=shutil.ignore_patterns("objects", "manifests"))
     repo = castore.Repo.open(tmp_path)
-    for (parts, about), expected in zip(states(), EXPECTED["checkpoints"], strict=True):
+    for (parts, about), expected in zip(states(), EXPECTED_CHECKPOINTS, strict=True):
         saved = repo.save(parts, **about)
-        found = {name: (part.index, part.bytes) for name, part in saved.manifest.parts.items()}
+        saved_parts = {name: (part.index, part.bytes) for name, part in saved.manifest.parts.items()}
         recorded = expected["manifest"]["parts"]
-        assert found == {name: (part["index"], part["bytes"]) for name, part in recorded.items()}
+        assert saved_parts == {name: (part["index"], part["bytes"]) for name, part in recorded.items()}
 
 
 def test_an_independent_writer_makes_the_golden_indexes_byte_for_byte() -> None:
-    for expected in EXPECTED["checkpoints"]:
+    for expected in EXPECTED_CHECKPOINTS:
         for name, part in expected["manifest"]["parts"].items():
             data = read_object(GOLDEN / "castore", part["index"])
             described = expected["parts"][name]
@@ -469,11 +475,11 @@ DOCUMENT = st.fixed_dictionaries(
 
 
 def as_manifest(document: dict[str, Any]) -> castore.Manifest:
-    line = document["experiment"]
-    metrics = {name: castore.Metric(**metric) for name, metric in line["metrics"].items()}
+    experiment = document["experiment"]
+    metrics = {name: castore.Metric(**metric) for name, metric in experiment["metrics"].items()}
     parts = {name: manifest.Part(**part) for name, part in document["parts"].items()}
     return castore.Manifest(
-        **document | {"experiment": castore.Experiment(**line | {"metrics": metrics}), "parts": parts}
+        **document | {"experiment": castore.Experiment(**experiment | {"metrics": metrics}), "parts": parts}
     )
 
 
@@ -481,9 +487,9 @@ def as_manifest(document: dict[str, Any]) -> castore.Manifest:
 @given(DOCUMENT)
 def test_an_independent_canonicaliser_writes_every_manifest_as_castore_does(document: dict[str, Any]) -> None:
     data = canonical(document)
-    wanted = as_manifest(document)
-    assert manifest.encode(wanted) == data
-    assert manifest.decode(data) == (blake3(data).hexdigest(), wanted)
+    expected = as_manifest(document)
+    assert manifest.encode(expected) == data
+    assert manifest.decode(data) == (blake3(data).hexdigest(), expected)
     assert canonical(json.loads(data)) == data
 
 
@@ -509,7 +515,7 @@ def minimal(**fields: Any) -> castore.Manifest:
 
 
 @pytest.mark.parametrize(
-    ("found", "replacement"),
+    ("passage", "replacement"),
     [
         (b'  "note": "",\n', b""),
         (b'"note": ""', b'"note": "",\n  "other": ""'),
@@ -538,11 +544,11 @@ def minimal(**fields: Any) -> castore.Manifest:
         (b"{\n", b"\xef\xbb\xbf{\n"),
     ],
 )
-def test_a_manifest_in_any_other_form_is_refused(found: bytes, replacement: bytes) -> None:
+def test_a_manifest_in_any_other_form_is_refused(passage: bytes, replacement: bytes) -> None:
     data = manifest.encode(minimal(metrics={"val_loss": 1.0}, config={"n": 1}))
-    assert found in data
+    assert passage in data
     with pytest.raises(CorruptManifest):
-        manifest.decode(data.replace(found, replacement))
+        manifest.decode(data.replace(passage, replacement))
 
 
 def test_a_manifest_has_as_many_levels_as_the_specification_says() -> None:
@@ -560,49 +566,50 @@ def test_a_manifest_has_as_many_levels_as_the_specification_says() -> None:
 
 def test_an_object_of_an_unknown_version_is_named_and_left_in_place(golden: Path) -> None:
     repo = castore.Repo.open(golden)
-    expected = EXPECTED["checkpoints"][0]
-    own = read_index(read_object(golden / ".castore", expected["manifest"]["parts"]["model"]["index"]))[0][0][0]
-    path = golden / ".castore" / "objects" / own[:2] / own
+    expected = EXPECTED_CHECKPOINTS[0]
+    chunk_id = read_index(read_object(golden / ".castore", expected["manifest"]["parts"]["model"]["index"]))[0][0][0]
+    path = golden / ".castore" / "objects" / chunk_id[:2] / chunk_id
     data = bytearray(path.read_bytes())
     data[4] = 2
     path.write_bytes(data)
-    with pytest.raises(UnsupportedVersion, match=rf"object {own[:12]} \(part .model. of .*\) has format version 2"):
+    reason = rf"object {chunk_id[:12]} \(part .model. of .*\) has format version 2"
+    with pytest.raises(UnsupportedVersion, match=reason):
         repo.load(expected["id"])
     assert path.read_bytes() == data
 
 
 def test_an_index_of_an_unknown_version_says_so(golden: Path) -> None:
     repo = castore.Repo.open(golden)
-    document = EXPECTED["checkpoints"][0]["manifest"]
+    document = EXPECTED_CHECKPOINTS[0]["manifest"]
     newer = b"\x02" + read_object(golden / ".castore", document["parts"]["trainer"]["index"])[1:]
-    own = blake3(newer).hexdigest()
-    folder = golden / ".castore" / "objects" / own[:2]
+    index_id = blake3(newer).hexdigest()
+    folder = golden / ".castore" / "objects" / index_id[:2]
     folder.mkdir(exist_ok=True)
-    (folder / own).write_bytes(struct.pack("<4sBBHQ", b"CSTO", 1, 0, 0, len(newer)) + newer)
-    parts = document["parts"] | {"trainer": document["parts"]["trainer"] | {"index": own}}
-    wanted = add_manifest(golden, document | {"parts": parts})
+    (folder / index_id).write_bytes(struct.pack("<4sBBHQ", b"CSTO", 1, 0, 0, len(newer)) + newer)
+    parts = document["parts"] | {"trainer": document["parts"]["trainer"] | {"index": index_id}}
+    checkpoint_id = add_manifest(golden, document | {"parts": parts})
     with pytest.raises(UnsupportedVersion, match=r"index \(part .trainer. of .*\) has format version 2"):
-        repo.load(wanted)
+        repo.load(checkpoint_id)
 
 
 def test_a_manifest_of_an_unknown_version_says_so_and_hides_no_other(golden: Path) -> None:
-    document = EXPECTED["checkpoints"][0]["manifest"] | {"version": 2, "kind": "something new", "extra": [1.5]}
-    own = add_manifest(golden, document)
+    document = EXPECTED_CHECKPOINTS[0]["manifest"] | {"version": 2, "kind": "something new", "extra": [1.5]}
+    checkpoint_id = add_manifest(golden, document)
     with pytest.raises(UnsupportedVersion, match="format version 2"):
         manifest.decode(canonical(document))
     listing = castore.Repo.open(golden).catalog.listing()
     assert len(listing.entries) == 2
     (broken,) = listing.broken
-    assert own[:12] in broken.path.name
+    assert checkpoint_id[:12] in broken.path.name
     assert "version 2" in broken.reason
 
 
 def add_manifest(repository: Path, document: dict[str, Any]) -> str:
     data = canonical(document)
-    own = blake3(data).hexdigest()
-    name = f"{document['step']:09}-{own[:12]}.json"
+    checkpoint_id = blake3(data).hexdigest()
+    name = f"{document['step']:09}-{checkpoint_id[:12]}.json"
     (repository / ".castore" / "manifests" / document["run"] / name).write_bytes(data)
-    return own
+    return checkpoint_id
 
 
 # -- the tables of the specification ---------------------------------------------------------------------------------
@@ -655,7 +662,7 @@ def test_the_fields_are_those_of_the_code() -> None:
     kinds.append(table("field", 1))
     stated = [sorted(name.strip("` ") for row in rows for name in row[0].split(",")) for rows in kinds]
     classes = [castore.Manifest, manifest.Part, castore.Experiment, castore.Metric, bundle.Record]
-    assert stated == [sorted(one.__struct_fields__) for one in classes]
+    assert stated == [sorted(kind.__struct_fields__) for kind in classes]
 
 
 def test_the_patterns_of_names_are_those_of_the_code() -> None:

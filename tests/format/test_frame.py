@@ -28,9 +28,9 @@ def frame_of(plain: bytes, itemsize: int = 1) -> bytes:
 
 
 def read(frame: bytes, plain: bytes) -> bytes:
-    own = hash_bytes(plain)
-    out = bytearray(plain_length(own, memoryview(frame)))
-    decode_frame(own, memoryview(frame), memoryview(out))
+    object_id = hash_bytes(plain)
+    out = bytearray(plain_length(object_id, memoryview(frame)))
+    decode_frame(object_id, memoryview(frame), memoryview(out))
     return bytes(out)
 
 
@@ -74,9 +74,9 @@ def test_a_whole_object_under_another_id_is_refused() -> None:
 @given(st.binary(max_size=60), st.sampled_from([b"", b"CSTO", b"CSTO\x01", b"CSTO\x01\x02\0\0"]), st.integers(0, 40))
 def test_arbitrary_bytes_are_corrupt_or_of_another_version(tail: bytes, head: bytes, size: int) -> None:
     frame = memoryview(head + tail)
-    own = hash_bytes(b"something else")
+    object_id = hash_bytes(b"something else")
     with pytest.raises((CorruptObject, UnsupportedVersion)):
-        decode_frame(own, frame, memoryview(bytearray(size)))
+        decode_frame(object_id, frame, memoryview(bytearray(size)))
 
 
 def test_a_newer_version_says_to_upgrade() -> None:

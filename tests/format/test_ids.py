@@ -20,7 +20,7 @@ def test_only_64_lower_case_hex_digits_are_an_id(text: object) -> None:
 
 @given(st.lists(st.binary()))
 def test_digests_come_apart_as_they_were_joined(contents: list[bytes]) -> None:
-    ids = [hash_bytes(one) for one in contents]
+    ids = [hash_bytes(content) for content in contents]
     assert split_digests(join_digests(ids)) == ids
 
 

@@ -57,10 +57,10 @@ manifests = st.builds(
 
 
 @given(manifests)
-def test_a_manifest_comes_back_and_its_id_is_the_hash_of_its_file(made: Manifest) -> None:
-    data = encode(made)
-    assert decode(data) == (hash_bytes(data), made)
-    assert encode(made) == data
+def test_a_manifest_comes_back_and_its_id_is_the_hash_of_its_file(original: Manifest) -> None:
+    data = encode(original)
+    assert decode(data) == (hash_bytes(data), original)
+    assert encode(original) == data
 
 
 def test_the_file_is_sorted_indented_json_with_a_final_newline() -> None:
@@ -70,9 +70,9 @@ def test_the_file_is_sorted_indented_json_with_a_final_newline() -> None:
 
 def test_whole_numbers_may_be_given_where_fractions_are_meant() -> None:
     ranged = manifest(experiment=Experiment(metrics={"acc": Metric(low=0, high=100)}), metrics={"acc": 50})
-    _, found = decode(encode(ranged))
-    assert found.experiment == ranged.experiment
-    assert encode(found) == encode(ranged)
+    _, decoded = decode(encode(ranged))
+    assert decoded.experiment == ranged.experiment
+    assert encode(decoded) == encode(ranged)
 
 
 def deep(levels: int) -> Any:
@@ -203,18 +203,18 @@ def test_arbitrary_bytes_are_corrupt_or_of_another_version(data: bytes) -> None:
 
 
 @given(manifests, st.randoms(use_true_random=False))
-def test_a_changed_manifest_is_refused_or_another_one(made: Manifest, rng: random.Random) -> None:
-    data = encode(made)
+def test_a_changed_manifest_is_refused_or_another_one(original: Manifest, rng: random.Random) -> None:
+    data = encode(original)
     for _ in range(10):
         changed = bytearray(data)
         at = rng.randrange(len(data))
         changed[at : at + rng.randrange(3)] = rng.choice([b"", b"0", b'"', b",", b"}", b"\xff", rng.randbytes(2)])
         try:
-            own, found = decode(bytes(changed))
+            checkpoint_id, decoded = decode(bytes(changed))
         except (CorruptManifest, UnsupportedVersion):
             continue
-        assert encode(found) == bytes(changed)
-        assert (own == hash_bytes(data)) == (changed == data)
+        assert encode(decoded) == bytes(changed)
+        assert (checkpoint_id == hash_bytes(data)) == (changed == data)
 
 
 def test_every_time_zone_is_written_as_utc_so_that_text_order_is_time_order() -> None:

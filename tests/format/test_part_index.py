@@ -52,9 +52,9 @@ def encoded(tree: Any) -> bytes:
 
 @given(trees)
 def test_a_tree_comes_back_with_exact_types_and_order(tree: Any) -> None:
-    found = part_index.decode(encoded(tree))
-    assert exact(found.tree) == exact(tree)
-    assert (found.chunks, found.tensors) == (CHUNKS, TENSORS)
+    index = part_index.decode(encoded(tree))
+    assert exact(index.tree) == exact(tree)
+    assert (index.chunks, index.tensors) == (CHUNKS, TENSORS)
     assert part_index.decode_chunks(encoded(tree)) == CHUNKS
 
 

@@ -14,18 +14,18 @@ from castore.policy.scoring import newest_first
 
 
 def drawn(entries: list[Entry]) -> list[str]:
-    return [f"{graph} {one.manifest.step}" if one else graph for graph, one in draw(newest_first(entries))]
+    return [f"{graph} {entry.manifest.step}" if entry else graph for graph, entry in draw(newest_first(entries))]
 
 
 def grown(parents: list[int | None]) -> list[Entry]:
     """Checkpoint i, of step i, was resumed from checkpoint ``parents[i]``, one before it."""
-    made: list[Entry] = []
+    entries: list[Entry] = []
     for step, parent in enumerate(parents):
-        made.append(entry(step, parent=None if parent is None else made[parent].id))
-    return made
+        entries.append(entry(step, parent=None if parent is None else entries[parent].id))
+    return entries
 
 
-def test_a_line_is_one_column() -> None:
+def test_a_chain_is_one_column() -> None:
     assert drawn(grown([None, 0, 1])) == ["* 2", "* 1", "* 0"]
 
 
@@ -57,20 +57,20 @@ def test_a_branch_on_a_branch() -> None:
     ]
 
 
-def test_what_has_no_parent_here_begins_anew_newest_first() -> None:
-    made = grown([None, 0, None, 2])
-    assert drawn(made) == ["* 3", "* 2", "* 1", "* 0"]
-    assert drawn([made[1], made[3]]) == ["* 3", "* 1"]
+def test_a_checkpoint_without_a_known_parent_is_a_root_newest_first() -> None:
+    entries = grown([None, 0, None, 2])
+    assert drawn(entries) == ["* 3", "* 2", "* 1", "* 0"]
+    assert drawn([entries[1], entries[3]]) == ["* 3", "* 1"]
     assert drawn([]) == []
 
 
 @given(st.lists(st.integers(-1, 1000), max_size=40))
 def test_every_checkpoint_comes_once_and_below_its_children(choices: list[int]) -> None:
-    made = grown([None if one < 0 or i == 0 else one % i for i, one in enumerate(choices)])
-    shown = [one for _, one in draw(newest_first(made)) if one]
-    assert sorted(one.id for one in shown) == sorted(one.id for one in made)
-    place = {one.id: i for i, one in enumerate(shown)}
-    assert all(place[one.id] < place[one.manifest.parent] for one in made if one.manifest.parent)
+    entries = grown([None if choice < 0 or i == 0 else choice % i for i, choice in enumerate(choices)])
+    shown = [each for _, each in draw(newest_first(entries)) if each]
+    assert sorted(each.id for each in shown) == sorted(each.id for each in entries)
+    place = {each.id: i for i, each in enumerate(shown)}
+    assert all(place[each.id] < place[each.manifest.parent] for each in entries if each.manifest.parent)
 
 
 @pytest.mark.parametrize("shape", ["line", "star", "comb", "random", "binary"])
@@ -83,7 +83,7 @@ def test_thousands_stay_narrow(shape: str, rng: random.Random) -> None:
         "random": [None, *[rng.randrange(i) for i in range(1, count)]],
         "binary": [None, *[(i - 1) // 2 for i in range(1, count)]],
     }
-    lines = [graph for graph, _ in draw(newest_first(grown(parents[shape])))]
-    width = max((len(experiment) + 1) // 2 for experiment in lines)
+    graphs = [graph for graph, _ in draw(newest_first(grown(parents[shape])))]
+    width = max((len(graph) + 1) // 2 for graph in graphs)
     assert width <= math.log2(count) + 1
     assert width <= {"line": 1, "star": 2, "comb": 2}.get(shape, 12)

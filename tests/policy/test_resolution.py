@@ -122,18 +122,18 @@ def test_candidates_without_data_are_passed_over_with_the_reason() -> None:
     entries = [checkpoint(1, 1.0), checkpoint(2, 2.0), checkpoint(3, 3.0)]
     resolution = resolved(*entries, gone={1: ["model", "optimizer"], 2: ["optimizer"]})
     assert step_of(resolution) == 3
-    assert [(one.step, one.unavailable, one.reasons) for one in resolution.rejected] == [
+    assert [(rejected.step, rejected.unavailable, rejected.reasons) for rejected in resolution.rejected] == [
         (1, True, ("its data is not in the store",)),
         (2, True, ("optimizer: its data is not in the store",)),
     ]
 
 
 def test_only_the_parts_that_are_needed_must_be_there() -> None:
-    one = checkpoint(1, 1.0)
-    match = resolved(one, parts=("model",), gone={1: ["optimizer"]}).require()
+    candidate = checkpoint(1, 1.0)
+    match = resolved(candidate, parts=("model",), gone={1: ["optimizer"]}).require()
     assert (match.step, match.availability) == (1, "weights-only")
-    assert resolved(one, parts=(), gone={1: ["model", "optimizer"]}).require().availability == "history"
-    (rejected,) = resolved(one, parts=("model", "ema")).rejected
+    assert resolved(candidate, parts=(), gone={1: ["model", "optimizer"]}).require().availability == "history"
+    (rejected,) = resolved(candidate, parts=("model", "ema")).rejected
     assert rejected.reasons == ("ema: this checkpoint has no such part",)
 
 

@@ -33,27 +33,31 @@ def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
 def decided(entries: list[Entry], *others: list[Entry], **options: Any) -> dict[int, Decision]:
     """The decisions by step."""
     named = {name: options.pop(name) for name in ("pinned", "in_use") if name in options}
-    sources = [Source(f"branch {i}", one) for i, one in enumerate(others)]
-    found = decide(Source("here", entries), sources, Policy(**options), sizes, now=NOW, **named)
-    assert len(found) == len({one.id for many in (entries, *others) for one in many})
-    return {one.entry.manifest.step: one for one in found}
+    sources = [Source(f"branch {i}", foreign) for i, foreign in enumerate(others)]
+    decisions = decide(Source("here", entries), sources, Policy(**options), sizes, now=NOW, **named)
+    assert len(decisions) == len({candidate.id for source in (entries, *others) for candidate in source})
+    return {decision.entry.manifest.step: decision for decision in decisions}
 
 
 def kept(decisions: dict[int, Decision]) -> dict[int, str]:
     """Step -> first letters of the parts that are kept."""
-    return {step: "".join(part[0] for part in one.parts) for step, one in sorted(decisions.items()) if one.parts}
+    return {
+        step: "".join(part[0] for part in decision.parts)
+        for step, decision in sorted(decisions.items())
+        if decision.parts
+    }
 
 
 RUN = [checkpoint(step, loss) for step, loss in enumerate([5.0, 3.0, 1.0, 2.0, 4.0], start=1)]
 
 
 def test_the_best_and_the_newest_stay_and_their_optimizers_for_fewer_still() -> None:
-    found = decided(RUN, keep=3, keep_latest=1, keep_optimizer=1)
-    assert kept(found) == {2: "m", 3: "mot", 4: "m", 5: "mot"}
-    assert found[3].reasons == ("the best",)
-    assert found[4].reasons == ("number 2",)
-    assert found[5].reasons == ("the newest",)
-    assert found[1].reasons == ("number 5 of its experiment, 3 are kept",)
+    decisions = decided(RUN, keep=3, keep_latest=1, keep_optimizer=1)
+    assert kept(decisions) == {2: "m", 3: "mot", 4: "m", 5: "mot"}
+    assert decisions[3].reasons == ("the best",)
+    assert decisions[4].reasons == ("number 2",)
+    assert decisions[5].reasons == ("the newest",)
+    assert decisions[1].reasons == ("number 5 of its experiment, 3 are kept",)
 
 
 @pytest.mark.parametrize(
@@ -72,52 +76,52 @@ def test_each_number_means_what_it_says(options: dict[str, int], expected: dict[
 
 
 def test_pinned_ones_and_those_in_use_stay_whole() -> None:
-    found = decided(RUN, keep=0, keep_latest=0, pinned={RUN[0].id}, in_use={RUN[1].id})
-    assert kept(found) == {1: "mot", 2: "mot"}
-    assert (found[1].reasons, found[2].reasons) == (("pinned",), ("in use",))
+    decisions = decided(RUN, keep=0, keep_latest=0, pinned={RUN[0].id}, in_use={RUN[1].id})
+    assert kept(decisions) == {1: "mot", 2: "mot"}
+    assert (decisions[1].reasons, decisions[2].reasons) == (("pinned",), ("in use",))
 
 
-def test_each_line_has_its_own_best() -> None:
+def test_each_experiment_has_its_own_best() -> None:
     other = [checkpoint(step + 10, 9.0 + step, experiment=Experiment(data="other")) for step in range(3)]
     assert kept(decided([*RUN, *other], keep=1, keep_latest=0)) == {3: "mot", 10: "mot"}
 
 
-def test_the_best_is_never_let_go_for_size_however_small_it_must_be() -> None:
-    found = decided(RUN, keep=5, keep_latest=1, keep_optimizer=1, max_size=0, pinned={RUN[0].id})
-    assert kept(found) == {1: "mot", 3: "mot", 5: "mot"}
-    assert found[4].reasons == ("evicted to fit max_size",)
+def test_the_best_is_never_evicted_however_small_max_size_is() -> None:
+    decisions = decided(RUN, keep=5, keep_latest=1, keep_optimizer=1, max_size=0, pinned={RUN[0].id})
+    assert kept(decisions) == {1: "mot", 3: "mot", 5: "mot"}
+    assert decisions[4].reasons == ("evicted to fit max_size",)
 
 
-def test_size_lets_go_worst_first_and_no_more_than_it_must() -> None:
+def test_max_size_evicts_the_worst_first_and_no_more_than_needed() -> None:
     # 10 for each model, 40 for the rest of the best and the newest
     assert kept(decided(RUN, keep=5, keep_optimizer=1, max_size=130)) == {1: "m", 2: "m", 3: "mot", 4: "m", 5: "mot"}
     assert kept(decided(RUN, keep=5, keep_optimizer=1, max_size=129)) == {2: "m", 3: "mot", 4: "m", 5: "mot"}
     assert kept(decided(RUN, keep=5, keep_optimizer=1, max_size=119)) == {3: "mot", 4: "m", 5: "mot"}
 
 
-def test_what_others_share_or_what_is_gone_already_is_not_let_go_for_size() -> None:
-    def shared(one: Entry, _part: str) -> Mapping[ObjectId, int]:
-        return {} if one.manifest.step == 1 else {ObjectId("ab" * 32): 1000}
+def test_a_checkpoint_whose_eviction_frees_nothing_is_not_evicted() -> None:
+    def shared(entry: Entry, _part: str) -> Mapping[ObjectId, int]:
+        return {} if entry.manifest.step == 1 else {ObjectId("ab" * 32): 1000}
 
-    found = decide(Source("here", RUN), [], Policy(keep=5, max_size=10), shared, now=NOW)
-    assert all(one.parts for one in found)
+    decisions = decide(Source("here", RUN), [], Policy(keep=5, max_size=10), shared, now=NOW)
+    assert all(decision.parts for decision in decisions)
 
 
 def test_worst_first_holds_for_checkpoints_that_share_all_they_have() -> None:
-    def shared(one: Entry, part: str) -> Mapping[ObjectId, int]:
-        return {hash_bytes(b"same" if one.manifest.step < 4 else one.id.encode()): 100} if part == "model" else {}
+    def shared(entry: Entry, part: str) -> Mapping[ObjectId, int]:
+        return {hash_bytes(b"same" if entry.manifest.step < 4 else entry.id.encode()): 100} if part == "model" else {}
 
     entries = [checkpoint(step, loss) for step, loss in enumerate([9.0, 8.0, 7.0, 3.0, 2.0], start=1)]
-    found = decide(Source("here", entries), [], Policy(keep=5, keep_latest=0, max_size=250), shared, now=NOW)
-    assert sorted(one.entry.manifest.step for one in found if one.parts) == [4, 5]
+    decisions = decide(Source("here", entries), [], Policy(keep=5, keep_latest=0, max_size=250), shared, now=NOW)
+    assert sorted(decision.entry.manifest.step for decision in decisions if decision.parts) == [4, 5]
 
 
-def test_a_foreign_manifest_goes_before_any_of_the_work_tree() -> None:
+def test_manifests_of_other_branches_are_evicted_before_any_of_the_work_tree() -> None:
     claims = [checkpoint(20, 0.1), checkpoint(21, 0.2), checkpoint(22, 0.3)]
-    found = decided(RUN, claims, keep=5, keep_optimizer=0, max_size=0)
-    assert kept(found) == {3: "mot", 5: "m"}
-    found = decided(RUN, claims, keep=5, keep_optimizer=0, max_size=159)
-    assert kept(found) == {1: "m", 2: "m", 3: "mot", 4: "m", 5: "m", 20: "mot", 21: "m"}
+    decisions = decided(RUN, claims, keep=5, keep_optimizer=0, max_size=0)
+    assert kept(decisions) == {3: "mot", 5: "m"}
+    decisions = decided(RUN, claims, keep=5, keep_optimizer=0, max_size=159)
+    assert kept(decisions) == {1: "m", 2: "m", 3: "mot", 4: "m", 5: "m", 20: "mot", 21: "m"}
 
 
 def dataset(step: int, hours: float) -> Entry:
@@ -126,13 +130,13 @@ def dataset(step: int, hours: float) -> Entry:
 
 
 def test_prepared_data_stays_until_it_is_too_old() -> None:
-    found = decided([dataset(1, 1), dataset(2, 167), dataset(3, 169)])
-    assert kept(found) == {1: "m", 2: "m"}
-    assert found[1].reasons == ("prepared data, 1 h old of 168 h",)
-    assert found[3].reasons == ("prepared data older than 168 h",)
+    decisions = decided([dataset(1, 1), dataset(2, 167), dataset(3, 169)])
+    assert kept(decisions) == {1: "m", 2: "m"}
+    assert decisions[1].reasons == ("prepared data, 1 h old of 168 h",)
+    assert decisions[3].reasons == ("prepared data older than 168 h",)
 
 
-def test_prepared_data_goes_for_size_before_a_checkpoint_does() -> None:
+def test_prepared_data_is_evicted_before_any_checkpoint() -> None:
     assert kept(decided([*RUN, dataset(9, 1)], keep=5, keep_optimizer=0, max_size=90)) == dict.fromkeys(
         (1, 2, 4, 5), "m"
     ) | {3: "mot"}
@@ -150,41 +154,47 @@ policies = st.fixed_dictionaries(
 )
 
 
-def made(found: list[tuple[int, float, str]]) -> list[Entry]:
-    return list(
-        {
-            one.id: one for one in (checkpoint(*parts[:2], experiment=Experiment(data=parts[2])) for parts in found)
-        }.values()
-    )
+def checkpoints(described: list[tuple[int, float, str]]) -> list[Entry]:
+    """A checkpoint for each distinct (step, loss, data)."""
+    entries = [checkpoint(step, loss, experiment=Experiment(data=data)) for step, loss, data in described]
+    return list({entry.id: entry for entry in entries}.values())
 
 
 @given(runs, st.lists(runs, max_size=3), policies)
-def test_another_branch_never_makes_anything_go(
-    own: list[tuple[int, float, str]], others: list[list[tuple[int, float, str]]], policy: dict[str, int]
+def test_another_branch_never_causes_an_eviction(
+    own_runs: list[tuple[int, float, str]], other_runs: list[list[tuple[int, float, str]]], policy: dict[str, int]
 ) -> None:
     def parts(sources: list[list[Entry]]) -> dict[ObjectId, set[str]]:
-        named = [Source(str(i), one) for i, one in enumerate(sources)]
-        found = decide(named[0], named[1:], Policy(**policy), sizes, now=NOW)
-        return {one.entry.id: set(one.parts) for one in found}
+        named_sources = [Source(str(i), entries) for i, entries in enumerate(sources)]
+        decisions = decide(named_sources[0], named_sources[1:], Policy(**policy), sizes, now=NOW)
+        return {decision.entry.id: set(decision.parts) for decision in decisions}
 
-    sources = [made(own), *map(made, others)]
+    sources = [checkpoints(own_runs), *map(checkpoints, other_runs)]
     for count in range(1, len(sources)):
         fewer, more = parts(sources[:count]), parts(sources[: count + 1])
-        assert all(more[own_id] >= fewer[own_id] for own_id in fewer)
+        assert all(more[checkpoint_id] >= fewer[checkpoint_id] for checkpoint_id in fewer)
 
 
 @given(runs, policies, st.integers(0, 300))
-def test_a_plan_is_what_its_rules_say(own: list[tuple[int, float, str]], policy: dict[str, int], max_size: int) -> None:
-    entries = made(own)
+def test_a_plan_is_what_its_rules_say(
+    own_runs: list[tuple[int, float, str]], policy: dict[str, int], max_size: int
+) -> None:
+    entries = checkpoints(own_runs)
     free = decide(Source("", entries), [], Policy(**policy), sizes, now=NOW)
     tight = decide(Source("", entries), [], Policy(**policy, max_size=max_size), sizes, now=NOW)
-    for experiment in {one.manifest.experiment.data for one in entries}:
-        mine = [one for one in free if one.entry.manifest.experiment.data == experiment]
-        held = [one for one in mine if one.parts]
+    for experiment in {candidate.manifest.experiment.data for candidate in entries}:
+        comparable = [decision for decision in free if decision.entry.manifest.experiment.data == experiment]
+        held = [decision for decision in comparable if decision.parts]
         assert len(held) <= policy["keep"] + policy["keep_latest"]
-        assert len([one for one in held if "optimizer" in one.parts]) <= policy["keep_optimizer"] + 1
+        assert len([decision for decision in held if "optimizer" in decision.parts]) <= policy["keep_optimizer"] + 1
         if policy["keep"]:
-            best = max(score(one.entry.manifest) or 0 for one in mine)
-            assert any(score(one.entry.manifest) == best and len(one.parts) == 3 for one in tight if one.parts)
-    assert all(one.reasons and all(one.reasons) for one in (*free, *tight))
-    assert {one.entry.id for one in tight if one.parts} <= {one.entry.id for one in free if one.parts}
+            best = max(score(decision.entry.manifest) or 0 for decision in comparable)
+            assert any(
+                score(decision.entry.manifest) == best and len(decision.parts) == 3
+                for decision in tight
+                if decision.parts
+            )
+    assert all(decision.reasons and all(decision.reasons) for decision in (*free, *tight))
+    assert {decision.entry.id for decision in tight if decision.parts} <= {
+        decision.entry.id for decision in free if decision.parts
+    }

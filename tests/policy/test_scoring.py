@@ -16,7 +16,7 @@ from castore.policy.scoring import newest_first, rank, score
 ACCURACY = Experiment(metrics={"acc": Metric()})
 finite = st.floats(allow_nan=False, allow_infinity=False)
 losses = st.floats(0, 1e300)
-lines = st.builds(
+experiments = st.builds(
     lambda direction, low, width: Experiment(metrics={"acc": Metric(direction, low, low + width)}),
     st.sampled_from(["max", "min"]),
     st.floats(-100, 100),
@@ -52,11 +52,11 @@ def test_the_score_is_the_weighted_mean_of_what_was_measured(
     assert score(manifest(metrics=metrics, experiment=experiment)) == pytest.approx(expected, abs=1e-15)
 
 
-@given(losses, losses, finite, lines)
+@given(losses, losses, finite, experiments)
 def test_a_higher_loss_never_raises_the_score(
-    one: float, other: float, accuracy: float, experiment: Experiment
+    first: float, second: float, accuracy: float, experiment: Experiment
 ) -> None:
-    low, high = sorted((one, other))
+    low, high = sorted((first, second))
     for metrics in ({}, {"acc": accuracy}):
         better = score(manifest(metrics={"val_loss": low, **metrics}, experiment=experiment))
         worse = score(manifest(metrics={"val_loss": high, **metrics}, experiment=experiment))
@@ -85,18 +85,18 @@ def scored(step: int, value: float) -> Any:
 
 def test_the_best_comes_first_and_a_near_tie_goes_to_the_later_step() -> None:
     entries = [scored(100, 0.5), scored(200, 0.9), scored(300, 0.8999), scored(400, 0.89), scored(50, 0.9)]
-    assert [one.manifest.step for one in rank(entries, 0.001)] == [300, 200, 50, 400, 100]
-    assert [one.manifest.step for one in rank(entries, 0.0)] == [200, 50, 300, 400, 100]
+    assert [ranked_entry.manifest.step for ranked_entry in rank(entries, 0.001)] == [300, 200, 50, 400, 100]
+    assert [ranked_entry.manifest.step for ranked_entry in rank(entries, 0.0)] == [200, 50, 300, 400, 100]
 
 
 def test_near_ties_do_not_add_up_to_a_chain() -> None:
     entries = [scored(step, 0.9 - step * 0.0009) for step in range(5)]
-    assert [one.manifest.step for one in rank(entries, 0.001)] == [1, 0, 3, 2, 4]
+    assert [ranked_entry.manifest.step for ranked_entry in rank(entries, 0.001)] == [1, 0, 3, 2, 4]
 
 
 def test_what_has_no_score_comes_last_and_newest_first() -> None:
     entries = [entry(7), entry(9), scored(1, 0.0), entry(8)]
-    assert [one.manifest.step for one in rank(entries, 0.0)] == [1, 9, 8, 7]
+    assert [ranked_entry.manifest.step for ranked_entry in rank(entries, 0.0)] == [1, 9, 8, 7]
 
 
 @given(
@@ -105,9 +105,9 @@ def test_what_has_no_score_comes_last_and_newest_first() -> None:
     st.randoms(use_true_random=False),
 )
 def test_the_order_depends_on_the_entries_alone(
-    made: list[tuple[int, float | None]], tolerance: float, rng: random.Random
+    steps_and_values: list[tuple[int, float | None]], tolerance: float, rng: random.Random
 ) -> None:
-    entries = [entry(step) if value is None else scored(step, value) for step, value in made]
+    entries = [entry(step) if value is None else scored(step, value) for step, value in steps_and_values]
     shuffled = rng.sample(entries, len(entries))
     assert rank(entries, tolerance) == rank(shuffled, tolerance)
     assert newest_first(entries) == newest_first(shuffled)
