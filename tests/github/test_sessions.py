@@ -309,7 +309,7 @@ def test_swapped_bundles_are_misses(world: World) -> None:
     machine.save()
     world.cache.swap(*(entry.key for entry in world.cache.entries()))
     other = world.machine()
-    assert "not the one that git names" in other.run("ci", "restore", code=4)
+    assert "does not match the id recorded in git" in other.run("ci", "restore", code=4)
     assert other.stored() == 0
 
 

@@ -191,9 +191,9 @@ def saved_on_another_branch(box: Box) -> None:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (truncated, "shorter than git says|not the one that git names"),
+        (truncated, "shorter than git says|does not match the id recorded in git"),
         (empty, "shorter than git says"),
-        (another, "not the one that git names"),
+        (another, "does not match the id recorded in git"),
         (longer, None),
         (evicted, "not in the cache: evicted"),
         (without_bytes, "gone"),
