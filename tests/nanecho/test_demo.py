@@ -16,31 +16,46 @@ from castore.report import curves
 from castore.report.curves import Curve
 from nanecho import demo
 
-SCRIPT = """
+SMALL = """
 import cli
 from nanecho import demo
 demo.QUICK = demo.Size(seeds=1, sessions=2, iters=4, points=2)
+cli.main()
+"""
+REPLAY = """
+import sys
+import cli
+import msgspec
+from nanecho import demo
+result = msgspec.json.decode(sys.argv.pop(), type=demo.Result)
+demo.run = lambda *_: iter([result])
 cli.main()
 """
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
-    """What a very small demo printed, and its result."""
+    """The text and the JSON of a very small demo, and the folder that it ran in and left its picture in.
+
+    The sessions are trained once, for the JSON and the picture; the text is told of the result that the JSON gives.
+    """
     folder = tmp_path_factory.mktemp("demo")
-    found = []
-    for options in (["--picture", "demo.svg"], ["--json"]):
+
+    def printed(script: str, *arguments: str) -> tuple[str, str]:
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, "demo", "--quick", *options],
+            [sys.executable, "-c", script, "demo", "--quick", *arguments],
             cwd=folder,
             env=Project.environment_of_tests() | {"TMPDIR": str(folder)},
             capture_output=True,
             text=True,
             check=True,
         )
-        assert "5 of 5 sessions" in done.stderr
-        found.append(done.stdout)
-    return found[0], json.loads(found[1]), folder
+        return done.stdout, done.stderr
+
+    result, progress = printed(SMALL, "--json", "--picture", "demo.svg")
+    assert "5 of 5 sessions" in progress
+    text, _ = printed(REPLAY, result)
+    return text, json.loads(result), folder
 
 
 def test_each_session_goes_on_where_the_one_before_ended(told: tuple[str, dict[str, Any], Path]) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 MAIN = ROOT / ".github" / "action" / "main.mjs"
 NODE = shutil.which("node")
 
-pytestmark = pytest.mark.skipif(NODE is None, reason="node is not installed")
+pytestmark = [pytest.mark.peers, pytest.mark.skipif(NODE is None, reason="node is not installed")]
 
 CACHE = {
     "ACTIONS_RUNTIME_TOKEN": "secret-of-the-cache",

@@ -15,6 +15,8 @@ from castore.format.ids import ObjectId, hash_bytes
 from castore.remotes import github_cache
 from castore.remotes.github_cache import CacheService, GitHubCache
 
+pytestmark = pytest.mark.peers
+
 Make = Callable[[dict[str, str]], Official]
 
 

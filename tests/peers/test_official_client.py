@@ -13,6 +13,8 @@ import pytest
 from actions_service import Service, answer, redirect
 from conftest import Official
 
+pytestmark = pytest.mark.peers
+
 Make = Callable[[dict[str, str]], Official]
 
 
