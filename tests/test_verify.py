@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from builders import exact, parts, tree
+from memory import PEAK
 
 from castore import Repo, gc
 from castore.errors import CastoreError, Locked, ObjectMissing, UnknownId
@@ -452,9 +453,9 @@ def test_memory_stays_at_a_chunk_a_thread(tmp_path: Path) -> None:
         "repo.save({'model': {str(i): torch.randn(10_000_000) for i in range(10)}}, run='ci', step=1)"
     )
     check = (
-        "import resource, castore, numpy; from castore.verify import verify; repo = castore.Repo.open('.');"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
-        "assert list(verify(repo)) == []; print((peak() - before) // 1024)"
+        f"{PEAK}\n"
+        "import castore, numpy; from castore.verify import verify; repo = castore.Repo.open('.'); before = peak();"
+        "assert list(verify(repo)) == []; print((peak() - before) >> 20)"
     )
     for script in (fill, check):
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)

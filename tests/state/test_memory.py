@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from memory import PEAK
+
 from castore import Repo
 
 MIB = 1 << 20
@@ -11,30 +13,27 @@ STATE, LIMIT = 600 * MIB, 256 * MIB
 
 SAVE = """
 import sys, torch, castore
-def memory(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 # a large tensor, many small ones, and one that is not dense: each takes another way
 state = {"noise": torch.empty(90 << 20).normal_(std=0.02), "zeros": torch.zeros(40 << 20, dtype=torch.int16),
          "small": [torch.ones(1000) for _ in range(2000)], "view": torch.empty(6000, 6000).normal_().T}
 state["zeros"] += 1
-before = memory("VmRSS")
+before = peak()
 size = sum(t.numel() * t.element_size() for t in [state["noise"], state["zeros"], state["view"], *state["small"]])
 saved = castore.Repo.open(sys.argv[1]).save({"model": state}, run="ci", step=1)
-print(saved.id, size, memory("VmHWM") - before)
+print(saved.id, size, peak() - before)
 """
 LOAD = """
 import sys, torch, castore
-def memory(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-before = memory("VmRSS")
+before = peak()
 state = castore.Repo.open(sys.argv[1]).load(sys.argv[2])["model"]
 size = sum(t.numel() * t.element_size() for t in [state["noise"], state["zeros"], state["view"], *state["small"]])
-print(sys.argv[2], size, memory("VmHWM") - before - size)
+print(sys.argv[2], size, peak() - before - size)
 """
 
 
 def run(script: str, *arguments: str) -> tuple[str, int, int]:
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    program = [sys.executable, "-c", PEAK + script]
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     own, size, extra = done.stdout.split()
     return own, int(size), int(extra)
