@@ -8,11 +8,12 @@ PEERS := build/peers
 BENCH := build/bench
 BROWSER := build/browser
 
-# How the tests run: one worker a processor, up to eight, each of which imports torch; with a group for the tests that
-# share a fixture of their module. `make test WORKERS=0` runs them in one process, PYTEST_ARGS adds arguments.
+# How the tests run: one worker a processor, up to eight, since each imports torch. A worker takes neighbouring tests, so
+# that fixtures of a module are mostly set up once, and one that has nothing left takes over half of another's. (Not
+# loadgroup: with pytest 9.2, pytest-xdist 3.8 silently ignores the groups.) WORKERS=0 runs them in one process.
 WORKERS ?= auto
 PYTEST_ARGS ?=
-PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-browser clean
 

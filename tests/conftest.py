@@ -18,15 +18,6 @@ hypothesis.settings.load_profile("suite")
 FAST = '[store]\nchunk_size = "64KiB"\nthreads = 2\nfsync = false\nlock_timeout = 0.2\n[retention]\nauto_gc = false\n'
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share a fixture of their module on one worker, so that it is set up once."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-        if any(definition.scope == "module" for (*_, definition) in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture
 def repo(tmp_path: Path) -> Repo:
     """A repository with small chunks that doesn't wait for the disk."""

@@ -589,6 +589,7 @@ def collect_for_a_while(path: Path, seconds: float) -> None:
         castore.collect_garbage(repo, policy, grace=timedelta())
 
 
+@pytest.mark.slow
 def test_writers_and_gc_at_once_lose_nothing(tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
     """Each writer loads what it has just saved; bench/soak.py does this for a minute with eight of them."""
     Repo.init(tmp_path)

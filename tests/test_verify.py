@@ -444,6 +444,7 @@ def test_a_save_that_ends_meanwhile_is_no_finding(repo: Repo) -> None:
         writer.join()
 
 
+@pytest.mark.slow
 def test_memory_stays_at_a_chunk_a_thread(tmp_path: Path) -> None:
     """400 MB in chunks of 8 MiB, of which two threads have two each (file and plain bytes) at a time."""
     Repo.init(tmp_path)

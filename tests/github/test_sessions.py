@@ -139,6 +139,7 @@ def one(world: World) -> castore.SaveResult:
 # -- the whole story, by the installed program -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_session_on_another_machine_goes_on_exactly_where_the_first_one_ended(world: World) -> None:
     first = world.machine()
     assert "fresh   there is no checkpoint yet" in first.run("ci", "restore")

@@ -58,6 +58,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any],
     return text, json.loads(result), folder
 
 
+@pytest.mark.slow
 def test_each_session_goes_on_where_the_one_before_ended(told: tuple[str, dict[str, Any], Path]) -> None:
     lives = {one["life"]: one for one in told[1]["lives"]}
     steps = {
@@ -66,12 +67,14 @@ def test_each_session_goes_on_where_the_one_before_ended(told: tuple[str, dict[s
     assert steps == {"resumed": [(0, 4), (4, 8)], "fresh": [(0, 4), (0, 4)], "unbroken": [(0, 8)]}
 
 
+@pytest.mark.slow
 def test_going_on_is_the_same_as_never_stopping(told: tuple[str, dict[str, Any], Path]) -> None:
     lives = {one["life"]: one for one in told[1]["lives"]}
     assert lives["resumed"]["points"] == lives["unbroken"]["points"]
     assert [point["step"] for point in lives["fresh"]["points"]] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_what_was_moved_and_stored_is_counted(told: tuple[str, dict[str, Any], Path]) -> None:
     lives = {one["life"]: one for one in told[1]["lives"]}
     first, second = lives["resumed"]["sessions"]
@@ -81,6 +84,7 @@ def test_what_was_moved_and_stored_is_counted(told: tuple[str, dict[str, Any], P
     assert lives["fresh"]["sessions"][1]["down"] == 0
 
 
+@pytest.mark.slow
 def test_it_is_told_drawn_and_nothing_is_left(told: tuple[str, dict[str, Any], Path]) -> None:
     text, result, folder = told
     final = next(one for one in result["lives"] if one["life"] == "resumed")["sessions"][-1]["final_loss"]

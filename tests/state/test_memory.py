@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from memory import PEAK
 
 from castore import Repo
@@ -39,6 +40,7 @@ def run(script: str, *arguments: str) -> tuple[str, int, int]:
     return own, int(size), int(extra)
 
 
+@pytest.mark.slow
 def test_saving_and_loading_take_little_memory_beside_the_state_itself(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     (repo.root / "config.toml").write_text('[store]\nchunk_size = "4MiB"\nthreads = 8\nfsync = false\n')

@@ -94,6 +94,7 @@ def save_killed_before(root: str, nth: int) -> None:
     Repo.open(root).save(parts(2), run="new", step=2)
 
 
+@pytest.mark.slow
 def test_a_save_killed_before_any_operation_leaves_every_visible_checkpoint_whole(
     tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:

@@ -177,6 +177,7 @@ def test_any_tree_comes_back(repo: Repo, tmp_path: Path, tree: dict[str, bytes],
     assert look(tmp_path / "out" / root.name / root.name) == look(root)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_whatever_the_size(tmp_path: Path) -> None:
     """Both ways with 400 MB of holes and noise in less than 120 MB more than the imports take."""
     script = f"""{PEAK}
