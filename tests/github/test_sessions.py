@@ -787,7 +787,7 @@ def test_records_that_are_none_are_told(world: World, one: castore.SaveResult) -
     process = machine.start("ci", "restore")
     _, said = process.communicate()
     assert process.returncode == 4
-    assert f"{path.name}: not a valid record of a bundle" in said
+    assert f"{path.name}: not a valid bundle record" in said
     assert one.id[:12] in said
 
 
