@@ -44,6 +44,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         repo = Repo.init(folder / name)
         if name == "full":
             report_data.build(repo)
-        text = html.page(collect_report(repo, now))
+        text = html.report_as_html(collect_report(repo, now))
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return folder
