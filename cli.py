@@ -360,7 +360,7 @@ def demo(
     program = [sys.executable, str(Path(__file__).resolve())]
     with tempfile.TemporaryDirectory(prefix="castore-demo-") as folder, _count("sessions") as counter:
         for one in demonstration.run(Path(folder).resolve(), program, size, castore.processors()):
-            if isinstance(one, demonstration.Progress):
+            if isinstance(one, demonstration.SessionsDone):
                 counter(one.done, one.total)
             else:
                 result = one

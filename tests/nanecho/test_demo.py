@@ -1,4 +1,4 @@
-"""`castore demo` and the curves: the sessions are real, and what is told is what came out."""
+"""`castore demo` and the curves: the sessions are real, and what is printed is what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from project import Project
 
-from castore.errors import NotFound, PackageMissing
+from castore.errors import PackageMissing
 from castore.report import curves
 from castore.report.curves import Curve
 from nanecho import demo
@@ -71,7 +71,7 @@ def test_it_is_told_drawn_and_nothing_is_left(told: tuple[str, dict[str, Any], P
     final = next(one for one in result["lives"] if one["life"] == "resumed")["sessions"][-1]["final_loss"]
     assert f"{final:.4f} ± 0.0000" in text
     for words in (
-        "the best of starting afresh",
+        "the best of fresh starts",
         "stored in the remote at the end",
         "steps of compute",
         "never stopped",
@@ -83,20 +83,20 @@ def test_it_is_told_drawn_and_nothing_is_left(told: tuple[str, dict[str, Any], P
     assert "validation loss" in picture
 
 
-def lived(life: demo.Life, seed: int, *losses: float) -> demo.Lived:
+def measured(life: demo.Life, seed: int, *losses: float) -> demo.MeasuredLife:
     points = [demo.Point(10 * i, loss) for i, loss in enumerate(losses, 1)]
-    session = demo.Session(start_step=0, final_step=10, final_loss=losses[-1], down=0, up=0)
-    return demo.Lived(life=life, seed=seed, sessions=[session], points=points, stored=1)
+    session = demo.MeasuredSession(start_step=0, final_step=10, final_loss=losses[-1], down=0, up=0)
+    return demo.MeasuredLife(life=life, seed=seed, sessions=[session], points=points, stored=1)
 
 
 def test_a_loss_that_is_never_reached_is_told_so() -> None:
     size = demo.Size(seeds=2, sessions=1, iters=20)
-    lives = [lived("resumed", 0, 3.0, 2.0), lived("resumed", 1, 3.0, 2.9)]
+    lives = [measured("resumed", 0, 3.0, 2.0), measured("resumed", 1, 3.0, 2.9)]
     lives += [
-        lived("fresh", 0, 2.5, 2.4),
-        lived("fresh", 1, 2.6, 2.6),
-        lived("unbroken", 0, 2.5),
-        lived("unbroken", 1, 2.4),
+        measured("fresh", 0, 2.5, 2.4),
+        measured("fresh", 1, 2.6, 2.6),
+        measured("unbroken", 0, 2.5),
+        measured("unbroken", 1, 2.4),
     ]
     result = demo.Result(size=size, lives=lives)
     assert demo.target(result) == pytest.approx(2.5)
@@ -107,7 +107,7 @@ def test_a_loss_that_is_never_reached_is_told_so() -> None:
 
 def test_a_session_that_fails_ends_the_demo_with_what_it_said(tmp_path: Path) -> None:
     program = [sys.executable, "-c", "import sys; sys.exit('no luck today')"]
-    with pytest.raises(NotFound, match="no luck today"):
+    with pytest.raises(demo.SessionFailed, match="no luck today"):
         list(demo.run(tmp_path, program, demo.Size(seeds=1, sessions=1, iters=2), 2))
 
 

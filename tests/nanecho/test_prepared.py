@@ -78,7 +78,7 @@ def test_the_second_session_gets_the_same_without_tokenizing(
 ) -> None:
     first, origin = prepare(repo, texts, **options)
     assert origin.reused is None
-    assert "new here" in origin.reason
+    assert "not split and tokenized like this before" in origin.reason
     (entry,) = datasets(repo)
     assert (entry.manifest.run, entry.manifest.step, entry.manifest.config["source"]) == ("datasets", 0, first.digest)
     assert "encode" in work
@@ -155,7 +155,7 @@ def test_what_is_damaged_or_gone_is_prepared_again_and_said(
     again, origin = prepare(repo, texts, **options)
     assert same(again, first)
     assert origin.reused is None
-    assert origin.reason.startswith(f"{entry.id[:12]} can't be had: ")
+    assert origin.reason.startswith(f"{entry.id[:12]} is not usable: ")
     # the data is back under the manifest that was there, so that history doesn't grow with every lost cache
     assert datasets(repo) == [entry]
     assert prepare(repo, texts, **options)[1].reused == entry.id

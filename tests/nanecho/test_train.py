@@ -211,7 +211,7 @@ def test_a_checkpoint_that_is_not_of_this_trainer_is_passed_over_or_told(repo: R
     (began,) = only(events.Began, session())
     assert began.match.id == first.checkpoints[-1]
     assert began.resolution.rejected[0].reasons[0] == "optimizer, trainer: this checkpoint has no such part"
-    with pytest.raises(errors.NothingMatches, match="is not one of nanecho's"):
+    with pytest.raises(errors.NothingMatches, match="was not saved by nanecho"):
         session(resume=partial.id)
 
 
