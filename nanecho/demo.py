@@ -204,18 +204,7 @@ class _Machine:
             "resume": "best" if life == "resumed" else "none",
         }  # fmt: skip
         summary = self._train(folder, [text for name, value in options.items() for text in (f"--{name}", str(value))])
-        objects = repo.root / "objects"
-        down = up = 0
-        if remote:
-            in_remote = {path.name for path in (remote / "objects").glob("*/*")}
-            on_machine = {path.name: path for path in objects.glob("*/*")}
-            down = sum(path.stat().st_size for name, path in on_machine.items() if name in in_remote)
-            for name in on_machine.keys() - in_remote:
-                up += on_machine[name].stat().st_size
-                target = remote / "objects" / name[:2]
-                target.mkdir(parents=True, exist_ok=True)
-                shutil.move(on_machine[name], target / name)
-            shutil.rmtree(objects)
+        down, up = _hand_over(repo.root / "objects", remote / "objects") if remote else (0, 0)
         self._on_end()
         session = MeasuredSession(
             start_step=summary["start_step"],
@@ -247,6 +236,21 @@ class _Machine:
             raise SessionFailed(f"a session ended with exit code {process.returncode}: {stderr.strip()[-500:]}")
         summary: dict[str, Any] = json.loads(stdout)
         return summary
+
+
+def _hand_over(machine: Path, remote: Path) -> tuple[int, int]:
+    """Move the objects of a machine to the remote and empty the machine. Return (bytes fetched before, bytes moved)."""
+    in_remote = {path.name for path in remote.glob("*/*")}
+    on_machine = {path.name: path for path in machine.glob("*/*")}
+    down = sum(path.stat().st_size for name, path in on_machine.items() if name in in_remote)
+    up = 0
+    for name in on_machine.keys() - in_remote:
+        up += on_machine[name].stat().st_size
+        target = remote / name[:2]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.move(on_machine[name], target / name)
+    shutil.rmtree(machine)
+    return down, up
 
 
 def _bytes(folder: Path) -> int:

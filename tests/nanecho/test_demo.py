@@ -28,7 +28,7 @@ cli.main()
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
     """What a very small demo printed, and its result."""
     folder = tmp_path_factory.mktemp("demo")
-    found = []
+    outputs = []
     for options in (["--picture", "demo.svg"], ["--json"]):
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, "demo", "--quick", *options],
@@ -39,26 +39,27 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any],
             check=True,
         )
         assert "5 of 5 sessions" in done.stderr
-        found.append(done.stdout)
-    return found[0], json.loads(found[1]), folder
+        outputs.append(done.stdout)
+    return outputs[0], json.loads(outputs[1]), folder
 
 
 def test_each_session_goes_on_where_the_one_before_ended(told: tuple[str, dict[str, Any], Path]) -> None:
-    lives = {one["life"]: one for one in told[1]["lives"]}
+    lives = {life["life"]: life for life in told[1]["lives"]}
     steps = {
-        life: [(one["start_step"], one["final_step"]) for one in found["sessions"]] for life, found in lives.items()
+        life: [(session["start_step"], session["final_step"]) for session in measured["sessions"]]
+        for life, measured in lives.items()
     }
     assert steps == {"resumed": [(0, 4), (4, 8)], "fresh": [(0, 4), (0, 4)], "unbroken": [(0, 8)]}
 
 
 def test_going_on_is_the_same_as_never_stopping(told: tuple[str, dict[str, Any], Path]) -> None:
-    lives = {one["life"]: one for one in told[1]["lives"]}
+    lives = {life["life"]: life for life in told[1]["lives"]}
     assert lives["resumed"]["points"] == lives["unbroken"]["points"]
     assert [point["step"] for point in lives["fresh"]["points"]] == [2, 4, 6, 8]
 
 
 def test_what_was_moved_and_stored_is_counted(told: tuple[str, dict[str, Any], Path]) -> None:
-    lives = {one["life"]: one for one in told[1]["lives"]}
+    lives = {life["life"]: life for life in told[1]["lives"]}
     first, second = lives["resumed"]["sessions"]
     assert first["down"] == 0
     assert 0 < second["down"] < lives["resumed"]["stored"]
@@ -68,7 +69,7 @@ def test_what_was_moved_and_stored_is_counted(told: tuple[str, dict[str, Any], P
 
 def test_it_is_told_drawn_and_nothing_is_left(told: tuple[str, dict[str, Any], Path]) -> None:
     text, result, folder = told
-    final = next(one for one in result["lives"] if one["life"] == "resumed")["sessions"][-1]["final_loss"]
+    final = next(life for life in result["lives"] if life["life"] == "resumed")["sessions"][-1]["final_loss"]
     assert f"{final:.4f} ± 0.0000" in text
     for words in (
         "the best of fresh starts",

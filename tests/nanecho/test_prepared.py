@@ -55,15 +55,15 @@ def prepare(repo: Repo, folder: Path, started: str = NOW, **options: Any) -> tup
     return prepared.prepare(repo, Data(data_dir=str(folder), **options), BLOCK, started)
 
 
-def same(one: data.Corpus, other: data.Corpus) -> bool:
+def same(left: data.Corpus, right: data.Corpus) -> bool:
     plain = ("name", "digest", "val_digest", "files", "bytes")
     learned = ("name", "vocab_size", "digest", "definition")
     return (
-        all(getattr(one, name) == getattr(other, name) for name in plain)
-        and all(getattr(one.tokenizer, name) == getattr(other.tokenizer, name) for name in learned)
+        all(getattr(left, name) == getattr(right, name) for name in plain)
+        and all(getattr(left.tokenizer, name) == getattr(right.tokenizer, name) for name in learned)
         and all(
             mine.dtype == theirs.dtype == np.uint16 and np.array_equal(mine, theirs)
-            for mine, theirs in ((one.train, other.train), (one.val, other.val))
+            for mine, theirs in ((left.train, right.train), (left.val, right.val))
         )
     )
 
