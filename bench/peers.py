@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import inspect
 import os
 import shutil
 import subprocess
@@ -97,12 +96,6 @@ class Castore(Format):
 
     def load_into(self, folder: Path, state: State) -> None:
         castore.Repo.open(folder).load("latest", into=state)
-
-    def explain_missing(self, option: str) -> str:
-        """Why ``load`` can't be measured with an option; empty when it can."""
-        if option in inspect.signature(castore.Repo.load).parameters:
-            return ""
-        return f"Repo.load of this castore takes no {option!r}"
 
 
 def repository(folder: Path, durable: bool, retention: str = "") -> castore.Repo:

@@ -360,22 +360,16 @@ def loads(bench: Bench, key: str, label: str, state: State, *, everything: bool 
         def single(peer: peers.Format, folder: Path) -> Any:
             return peer.load_one(folder, "model", name, state)
 
-        if missing := peers.CASTORE.explain_missing("tensors"):
-            bench.note(f"load one tensor: {missing}")
-        else:
-            compare("one", "load one tensor", "ms", single, state["model"][name], state["model"][name].nbytes)
-        if missing := peers.CASTORE.explain_missing("into"):
-            bench.note(f"load into tensors that are there: {missing}")
-        else:
-            there = states.empty_like(state)
-            states.mapped(there, torch.Tensor.zero_)
+        compare("one", "load one tensor", "ms", single, state["model"][name], state["model"][name].nbytes)
+        there = states.empty_like(state)
+        states.mapped(there, torch.Tensor.zero_)
 
-            def into(peer: peers.Format, folder: Path) -> Any:
-                peer.load_into(folder, there)
-                return there
+        def into(peer: peers.Format, folder: Path) -> Any:
+            peer.load_into(folder, there)
+            return there
 
-            compare("into", "load into tensors that are there", "MB/s", into, state, size)
-            del there
+        compare("into", "load into tensors that are there", "MB/s", into, state, size)
+        del there
         verifying(bench, label, kept["castore"], size)
         stores(bench, label, kept["torch.save"] / "state.pt", state)
     for folder in set(kept.values()):
@@ -630,9 +624,6 @@ def available() -> int:
 
 def stall(bench: Bench, label: str, state: State) -> None:
     """Measure how long training stands still for a save in the background."""
-    if not hasattr(castore.torch, "AsyncSaver"):
-        bench.note("stall of an asynchronous save: this castore has no castore.torch.AsyncSaver")
-        return
 
     def change() -> None:
         for tensor in states.tensors(state):
