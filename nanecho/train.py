@@ -91,7 +91,7 @@ def _run(
     with AsyncSaver(repo) as saver:
         saving = BackgroundSaving(repo, session, saver, fields)
         try:
-            yield from _loop(session, saving, windows, stop, clock)
+            yield from _training_loop(session, saving, windows, stop, clock)
         except errors.CastoreError:
             # a save that was under way counts, whatever ended the session
             with suppress(errors.CastoreError):
@@ -99,7 +99,7 @@ def _run(
             raise
 
 
-def _loop(
+def _training_loop(
     session: TrainingSession,
     saving: BackgroundSaving,
     windows: npt.NDArray[np.int64],
