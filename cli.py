@@ -33,7 +33,7 @@ from castore.text import format_age, format_number, format_size, printable
 from nanecho import config as configs
 
 if TYPE_CHECKING:
-    from castore import diff, gc, stats, verify
+    from castore import diff, gc, verify
     from castore.format.ids import ObjectId
     from castore.format.manifest import Entry
     from castore.github import sessions
@@ -360,7 +360,7 @@ def demo(
     program = [sys.executable, str(Path(__file__).resolve())]
     with tempfile.TemporaryDirectory(prefix="castore-demo-") as folder, _count("sessions") as counter:
         for one in demonstration.run(Path(folder).resolve(), program, size, castore.processors()):
-            if isinstance(one, demonstration.Progress):
+            if isinstance(one, demonstration.SessionsDone):
                 counter(one.done, one.total)
             else:
                 result = one
@@ -857,7 +857,7 @@ def stats_command(as_json: Json = False) -> None:
 
     found = stats.stats(castore.Repo.open(), datetime.now(UTC))
     if as_json:
-        _print_json(_stats_json(found))
+        _print_json(stats.stats_as_json(found))
         return
     total = found.total
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.manifests.items())) or "none"
@@ -880,23 +880,6 @@ def stats_command(as_json: Json = False) -> None:
                  one.saved_by_compression)))
                 for name, one in sorted(groups.items())
             ])  # fmt: skip
-
-
-def _stats_json(found: stats.Stats) -> dict[str, Any]:
-    groups: dict[str, Any] = {
-        name: {group: _usage_json(one) for group, one in getattr(found, name).items()} for name in ("by_part", "by_run")
-    }
-    return {
-        **dataclasses.asdict(found),
-        **groups,
-        "total": _usage_json(found.total),
-        "unneeded": found.unneeded,
-    }
-
-
-def _usage_json(one: stats.Usage) -> dict[str, int]:
-    saved = {"saved_by_sharing": one.saved_by_sharing, "saved_by_compression": one.saved_by_compression}
-    return {**dataclasses.asdict(one), **saved}
 
 
 @app.command("diff", epilog="Example: castore diff main:best main:latest")
@@ -1341,6 +1324,8 @@ def report_command(
     """
     from castore.format import manifest
     from castore.report import collect, html
+    from castore.report.as_json import report_as_json
+    from castore.report.markdown import report_as_markdown
 
     form = "json" if as_json else form
     out = out or ("report.html" if form == "html" else "-")
@@ -1351,13 +1336,13 @@ def report_command(
         html.charts_script()  # what can go wrong before anything is read
     with _busy("making the report"):
         found = collect.collect_report(repo, datetime.now(UTC), run)
-        text = html.page(found) if form == "html" else collect.as_markdown(found) if form == "md" else ""
+        text = html.report_as_html(found) if form == "html" else report_as_markdown(found) if form == "md" else ""
     for one in found.broken:
         say(f"castore: {one.path}: {one.reason}", out=sys.stderr)
     if out == "-":
-        _print_json(collect.as_json(found)) if form == "json" else print(text, end="")
+        _print_json(report_as_json(found)) if form == "json" else print(text, end="")
         return
-    data = text.encode() if text else manifest.canonical(collect.as_json(found))
+    data = text.encode() if text else manifest.canonical(report_as_json(found))
     collect.write_report(Path(out), data)
     say(f"wrote   {out}: {len(found.checkpoints):,} checkpoints, {format_size(len(data))}")
     if not found.checkpoints:

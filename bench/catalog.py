@@ -1,6 +1,6 @@
-"""Time `castore log` and `castore resolve` over many manifests, start-up included.
+"""Time `castore log`, `castore resolve` and `castore gc --dry-run` over many manifests, start-up included.
 
-python bench/catalog.py          # 1,000 and 10,000 manifests, median of five runs
+python bench/catalog.py [COUNT ...]          # default: 1,000 and 10,000 manifests; medians of five runs
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RUNS = 5
 
 
 def fill(repo: castore.Repo, count: int) -> None:
-    """Manifests like nanecho's, whose data was collected long ago, and a hundred that have theirs."""
+    """Add ``count`` manifests like nanecho's; only the newest hundred have their data."""
     experiment = castore.Experiment(model={"n_layer": 4, "n_embd": 128}, tokenizer="ab" * 32, data="cd" * 32)
     config = {f"option_{i}": i / 10 for i in range(25)}
     for step in range(count):
@@ -35,15 +35,15 @@ def fill(repo: castore.Repo, count: int) -> None:
             for name in ("model", "optimizer", "trainer")
         }
         created = f"2026-01-01T00:00:00.{step:06d}Z"
-        one = manifest.Manifest(
+        checkpoint = manifest.Manifest(
             run="main", step=step, created=created, parts=parts, metrics=metrics, experiment=experiment, config=config
         )
-        repo.catalog.add(one)
+        repo.catalog.add(checkpoint)
 
 
 def main() -> None:
     program = str(Path(sys.executable).with_name("castore"))
-    for count in (1_000, 10_000):
+    for count in [int(text) for text in sys.argv[1:]] or [1_000, 10_000]:
         with tempfile.TemporaryDirectory() as folder:
             repo = castore.Repo.init(folder)
             config = repo.root / "config.toml"

@@ -1,6 +1,6 @@
-"""What an edit of one byte in the middle of a large file costs: python bench/files.py [SIZE_IN_MB]
+"""Measure what an edit of one byte in the middle of a large file costs: python bench/files.py [SIZE_IN_MB]
 
-Adds a file of random bytes, changes one byte in its middle, adds it again, and checks it out and compares.
+Adds a file of random bytes, changes one byte in its middle, adds it again, checks it out and compares.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from castore.trees.add import add_tree
 
 def timed(what: str, call: Callable[[], Any]) -> Any:
     began = time.perf_counter()
-    found = call()
+    result = call()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    new = f", {found.new_bytes / 1e6:.2f} MB new" if hasattr(found, "new_bytes") else ""
+    new = f", {result.new_bytes / 1e6:.2f} MB new" if hasattr(result, "new_bytes") else ""
     print(f"{what:9} {time.perf_counter() - began:6.2f} s{new}, peak memory {peak:.0f} MB", flush=True)
-    return found
+    return result
 
 
 def digest(path: Path) -> str:

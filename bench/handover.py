@@ -1,6 +1,7 @@
-"""What a session in CI moves, by `castore ci` and by caching the whole folder: bytes up and down, once ten are kept.
+"""Measure what a session in CI moves, with `castore ci` and with a cache of the whole folder, in bytes up and down.
 
-python bench/handover.py         # 13 really trained sessions, each on an empty machine; a stand-in of GitHub's cache
+python bench/handover.py [SESSIONS]      # 13 trained sessions, each on an empty machine, with a stand-in for GitHub's
+                                         # cache; ten checkpoints are kept
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 import castore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from actions_service import Service  # the stand-in that the tests use, too
+from actions_service import Service  # the stand-in that the tests use as well
 
-SESSIONS = 13
+SESSIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 13
 OPTIONS = [
     "--n-layer", "2", "--n-embd", "128", "--connection-ratio", "1", "--batch-size", "4", "--eval-samples", "8",
     "--warmup-iters", "20", "--session-iters", "20", "--eval-every", "20", "--save-every", "20",
@@ -54,7 +55,7 @@ def measure(folder: Path, service: Service, policy: list[str]) -> None:
         run(machine, PROGRAM, "train", *OPTIONS)
         run(machine, PROGRAM, "ci", "save", "--commit", *policy, **job)
         up = service.uploaded_bytes - up
-        # the plain route: a folder that travels whole, with the same checkpoints under the same policy
+        # the plain route: the cache holds the whole folder, with the same checkpoints under the same policy
         plain_down = size(plain / ".castore" / "objects")
         run(plain, "git", "pull", "-q", "origin", "main")
         shutil.copytree(machine / ".castore" / "objects", plain / ".castore" / "objects", dirs_exist_ok=True)
@@ -62,7 +63,9 @@ def measure(folder: Path, service: Service, policy: list[str]) -> None:
         plain_up = size(plain / ".castore" / "objects")
         new = castore.Repo.open(machine).checkpoints()[0].manifest
         if number == SESSIONS - 1:
-            made, match = (sum(part.stored_bytes for part in one.parts.values()) for one in (new, before[0].manifest))
+            made, match = (
+                sum(part.stored_bytes for part in manifest.parts.values()) for manifest in (new, before[0].manifest)
+            )
             print(f"{' '.join(policy)}: session {number + 1}")
             print(f"  castore ci      up {up:11,} B, {up / made:.2f} x the new checkpoint")
             print(f"                down {down:11,} B, {down / match:.2f} x the match")

@@ -1,4 +1,4 @@
-"""Peak memory of one save or load beside the state itself, for bench/suite.py: a process for each.
+"""Measure the peak memory of one save or load beside the state itself, for bench/suite.py: one process for each.
 
 python bench/memory.py save|load FORMAT FOLDER STATE_BYTES      # prints bytes
 """
@@ -22,18 +22,18 @@ def memory(field: str) -> int:
 def main() -> None:
     action, name, place, size = sys.argv[1:]
     torch.set_num_threads(peers.THREADS)
-    one, folder = peers.FORMATS[name], Path(place)
-    # loading needs nothing but shapes from it, and those take no memory
+    peer, folder = peers.FORMATS[name], Path(place)
+    # loading needs only its shapes, which take no memory
     with torch.device("cpu" if action == "save" else "meta"):
         state = states.large(int(size))
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew from here
+        file.write("5")  # reset the peak
     before = memory("VmRSS")
     if action == "save":
-        one.save(state, folder, durable=True)
+        peer.save(state, folder, durable=True)
         print(memory("VmHWM") - before)
     else:
-        loaded = one.load(folder, state)
+        loaded = peer.load(folder, state)
         print(memory("VmHWM") - before - states.nbytes(loaded))
 
 

@@ -1,16 +1,15 @@
-"""What a user would pick instead of castore: how each saves, loads and stores, for bench/suite.py.
+"""The alternatives to castore, and how each saves, loads and stores, for bench/suite.py.
 
-A *format* saves a state in this process; a *tool* is a program that stores files. All get two threads where they can
-use them, and a durable save of each waits for its files and its folder to be on the disk.
+A *format* saves a state in this process; a *tool* is a program that stores files. All get two threads if they can use
+them, and every durable save waits until its files and its folder are on the disk.
 """
 
-# ruff: noqa: ARG002 (formats are called alike, and not every one needs everything)
+# ruff: noqa: ARG002 (all formats have the same methods, and not every one needs every argument)
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import inspect
 import os
 import shutil
 import subprocess
@@ -49,30 +48,30 @@ def sync(paths: Iterable[Path]) -> None:
 
 
 class Format:
-    """Saves a state into a folder that is there and empty, and loads it in memory of its own."""
+    """Saves a state into an empty folder that exists, and loads it into new memory."""
 
     name = ""
 
     def prepare(self, folder: Path, durable: bool) -> None:
-        """What isn't part of a save."""
+        """Do what is not part of a save."""
 
     def save(self, state: State, folder: Path, durable: bool) -> None:
         raise NotImplementedError
 
     def load(self, folder: Path, like: State) -> State:
-        """All of it; ``like`` has the shapes, for those who must be told."""
+        """Load everything; ``like`` has the shapes, for formats that need to know them."""
         raise NotImplementedError
 
     def load_part(self, folder: Path, part: str, like: State) -> State:
-        """One part, with as little reading as there's a way to."""
+        """Load one part, reading as little as the format can."""
         raise NotImplementedError
 
     def load_one(self, folder: Path, part: str, key: str, like: State) -> Tensor:
-        """One tensor, likewise."""
+        """Load one tensor, reading as little as the format can."""
         raise NotImplementedError
 
     def load_into(self, folder: Path, state: State) -> None:
-        """All of it into the tensors of ``state``."""
+        """Load everything into the tensors of ``state``."""
         for to, source in zip(states.tensors(state), states.tensors(self.load(folder, state)), strict=True):
             to.copy_(source)
 
@@ -98,15 +97,9 @@ class Castore(Format):
     def load_into(self, folder: Path, state: State) -> None:
         castore.Repo.open(folder).load("latest", into=state)
 
-    def explain_missing(self, option: str) -> str:
-        """Why ``load`` can't be measured with an option; empty when it can."""
-        if option in inspect.signature(castore.Repo.load).parameters:
-            return ""
-        return f"Repo.load of this castore takes no {option!r}"
-
 
 def repository(folder: Path, durable: bool, retention: str = "") -> castore.Repo:
-    """A fresh repository with two threads and otherwise default settings."""
+    """Return a fresh repository with two threads and otherwise default settings."""
     repo = castore.Repo.init(folder)
     text = f"[store]\nthreads = {THREADS}\nfsync = {str(durable).lower()}\n{retention}"
     (repo.root / "config.toml").write_text(text)
@@ -152,22 +145,22 @@ class TorchMapped(TorchSave):
 
 
 class Safetensors(Format):
-    """One file of flat keys; load_file only maps it, so a copy follows."""
+    """One file with flat keys; load_file only maps it, so a copy follows."""
 
     name = "safetensors"
 
     def save(self, state: State, folder: Path, durable: bool) -> None:
-        flat = {f"{part}/{key}": tensor for part, one in state.items() for key, tensor in one.items()}
+        flat = {f"{part}/{key}": tensor for part, tensors in state.items() for key, tensor in tensors.items()}
         safetensors.torch.save_file(flat, folder / "state.safetensors")
         if durable:
             sync([folder / "state.safetensors", folder])
 
     def load(self, folder: Path, like: State) -> State:
-        found: State = {part: {} for part in like}
+        state: State = {part: {} for part in like}
         for name, tensor in safetensors.torch.load_file(folder / "state.safetensors").items():
             part, _, key = name.partition("/")
-            found[part][key] = tensor.clone()
-        return {part: {key: found[part][key] for key in one} for part, one in like.items()}
+            state[part][key] = tensor.clone()
+        return {part: {key: state[part][key] for key in tensors} for part, tensors in like.items()}
 
     def load_part(self, folder: Path, part: str, like: State) -> State:
         with safetensors.safe_open(folder / "state.safetensors", "pt") as file:
@@ -179,7 +172,7 @@ class Safetensors(Format):
 
 
 class Distributed(Format):
-    """torch.distributed.checkpoint; it loads into tensors only, and making them counts as loading."""
+    """torch.distributed.checkpoint: it only loads into tensors, and making them counts as loading."""
 
     name = "DCP"
 
@@ -207,7 +200,7 @@ class Distributed(Format):
 
 
 CASTORE, TORCH, MAPPED, SAFETENSORS, DCP = Castore(), TorchSave(), TorchMapped(), Safetensors(), Distributed()
-FORMATS: dict[str, Format] = {one.name: one for one in (CASTORE, TORCH, MAPPED, SAFETENSORS, DCP)}
+FORMATS: dict[str, Format] = {peer.name: peer for peer in (CASTORE, TORCH, MAPPED, SAFETENSORS, DCP)}
 
 
 # -- tools -----------------------------------------------------------------------------------------------------------
@@ -215,8 +208,11 @@ FORMATS: dict[str, Format] = {one.name: one for one in (CASTORE, TORCH, MAPPED, 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A program that stores files. Its commands run in a folder of their own; ``{file}`` is the file's path, ``{name}``
-    its name. With ``inside`` the file has to lie in that folder. ``kept`` is where what it stores ends up."""
+    """A program that stores files.
+
+    Its commands run in a new folder; ``{file}`` is the file's path, ``{name}`` its name. With ``inside`` the file must
+    lie in that folder. ``kept`` is where the program puts what it stores.
+    """
 
     name: str
     program: str
@@ -275,7 +271,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def isolate(home: Path, programs: Iterable[Path]) -> None:
-    """Let no tool read or write a user's settings and caches, nor be found but in ``programs`` and PATH."""
+    """Keep all tools away from the user's settings and caches; look for them in ``programs``, then in PATH."""
     os.environ["PATH"] = os.pathsep.join([*map(str, programs), os.environ.get("PATH", os.defpath)])
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "BORG_BASE_DIR", "RESTIC_CACHE_DIR"):
         os.environ[name] = str(home)
@@ -288,9 +284,9 @@ def isolate(home: Path, programs: Iterable[Path]) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes of the files at or below ``path``, each file once however many names it has."""
-    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file() and not one.is_symlink()]
-    return sum({(found.st_dev, found.st_ino): found.st_size for found in map(os.stat, files)}.values())
+    """Return the bytes of the files at or below ``path``, each counted once however many names it has."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    return sum({(status.st_dev, status.st_ino): status.st_size for status in map(os.stat, files)}.values())
 
 
 # -- versions --------------------------------------------------------------------------------------------------------
@@ -301,15 +297,15 @@ def has_zipnn() -> bool:
 
 
 def versions() -> dict[str, str]:
-    """The version of everything that is measured, or how to install what isn't there."""
-    found = {"castore": castore.__version__, "Python": sys.version.split()[0]}
+    """Return the version of everything that is measured, or how to install what is missing."""
+    versions = {"castore": castore.__version__, "Python": sys.version.split()[0]}
     for package in ("torch", "safetensors", "numpy", "zstandard", "blake3"):
-        found[package] = importlib.metadata.version(package)
+        versions[package] = importlib.metadata.version(package)
     missing = "not installed: pip install -c constraints.txt zipnn"
-    found["ZipNN"] = importlib.metadata.version("zipnn") if has_zipnn() else missing
+    versions["ZipNN"] = importlib.metadata.version("zipnn") if has_zipnn() else missing
     for tool in TOOLS:
-        found[tool.name] = _version(tool.path) if tool.path else f"not installed: {tool.install}"
-    return found
+        versions[tool.name] = _version(tool.path) if tool.path else f"not installed: {tool.install}"
+    return versions
 
 
 def _version(program: str) -> str:

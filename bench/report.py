@@ -1,10 +1,10 @@
-"""Make and open the report of many checkpoints: seconds, bytes, and how long a browser takes to show it.
+"""Make and open the report of many checkpoints: seconds, bytes, and the time a browser takes to show it.
 
 python bench/report.py [--count 1000] [--browser /usr/bin/chromium]
 
-Opening is measured in a headless Chromium, by way of the package playwright, and left out without it. Readable: all
-text and the tables are there. Drawn: so is the first chart. Busy: how long the page's thread worked until then, which
-is most of what a busy machine lengthens. Medians of five; limits are for 1,000 checkpoints.
+Opening is measured in a headless Chromium with the package playwright, and left out without it. Readable: all text and
+tables are shown. Drawn: the first chart is, too. Busy: how long the page's thread worked until then, which says more
+than elapsed time on a busy machine. Medians of five runs; the limits are for 1,000 checkpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-c
 
 
 def make(folder: Path) -> float:
-    """Seconds of `castore report`, its start included."""
+    """Return the seconds that `castore report` takes, start-up included."""
     program = str(Path(sys.executable).with_name("castore"))
     begun = time.perf_counter()
     subprocess.run([program, "report"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -39,10 +39,10 @@ def make(folder: Path) -> float:
 
 
 def opening(page: Path, program: str | None) -> list[tuple[float, float, float]]:
-    """(seconds until it is readable, until a chart is drawn, busy until then), each in a page of its own."""
+    """Return (seconds until readable, until a chart is drawn, busy until then) of each run, in a new page each."""
     from playwright.sync_api import sync_playwright
 
-    found = []
+    times = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         for _ in range(RUNS):
@@ -52,19 +52,23 @@ def opening(page: Path, program: str | None) -> list[tuple[float, float, float]]
             tab.goto(page.as_uri())
             tab.wait_for_selector("html[data-drawn]")
             marks = tab.evaluate("[document.documentElement.dataset.ready, document.documentElement.dataset.drawn]")
-            metrics = {one["name"]: one["value"] for one in inspector.send("Performance.getMetrics")["metrics"]}
-            found.append((int(marks[0]) / 1000, int(marks[1]) / 1000, metrics["TaskDuration"]))
+            metrics = {
+                metric["name"]: metric["value"] for metric in inspector.send("Performance.getMetrics")["metrics"]
+            }
+            times.append((int(marks[0]) / 1000, int(marks[1]) / 1000, metrics["TaskDuration"]))
             tab.close()
         browser.close()
-    return found
+    return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--keep-all", action="store_true", help="the data of all is there, which takes more to look at")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    parser.add_argument("--browser", default=os.environ.get("CASTORE_BROWSER") or found)
+    parser.add_argument(
+        "--keep-all", action="store_true", help="keep the data of all checkpoints, which is more to look at"
+    )
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    parser.add_argument("--browser", default=os.environ.get("CASTORE_BROWSER") or browser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

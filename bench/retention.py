@@ -1,6 +1,6 @@
-"""What is left of a run of 50 really trained checkpoints after gc, against ten full raw ones.
+"""Compare what gc leaves of a run of 50 trained checkpoints with ten full raw checkpoints.
 
-python bench/retention.py        # a dense model, so that sparse connections don't flatter the figure
+python bench/retention.py        # a dense model, because zeros of a sparse one would flatter the figure
 """
 
 from __future__ import annotations

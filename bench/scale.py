@@ -118,12 +118,12 @@ def fastest(act: Callable[[], Any]) -> float:
 
 
 def program(folder: Path, *arguments: str) -> None:
-    own = str(Path(sys.executable).with_name("castore"))
-    subprocess.run([own, *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    executable = str(Path(sys.executable).with_name("castore"))
+    subprocess.run([executable, *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 def make_repo(folder: Path, **store: object) -> castore.Repo:
-    """A fresh one with these settings of [store], in a git repository of its own, so that git looks at no other."""
+    """Return a fresh one with these settings of [store], in its own git repository, so that git looks at no other."""
     repo = castore.Repo.init(folder)
     lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in store.items())
     (repo.root / "config.toml").write_text(f"[store]\n{lines}[retention]\nauto_gc = false\n")
@@ -133,7 +133,7 @@ def make_repo(folder: Path, **store: object) -> castore.Repo:
 
 # -- model size and threads ------------------------------------------------------------------------------------------
 #
-# Saving and loading each have a process of their own, so that neither can use memory that the other left behind.
+# Saving and loading each run in a new process, so that neither can use memory that the other left behind.
 
 
 def large(size: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -151,7 +151,7 @@ def extra_memory(act: Callable[[], Any]) -> int:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
 
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew from here
+        file.write("5")  # reset the peak
     before = now("VmRSS")
     act()
     return now("VmHWM") - before
@@ -178,16 +178,16 @@ def child_saves(folder: Path, size: int, threads: int) -> dict[str, float]:
 
 def child_loads(folder: Path, size: int, _threads: int) -> dict[str, float]:
     repo = castore.Repo.open(folder)
-    own = repo.checkpoints()[0].id
-    load_peak = extra_memory(lambda: repo.load(own))
+    checkpoint_id = repo.checkpoints()[0].id
+    load_peak = extra_memory(lambda: repo.load(checkpoint_id))
 
     def check() -> None:
-        if list(verify.verify(repo, [own])):
+        if list(verify.verify(repo, [checkpoint_id])):
             raise SystemExit("what was saved is damaged")
 
     verify_peak = extra_memory(check)
     return {
-        "load": fastest(lambda: repo.load(own)),
+        "load": fastest(lambda: repo.load(checkpoint_id)),
         "verify": fastest(check),
         "memory of a load": load_peak - size,
         "memory of a verify": verify_peak,
@@ -199,16 +199,16 @@ CHILDREN = {"saves": child_saves, "loads": child_loads}
 
 def save_and_load(scratch: Path, megabytes: int, threads: int) -> dict[str, float]:
     """Seconds and bytes of each act on a model of this size; ``threads`` as in config.toml."""
-    found: dict[str, float] = {}
+    costs: dict[str, float] = {}
     folder = scratch / "model"
     for child in CHILDREN:
         arguments = [child, str(folder), str(megabytes * 1_000_000), str(threads)]
         done = subprocess.run(
             [sys.executable, __file__, "--child", *arguments], check=True, stdout=subprocess.PIPE, text=True
         )
-        found |= json.loads(done.stdout)
+        costs |= json.loads(done.stdout)
     shutil.rmtree(folder)
-    return found
+    return costs
 
 
 def model_sizes(scratch: Path, quick: bool) -> list[Chart]:
@@ -240,9 +240,9 @@ def thread_counts(scratch: Path, quick: bool) -> list[Chart]:
 
 def commands(folder: Path, chart: Chart, work: int, given: Sequence[Sequence[str]]) -> None:
     """Time each command of the program, start-up included. ``ID`` is the newest checkpoint that has its data."""
-    newest = next(one for one in castore.Repo.open(folder).checkpoints() if one.manifest.run == "main")
+    newest = next(entry for entry in castore.Repo.open(folder).checkpoints() if entry.manifest.run == "main")
     for command in given:
-        arguments = [newest.id if one == "ID" else one for one in command]
+        arguments = [newest.id if word == "ID" else word for word in command]
         chart["castore " + " ".join(command)].add(work, fastest(lambda a=arguments: program(folder, *a)), starts=True)
 
 
@@ -269,9 +269,9 @@ OBJECT_BYTES = 512
 
 
 class Filler:
-    """Fills a store with small objects in blocks of at most 2,000: half of each is one checkpoint's, the rest nobody's.
+    """Fills a store with small objects in blocks of at most 2,000: half of each belong to a checkpoint.
 
-    Beside every checkpoint are four whose data was deleted long ago.
+    Every checkpoint has four beside it whose data is gone.
     """
 
     def __init__(self, repo: castore.Repo) -> None:
@@ -286,33 +286,36 @@ class Filler:
             self._block(min(BLOCK, total - self.count))
 
     def _block(self, size: int) -> None:
-        wanted = max(1, size // 2)
-        chunks = [self._put(self._random.randbytes(OBJECT_BYTES)) for _ in range(wanted - 1)]
-        for _ in range(size - wanted):
+        needed = max(1, size // 2)
+        chunks = [self._put(self._random.randbytes(OBJECT_BYTES)) for _ in range(needed - 1)]
+        for _ in range(size - needed):
             self._put(self._random.randbytes(OBJECT_BYTES))
-        refs = tuple(part_index.ChunkRef(own, OBJECT_BYTES) for own in chunks)
+        refs = tuple(part_index.ChunkRef(chunk_id, OBJECT_BYTES) for chunk_id in chunks)
         tensor = part_index.TensorSpec("uint8", (OBJECT_BYTES * len(chunks),), 0)
-        own = self._put(
+        index_id = self._put(
             part_index.encode(
                 part_index.Index(refs, (tensor,), {"block": self.count, "weight": part_index.TensorRef(0)})
             )
         )
-        self._checkpoint("main", {"model": own})
+        self._checkpoint("main", {"model": index_id})
         for number in range(GONE_BESIDE):
             names = ("model", "optimizer", "trainer")
             self._checkpoint(f"gone{number}", {name: ids.hash_bytes(self._random.randbytes(8)) for name in names})
 
     def _put(self, plain: bytes) -> ids.ObjectId:
-        """As a save would, without its care for power cuts and for others."""
-        own = ids.hash_bytes(plain)
-        with open(self._repo.store.path(own), "wb", buffering=0) as file:
+        """Store an object as a save would, but without protection against power cuts and other processes."""
+        object_id = ids.hash_bytes(plain)
+        with open(self._repo.store.path(object_id), "wb", buffering=0) as file:
             file.write(b"".join(encode_frame(plain)))
         self.count += 1
-        return own
+        return object_id
 
     def _checkpoint(self, run: str, indexes: Mapping[str, ids.ObjectId]) -> None:
         created = manifest.timestamp(datetime.fromtimestamp(1_767_225_600 + self.count / 1000, UTC))
-        parts = {name: manifest.Part(index=own, bytes=1 << 19, stored_bytes=1 << 19) for name, own in indexes.items()}
+        parts = {
+            name: manifest.Part(index=index_id, bytes=1 << 19, stored_bytes=1 << 19)
+            for name, index_id in indexes.items()
+        }
         metrics = {"val_loss": 1 + 1 / (1 + self.count)}
         self._repo.catalog.add(
             manifest.Manifest(run=run, step=self.count, created=created, parts=parts, metrics=metrics)
@@ -320,7 +323,7 @@ class Filler:
 
 
 def save_small(folder: Path) -> None:
-    """What no store has yet: 4 MB of weights."""
+    """Save 4 MB of weights that the store does not have."""
     repo = castore.Repo.open(folder)
     saved = repo.save({"model": {"weight": torch.randn(1_000_000)}}, run="other", step=1)
     if not saved.new_objects:
@@ -342,7 +345,7 @@ def store_objects(scratch: Path, quick: bool) -> list[Chart]:
     return [chart]
 
 
-# -- what came out ---------------------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------------------------
 
 
 def table(charts: Sequence[Chart]) -> str:
@@ -463,8 +466,8 @@ def main() -> None:
         name, folder, size, threads = given.child
         print(json.dumps(CHILDREN[name](Path(folder), int(size), int(threads))))
         return
-    for one in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, stop)
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, stop)
     given.folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(given.folder).free < DISK_GB[given.quick] * 1e9:
         raise SystemExit(f"{given.folder} has less than the {DISK_GB[given.quick]} GB free that are needed")
@@ -475,8 +478,8 @@ def main() -> None:
                 charts += PARTS[part](Path(folder), given.quick)
     except KeyboardInterrupt:
         raise SystemExit("stopped: nothing was written") from None
-    found = json.dumps(report(charts, given.quick), indent=2) + "\n"
-    (BUILD / ("scale-quick.json" if given.quick else "scale.json")).write_text(found)
+    text = json.dumps(report(charts, given.quick), indent=2) + "\n"
+    (BUILD / ("scale-quick.json" if given.quick else "scale.json")).write_text(text)
     for chart in charts:
         draw(chart, (BUILD if given.quick else ROOT / "docs") / f"scale-{chart.key}.svg")
     print(table(charts), end="")

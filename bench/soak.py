@@ -1,4 +1,4 @@
-"""Eight writers that save and load, and a gc that never stops, at once: nothing that is kept may be lost.
+"""Run eight writers that save and load beside a gc that never stops: nothing that is kept may be lost.
 
 python bench/soak.py [--seconds 60] [--writers 8]
 """
@@ -19,12 +19,12 @@ CONFIG = '[store]\nchunk_size = "64KiB"\nthreads = 1\nfsync = false\n[retention]
 
 
 def policy(writers: int) -> Policy:
-    """The newest one of every writer is among so many newest, since each saves one at a time."""
+    """Return a policy that keeps every writer's newest checkpoint: one is being saved at a time."""
     return Policy(keep=2, keep_latest=20 * writers, keep_optimizer=20 * writers)
 
 
 def state(run: int, step: int) -> dict[str, object]:
-    # some chunks are a save's own, some come back after gc has taken them, some are shared by all
+    # some chunks belong to one save, some come back after gc has deleted them, some are shared by all
     return {"model": {"own": f"{run}/{step}" * 5000, "turn": f"{step % 7}" * 90_000, "shared": "x" * 90_000}}
 
 
@@ -36,7 +36,7 @@ def write(folder: str, run: int, seconds: float, saves: multiprocessing.Queue[in
         step += 1
         saved = repo.save(state(run, step), run=f"run{run}", step=step, metrics={"val_loss": 1 / step})
         if repo.load(saved.id) != state(run, step):
-            raise SystemExit(f"run {run} step {step}: something else came back")
+            raise SystemExit(f"run {run} step {step}: loaded something else")
     saves.put(step)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         for decision in kept:
             run, step = int(decision.entry.manifest.run[3:]), decision.entry.manifest.step
             if repo.load(decision.entry.id, parts=decision.parts) != state(run, step):
-                raise SystemExit(f"{decision.entry.id}: something else came back")
+                raise SystemExit(f"{decision.entry.id}: loaded something else")
         total = sum(saves.get() for _ in range(given.writers - len(failed)))
         count = collections.get() if not failed else "?"
         print(f"{given.writers} writers, {given.seconds:g} s: {total} saves, each loaded at once; {count} collections")

@@ -1,4 +1,4 @@
-"""The states that bench/suite.py saves and loads: synthetic ones in GPT-2's shape, and really trained ones."""
+"""The states that bench/suite.py saves and loads: synthetic ones in the shape of GPT-2, and trained ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHAPES: dict[bool, dict[str, Any]] = {
 
 
 def gpt2(width: int = 768, vocabulary: int = 50_257, layers: int = 12, context: int = 1024) -> dict[str, list[int]]:
-    """The shapes of GPT-2's 148 weights, for 12 layers."""
+    """Return the shapes of GPT-2's weights: 148 of them for 12 layers."""
     shapes = {"wte.weight": [vocabulary, width], "wpe.weight": [context, width]}
     for layer in range(layers):
         for name, rows, columns in (
@@ -53,9 +53,9 @@ def gpt2(width: int = 768, vocabulary: int = 50_257, layers: int = 12, context: 
 
 
 def synthetic(shapes: dict[str, list[int]], dtype: torch.dtype = torch.float32) -> State:
-    """Weights and both of AdamW's moments: normal weights, moments whose magnitudes are spread lognormally.
+    """Return normal weights and both of AdamW's moments, whose magnitudes are lognormal.
 
-    Good for timing; how well it compresses says little of a trained state.
+    Good for timing; how well it compresses says little about a trained state.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -75,7 +75,7 @@ def synthetic(shapes: dict[str, list[int]], dtype: torch.dtype = torch.float32) 
 
 
 def large(size: int) -> State:
-    """About ``size`` bytes in tensors of 100 MB and a thousand small ones, no two alike; made fast."""
+    """Return about ``size`` bytes in tensors of 100 MB and a thousand small ones, no two equal; made fast."""
     base = torch.empty(25_000_000).normal_(std=0.02)
     count = max(1, size // (base.numel() * 4))
     return {
@@ -85,20 +85,20 @@ def large(size: int) -> State:
 
 
 def empty_like(state: State) -> State:
-    """Uninitialised tensors of the same shapes, in main memory."""
+    """Return uninitialised tensors of the same shapes, in main memory."""
     return {
-        part: {key: torch.empty_like(tensor, device="cpu") for key, tensor in one.items()}
-        for part, one in state.items()
+        part: {key: torch.empty_like(tensor, device="cpu") for key, tensor in values.items()}
+        for part, values in state.items()
     }
 
 
 def copy(state: Any) -> Any:
-    """The state in memory of its own."""
+    """Return a copy of the state."""
     return mapped(state, torch.Tensor.clone)
 
 
 def mapped(state: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The state with ``function`` of each tensor in its place."""
+    """Return the state with each tensor replaced by ``function`` of it."""
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, dict):
@@ -109,28 +109,28 @@ def mapped(state: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def tensors(state: Any) -> Iterator[Tensor]:
-    """Every tensor of a state, in order."""
-    found: list[Tensor] = []
-    mapped(state, found.append)
-    yield from found
+    """Yield every tensor of a state, in order."""
+    collected: list[Tensor] = []
+    mapped(state, collected.append)
+    yield from collected
 
 
 def nbytes(state: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors(state))
 
 
-def equal(one: Any, other: Any) -> bool:
-    """Whether both have the same tensors, in the same order."""
-    pairs = zip(tensors(one), tensors(other), strict=True)
+def equal(left: Any, right: Any) -> bool:
+    """Return whether both have equal tensors in the same order."""
+    pairs = zip(tensors(left), tensors(right), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-# -- really trained --------------------------------------------------------------------------------------------------
+# -- trained states -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """One checkpoint of a run of nanecho's, with all that a save of it is told."""
+    """A checkpoint of a nanecho run: the arguments of a save of it."""
 
     step: int
     metrics: dict[str, float]
@@ -139,13 +139,13 @@ class Trained:
 
 
 def trained(cache: Path, quick: bool, say: Callable[[str], None]) -> Iterator[Trained]:
-    """Nine consecutive checkpoints, 50 steps apart, oldest first; trained once and kept in ``cache``."""
+    """Yield nine consecutive checkpoints, 50 steps apart, oldest first; they are trained once and kept in ``cache``."""
     options = _TRAINED | _SHAPES[quick]
     name = json.dumps([options, castore.__version__, torch.__version__], sort_keys=True)
     folder = cache / f"trained-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     repo = castore.Repo.init(folder)
     if len(repo.checkpoints()) != CHECKPOINTS:
-        shutil.rmtree(folder)  # of a training that was cut short
+        shutil.rmtree(folder)  # left by a training that was interrupted
         repo = castore.Repo.init(folder)
         (repo.root / "config.toml").write_text("[store]\nfsync = false\n[retention]\nauto_gc = false\n")
         repo = castore.Repo.open(folder)
@@ -153,5 +153,5 @@ def trained(cache: Path, quick: bool, say: Callable[[str], None]) -> Iterator[Tr
             if isinstance(event, events.Stepped) and event.step % STEPS_APART == 0:
                 say(f"training, step {event.step} of {CHECKPOINTS * STEPS_APART}, loss {event.loss:.2f}")
     for entry in reversed(repo.checkpoints()):
-        found = entry.manifest
-        yield Trained(found.step, dict(found.metrics), found.experiment, repo.load(entry.id))
+        manifest = entry.manifest
+        yield Trained(manifest.step, dict(manifest.metrics), manifest.experiment, repo.load(entry.id))

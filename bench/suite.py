@@ -1,12 +1,12 @@
-"""castore beside what one would use instead of it: speed, stored bytes, memory; medians, spreads and ratios.
+"""Compare castore with its alternatives: speed, stored bytes and memory; medians, spreads and ratios.
 
     python bench/suite.py --quick    # small states, some minutes on two cores
     python bench/suite.py            # GPT-2's 1.5 GB of training state, and 6 GB for memory
 
-Every round runs each contender once, the order reversed from round to round; a ratio is the median over rounds of what
-a peer took by what castore took in the same round. The disk is synced between runs; output goes to a fresh folder
-and is removed outside of the timing. The whole process tree is held to two cores. A peer that isn't installed is left
-out, with a word on how to install it. Writes JSON and a Markdown table.
+Every round runs each contender once, the order reversed from round to round; a ratio is the median over rounds of
+what a peer took divided by what castore took in the same round. The disk is synced between runs; output goes to a fresh
+folder and is removed outside of the timing. The whole process tree is limited to two cores. A peer that is not
+installed is left out, and the output says how to install it. Writes JSON and a Markdown table.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from nanecho import events, train
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "bench"
 CHUNK = 4 << 20
-DISK_GB = {True: 4, False: 16}  # what a run needs free; what it took at most is in its output
+DISK_GB = {True: 4, False: 16}  # free space that a run needs; its output has the most that it used
 MEMORY_STATE = {True: 1_000_000_000, False: 6_000_000_000}
 SLOW_ROUNDS = 3
 
@@ -62,13 +62,13 @@ Act = Callable[[], Any]
 
 
 def nothing(_: Any) -> None:
-    """For contenders that need no check and nothing done afterwards."""
+    """Do nothing: for contenders that need no check and nothing done afterwards."""
 
 
 def _give_back() -> None:
-    """Give free memory back to the system: a run that resumes is a new process, and new memory is not free.
+    """Return free memory to the system: a session that resumes is a new process, and new memory takes time to get.
 
-    Without this, whoever comes after a run of the same sizes finds its memory warm, by chance of the allocator.
+    Without this, a run after one of the same sizes may find its memory warm, by chance of the allocator.
     """
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
@@ -109,14 +109,14 @@ class Row:
         return statistics.median(values), min(values), max(values)
 
     def ratio(self, name: str) -> float:
-        """How many times as good the first is as ``name``: the median over rounds."""
+        """Return how many times as good the first contender is as ``name``: the median over rounds."""
         first = next(iter(self.samples.values()))
         return statistics.median(theirs / ours for theirs, ours in zip(self.samples[name], first, strict=True))
 
 
 @dataclass(slots=True)
 class Bench:
-    """The measurements: where they are made, how often, and what came out."""
+    """The measurements: where they are made, how often, and their results."""
 
     scratch: Path
     quick: bool
@@ -130,7 +130,7 @@ class Bench:
         return 5 if self.quick else 7
 
     def say(self, text: str) -> None:
-        """Show where it is, on standard error."""
+        """Show the progress on standard error."""
         line = f"[{time.monotonic() - self.began:4.0f} s] {text}"
         print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
         if not sys.stderr.isatty():
@@ -153,32 +153,32 @@ class Bench:
     ) -> None:
         """Time the contenders in turn, after a warm-up. A peer that fails is left out; castore, the first, may not."""
         running = list(contenders)
-        samples: dict[str, list[float]] = {one.name: [] for one in running}
+        samples: dict[str, list[float]] = {contender.name: [] for contender in running}
         rounds = rounds or self.rounds
         if not sys.stderr.isatty():
             self.say(title)
         for number in range(0 if warm_up else 1, rounds + 1):
-            for one in list(running if number % 2 else reversed(running)):
+            for contender in list(running if number % 2 else reversed(running)):
                 if sys.stderr.isatty():
-                    self.say(f"{title}: {f'round {number} of {rounds}' if number else 'warm-up'}, {one.name}")
+                    self.say(f"{title}: {f'round {number} of {rounds}' if number else 'warm-up'}, {contender.name}")
                 try:
-                    seconds = self._once(one, is_warm_up=number == 0)
+                    seconds = self._once(contender, is_warm_up=number == 0)
                 except Exception as error:
-                    if one is contenders[0]:
+                    if contender is contenders[0]:
                         raise
-                    self.note(f"{title}: {one.name} is left out, it failed: {type(error).__name__}: {error}")
-                    running.remove(one)
-                    del samples[one.name]
+                    self.note(f"{title}: {contender.name} is left out, it failed: {type(error).__name__}: {error}")
+                    running.remove(contender)
+                    del samples[contender.name]
                     continue
                 if number:
-                    samples[one.name].append(seconds)
+                    samples[contender.name].append(seconds)
         self.rows[key] = Row(key, title, unit, samples, size)
 
-    def _once(self, one: Contender, *, is_warm_up: bool) -> float:
-        """Seconds of one run. The disk is synced before and after, so that none pays for another's dirty pages."""
+    def _once(self, contender: Contender, *, is_warm_up: bool) -> float:
+        """Seconds of one run. The disk is synced before and after, so that no run pays for another's dirty pages."""
         folder = self.fresh()
         try:
-            act = one.prepare(folder)
+            act = contender.prepare(folder)
             if any(folder.iterdir()):
                 os.sync()
             gc.collect()
@@ -188,9 +188,9 @@ class Bench:
             result = act()
             seconds = time.perf_counter() - began
             gc.enable()
-            one.finish(result)
+            contender.finish(result)
             if is_warm_up:
-                one.check(result)
+                contender.check(result)
             self.disk_peak = max(self.disk_peak, peers.size(self.scratch))
         finally:
             gc.enable()
@@ -204,7 +204,7 @@ class Bench:
         return Path(tempfile.mkdtemp(dir=self.scratch))
 
     def measured(self, key: str, title: str, unit: str, values: dict[str, float]) -> None:
-        """A row of what needs no repeating."""
+        """Add a row of values that need no repetition."""
         self.say(title)
         self.rows[key] = Row(key, title, unit, {name: [value] for name, value in values.items()})
 
@@ -215,25 +215,25 @@ FORMATS: tuple[peers.Format, ...] = (peers.CASTORE, peers.TORCH, peers.SAFETENSO
 LOADERS: tuple[peers.Format, ...] = (peers.CASTORE, peers.TORCH, peers.MAPPED, peers.SAFETENSORS, peers.DCP)
 
 
-def saving(one: peers.Format, state: State, durable: bool) -> Contender:
+def saving(peer: peers.Format, state: State, durable: bool) -> Contender:
     def prepare(folder: Path) -> Act:
-        one.prepare(folder, durable)
-        return lambda: one.save(state, folder, durable)
+        peer.prepare(folder, durable)
+        return lambda: peer.save(state, folder, durable)
 
-    return Contender(one.name + (" + fsync" if durable and one is not peers.CASTORE else ""), prepare)
+    return Contender(peer.name + (" + fsync" if durable and peer is not peers.CASTORE else ""), prepare)
 
 
 def saves(bench: Bench, key: str, label: str, state: State, *, both: bool = True) -> None:
     size = states.nbytes(state)
     for durable in (True, False) if both else (True,):
-        contenders = [saving(one, state, durable) for one in FORMATS]
+        contenders = [saving(peer, state, durable) for peer in FORMATS]
         how = "durable" if durable else "no fsync"
         name = f"{key}-{'durable' if durable else 'no-fsync'}"
         bench.compare(name, f"save, {how}, {label}", "MB/s", contenders, size=size)
 
 
 def repeated_saves(bench: Bench, label: str, state: State) -> None:
-    """Saving what is stored already, and what is for the most part."""
+    """Measure saving a state that is stored already, and one that mostly is."""
     size = states.nbytes(state)
     folder = bench.fresh()
     repo = peers.repository(folder, durable=True)
@@ -266,35 +266,35 @@ def repeated_saves(bench: Bench, label: str, state: State) -> None:
     changing = list(states.tensors(state))[50::100]  # not the embedding, a third of all
     share = sum(tensor.nbytes for tensor in changing) / size
 
-    def changed(one: peers.Format) -> Contender:
-        def prepare(own: Path) -> Act:
+    def changed(peer: peers.Format) -> Contender:
+        def prepare(target: Path) -> Act:
             for tensor in changing:
                 tensor.mul_(1.001)
-            if one is peers.CASTORE:
+            if peer is peers.CASTORE:
                 return lambda: repo.save(state, run="bench", step=1)
-            return lambda: one.save(state, own, True)
+            return lambda: peer.save(state, target, True)
 
-        return Contender(one.name + ("" if one is peers.CASTORE else " + fsync"), prepare)
+        return Contender(peer.name + ("" if peer is peers.CASTORE else " + fsync"), prepare)
 
     title = f"save after 1 % of the tensors changed ({share:.1%} of the bytes), durable, {label}"
-    bench.compare("changed", title, "MB/s", [changed(one) for one in FORMATS], size=size)
+    bench.compare("changed", title, "MB/s", [changed(peer) for peer in FORMATS], size=size)
     shutil.rmtree(folder)
 
 
 def keep(bench: Bench, state: State) -> dict[str, Path]:
-    """The state saved once in each format: what is loaded."""
+    """Save the state once in each format, to be loaded; return the folders."""
     kept = {}
-    for one in FORMATS:
-        folder = kept[one.name] = bench.fresh()
-        one.prepare(folder, False)
-        one.save(state, folder, False)
+    for peer in FORMATS:
+        folder = kept[peer.name] = bench.fresh()
+        peer.prepare(folder, False)
+        peer.save(state, folder, False)
     kept[peers.MAPPED.name] = kept[peers.TORCH.name]
     os.sync()
     return kept
 
 
 def warm(folder: Path) -> None:
-    """Have the page cache hold every file."""
+    """Read every file into the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb", buffering=0) as file:
@@ -303,7 +303,7 @@ def warm(folder: Path) -> None:
 
 
 def chill(folder: Path) -> bool:
-    """Ask the kernel to drop the files from the page cache; whether it did, of 99 in 100."""
+    """Ask the kernel to drop the files from the page cache; return whether it did for 99 in 100."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
     held = 0
     for path in files:
@@ -320,19 +320,19 @@ def chill(folder: Path) -> bool:
 Load = Callable[[peers.Format, Path], Any]
 
 
-def loading(bench: Bench, one: peers.Format, folder: Path, load: Load, expected: Any, *, cold: bool) -> Contender:
+def loading(bench: Bench, peer: peers.Format, folder: Path, load: Load, expected: Any, *, cold: bool) -> Contender:
     def prepare(_: Path) -> Act:
         if not cold:
             warm(folder)
         elif not chill(folder):
             bench.note("cold: the kernel kept files in the page cache, so these figures are too high")
-        return lambda: load(one, folder)
+        return lambda: load(peer, folder)
 
     def check(result: Any) -> None:
         if not states.equal(result, expected):
             raise ValueError("what was loaded is not what was saved")
 
-    return Contender(one.name, prepare, check)
+    return Contender(peer.name, prepare, check)
 
 
 def loads(bench: Bench, key: str, label: str, state: State, *, everything: bool = True) -> None:
@@ -340,42 +340,36 @@ def loads(bench: Bench, key: str, label: str, state: State, *, everything: bool 
     size = states.nbytes(state)
 
     def compare(what: str, title: str, unit: str, load: Load, expected: Any, size: int, cold: bool = False) -> None:
-        contenders = [loading(bench, one, kept[one.name], load, expected, cold=cold) for one in LOADERS]
+        contenders = [loading(bench, peer, kept[peer.name], load, expected, cold=cold) for peer in LOADERS]
         bench.compare(f"{key}-{what}", f"{title}, {label}", unit, contenders, size=size)
 
-    def whole(one: peers.Format, folder: Path) -> Any:
-        return one.load(folder, state)
+    def whole(peer: peers.Format, folder: Path) -> Any:
+        return peer.load(folder, state)
 
     compare("hot", "load, page cache warm", "MB/s", whole, state, size)
     if everything:
         compare("cold", "load, page cache dropped", "MB/s", whole, state, size, cold=True)
         model = {"model": state["model"]}
 
-        def part(one: peers.Format, folder: Path) -> Any:
-            return one.load_part(folder, "model", state)
+        def part(peer: peers.Format, folder: Path) -> Any:
+            return peer.load_part(folder, "model", state)
 
         compare("part", "load the model alone", "MB/s", part, model, states.nbytes(model))
         name = "h.0.mlp.c_fc.weight"
 
-        def single(one: peers.Format, folder: Path) -> Any:
-            return one.load_one(folder, "model", name, state)
+        def single(peer: peers.Format, folder: Path) -> Any:
+            return peer.load_one(folder, "model", name, state)
 
-        if missing := peers.CASTORE.explain_missing("tensors"):
-            bench.note(f"load one tensor: {missing}")
-        else:
-            compare("one", "load one tensor", "ms", single, state["model"][name], state["model"][name].nbytes)
-        if missing := peers.CASTORE.explain_missing("into"):
-            bench.note(f"load into tensors that are there: {missing}")
-        else:
-            there = states.empty_like(state)
-            states.mapped(there, torch.Tensor.zero_)
+        compare("one", "load one tensor", "ms", single, state["model"][name], state["model"][name].nbytes)
+        there = states.empty_like(state)
+        states.mapped(there, torch.Tensor.zero_)
 
-            def into(one: peers.Format, folder: Path) -> Any:
-                one.load_into(folder, there)
-                return there
+        def into(peer: peers.Format, folder: Path) -> Any:
+            peer.load_into(folder, there)
+            return there
 
-            compare("into", "load into tensors that are there", "MB/s", into, state, size)
-            del there
+        compare("into", "load into tensors that are there", "MB/s", into, state, size)
+        del there
         verifying(bench, label, kept["castore"], size)
         stores(bench, label, kept["torch.save"] / "state.pt", state)
     for folder in set(kept.values()):
@@ -384,21 +378,21 @@ def loads(bench: Bench, key: str, label: str, state: State, *, everything: bool 
 
 def verifying(bench: Bench, label: str, folder: Path, size: int) -> None:
     repo = castore.Repo.open(folder)
-    own = repo.checkpoints()[0].id
+    checkpoint_id = repo.checkpoints()[0].id
 
     def act() -> None:
-        if findings := list(verify.verify(repo, [own], repair=False, progress=None)):
+        if findings := list(verify.verify(repo, [checkpoint_id], repair=False, progress=None)):
             raise ValueError(f"verify found {findings}")
 
     contenders = [
         Contender("castore verify", lambda _: act),
-        Contender("castore load", lambda _: lambda: repo.load(own)),
+        Contender("castore load", lambda _: lambda: repo.load(checkpoint_id)),
     ]
     bench.compare("verify", f"verify, page cache warm, {label}", "MB/s", contenders, size=size)
 
 
 def stores(bench: Bench, label: str, file: Path, state: State) -> None:
-    """One file, stored by programs; castore both from the file and, as it is meant, from the state."""
+    """Measure storing one file with programs, and with castore both from the file and, as intended, from the state."""
     contenders = [Contender("castore, the state", saving(peers.CASTORE, state, True).prepare)]
     contenders += [storing(tool, [file]) for tool in (peers.CASTORE_ADD, *peers.TOOLS) if tool.path]
     size = states.nbytes(state)
@@ -409,10 +403,10 @@ def stores(bench: Bench, label: str, file: Path, state: State) -> None:
 def storing(tool: peers.Tool, files: Sequence[Path], sizes: dict[str, float] | None = None) -> Contender:
     def prepare(folder: Path) -> Act:
         tool.begin(folder)
-        own = [Path(shutil.copy(file, folder)) for file in files] if tool.inside else files
+        inputs = [Path(shutil.copy(file, folder)) for file in files] if tool.inside else files
 
         def act() -> Path:
-            for file in own:
+            for file in inputs:
                 tool.store(folder, file)
             return folder
 
@@ -429,20 +423,26 @@ def storing(tool: peers.Tool, files: Sequence[Path], sizes: dict[str, float] | N
 
 
 def sequence(bench: Bench, run: Sequence[states.Trained]) -> None:
-    """Nine consecutive checkpoints, one after another into the same place: time and bytes."""
+    """Measure storing nine consecutive checkpoints one after another in the same place: time and bytes."""
     folder = bench.fresh()
-    files = [folder / f"step-{one.step}.pt" for one in run]
-    for one, file in zip(run, files, strict=True):
-        torch.save(one.parts, file)
+    files = [folder / f"step-{checkpoint.step}.pt" for checkpoint in run]
+    for checkpoint, file in zip(run, files, strict=True):
+        torch.save(checkpoint.parts, file)
     everything: dict[str, float] = {"castore": 0}
     after: dict[str, float] = {"castore": 0}
 
-    def prepare(own: Path) -> Act:
-        repo = peers.repository(own, durable=True)
+    def prepare(target: Path) -> Act:
+        repo = peers.repository(target, durable=True)
 
         def act() -> castore.Repo:
-            for one in run:
-                repo.save(one.parts, run="bench", step=one.step, metrics=one.metrics, experiment=one.experiment)
+            for checkpoint in run:
+                repo.save(
+                    checkpoint.parts,
+                    run="bench",
+                    step=checkpoint.step,
+                    metrics=checkpoint.metrics,
+                    experiment=checkpoint.experiment,
+                )
             return repo
 
         return act
@@ -451,24 +451,24 @@ def sequence(bench: Bench, run: Sequence[states.Trained]) -> None:
         everything["castore"] = peers.size(repo.root / "objects")
         plan = castore.collect_garbage(repo, grace=timedelta())
         after["castore"] = peers.size(repo.root / "objects")
-        parts = {one.step: one.parts for one in run}
+        parts = {checkpoint.step: checkpoint.parts for checkpoint in run}
         after["the parts that castore kept, raw"] = sum(
             states.nbytes(parts[decision.entry.manifest.step][part])
             for decision in plan.decisions
             for part in decision.parts
         )
 
-    def archive(own: Path) -> Act:
+    def archive(target: Path) -> Act:
         def act() -> None:
             compressor = zstandard.ZstdCompressor(level=1, threads=peers.THREADS)
             with (
-                open(own / "all.tar.zst", "wb") as out,
+                open(target / "all.tar.zst", "wb") as out,
                 compressor.stream_writer(out) as packed,
                 tarfile.open(fileobj=packed, mode="w|") as tar,
             ):
                 for file in files:
                     tar.add(file, file.name)
-            everything["tar + zstd -1"] = (own / "all.tar.zst").stat().st_size
+            everything["tar + zstd -1"] = (target / "all.tar.zst").stat().st_size
 
         return act
 
@@ -478,7 +478,7 @@ def sequence(bench: Bench, run: Sequence[states.Trained]) -> None:
         Contender("tar + zstd -1", archive),
     ]
     label = f"{len(run)} trained checkpoints in a row"
-    size = sum(states.nbytes(one.parts) for one in run)
+    size = sum(states.nbytes(checkpoint.parts) for checkpoint in run)
     rounds = 1 if bench.quick else SLOW_ROUNDS
     bench.compare("sequence-time", f"store {label}", "MB/s", contenders, size=size, rounds=rounds, warm_up=False)
     everything["torch.save, the files"] = after["torch.save, the files"] = peers.size(folder)
@@ -497,7 +497,7 @@ def to_bfloat16(parts: Any) -> Any:
 
 
 def compression(bench: Bench, newest: states.Trained) -> None:
-    """One trained checkpoint: bytes, and encoding and decoding on one core."""
+    """Measure the bytes of one trained checkpoint, and encoding and decoding on one core."""
     for name, parts in (("fp32", newest.parts), ("bf16", to_bfloat16(newest.parts))):
         distinct = {id(tensor): tensor for tensor in states.tensors(parts) if tensor.dim()}  # tied ones once
         blob = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in distinct.values())
@@ -559,8 +559,8 @@ def encoding(bench: Bench, name: str, blob: bytes, width: int, dtype: str) -> No
     outs = [memoryview(bytearray(len(piece))) for piece in pieces]
 
     def decode() -> None:
-        for (own, frame), out in zip(frames, outs, strict=True):
-            decode_frame(own, memoryview(frame), out)
+        for (object_id, frame), out in zip(frames, outs, strict=True):
+            decode_frame(object_id, memoryview(frame), out)
 
     def decode_alone() -> None:
         for (_, frame), out in zip(frames, outs, strict=True):
@@ -594,27 +594,27 @@ def memory(bench: Bench) -> None:
         bench.note(f"memory: left out, {size / 1e9:g} GB of state need more than there is")
         return
     used: dict[str, dict[str, float]] = {"save": {}, "load": {}}
-    for one in FORMATS[:2] if bench.quick else FORMATS:
+    for peer in FORMATS[:2] if bench.quick else FORMATS:
         folder = bench.fresh()
-        one.prepare(folder, True)
-        for action, found in used.items():
-            bench.say(f"memory of {one.name}'s {action} of {size / 1e9:g} GB")
-            command = [sys.executable, str(ROOT / "bench" / "memory.py"), action, one.name, str(folder), str(size)]
+        peer.prepare(folder, True)
+        for action, bytes_of in used.items():
+            bench.say(f"memory of {peer.name}'s {action} of {size / 1e9:g} GB")
+            command = [sys.executable, str(ROOT / "bench" / "memory.py"), action, peer.name, str(folder), str(size)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                if one is peers.CASTORE:
+                if peer is peers.CASTORE:
                     raise RuntimeError(done.stderr[-2000:])
-                bench.note(f"memory of {one.name}'s {action} is left out, it failed: {done.stderr.strip()[-200:]}")
+                bench.note(f"memory of {peer.name}'s {action} is left out, it failed: {done.stderr.strip()[-200:]}")
                 break
-            found[one.name] = float(done.stdout)
+            bytes_of[peer.name] = float(done.stdout)
             bench.disk_peak = max(bench.disk_peak, peers.size(bench.scratch))
         shutil.rmtree(folder)
         os.sync()
     bench.note(
         "peak memory counts pages of a mapped file, as safetensors' load has them, though the kernel can drop them"
     )
-    for action, found in used.items():
-        bench.measured(f"memory-{action}", f"peak memory beside a state of {size / 1e9:g} GB, {action}", "MB", found)
+    for action, bytes_of in used.items():
+        bench.measured(f"memory-{action}", f"peak memory beside a state of {size / 1e9:g} GB, {action}", "MB", bytes_of)
 
 
 def available() -> int:
@@ -623,10 +623,7 @@ def available() -> int:
 
 
 def stall(bench: Bench, label: str, state: State) -> None:
-    """How long training stands still for a save that goes on in the background."""
-    if not hasattr(castore.torch, "AsyncSaver"):
-        bench.note("stall of an asynchronous save: this castore has no castore.torch.AsyncSaver")
-        return
+    """Measure how long training stands still for a save in the background."""
 
     def change() -> None:
         for tensor in states.tensors(state):
@@ -643,7 +640,7 @@ def stall(bench: Bench, label: str, state: State) -> None:
         saver = castore.torch.AsyncSaver(peers.repository(folder, durable=True))
         saver.save(state, run="bench", step=1)
         saver.wait()
-        change()  # so that there is as much to do as in training
+        change()  # as a training step would, so that nothing is deduplicated
         return saving_by(saver)
 
     def first(folder: Path) -> Act:
@@ -675,10 +672,10 @@ def stall(bench: Bench, label: str, state: State) -> None:
 
 
 def overhead(bench: Bench) -> None:
-    """Of nanecho's time with default options, what saving costs: the loop standing still, and slower steps after.
+    """Measure the share of nanecho's time that saving takes: the stalled loop, and slower steps after it.
 
-    Measured within one session, since two differ by more than is to be measured: what passes from an evaluation to the
-    tenth step after it, beyond ten steps as they are elsewhere.
+    Measured within one session, since two sessions differ by more than that: the time from an evaluation to the tenth
+    step after it, minus ten steps of the usual length.
     """
     folder = bench.fresh()
     repo = castore.Repo.init(folder)
@@ -722,7 +719,7 @@ def overhead(bench: Bench) -> None:
 
 
 def commands(bench: Bench) -> None:
-    """Start-up of the commands one types."""
+    """Measure the start-up of commands that people type."""
     folder = bench.fresh()
     catalog.fill(peers.repository(folder, durable=False), 1000)
 
@@ -747,7 +744,7 @@ def commands(bench: Bench) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure and what it should be: at least ``limit``, or at most. None when it couldn't be measured."""
+    """A figure and its limit, a minimum or a maximum. The value is None if it could not be measured."""
 
     what: str
     value: float | None
@@ -766,13 +763,13 @@ class Bar:
 
 def bars(rows: dict[str, Row]) -> list[Bar]:
     def times(key: str, *names: str) -> float | None:
-        """How many times as good castore is as the best of the peers named."""
-        found = [rows[key].ratio(name) for name in names if key in rows and name in rows[key].samples]
-        return min(found) if found else None
+        """Return how many times as good castore is as the best of the peers named."""
+        ratios = [rows[key].ratio(name) for name in names if key in rows and name in rows[key].samples]
+        return min(ratios) if ratios else None
 
     def share(key: str, *names: str) -> float | None:
-        found = times(key, *names)
-        return 1 / found if found else None
+        ratio = times(key, *names)
+        return 1 / ratio if ratio else None
 
     def figure(key: str) -> float | None:
         return rows[key].figures(next(iter(rows[key].samples)))[0] if key in rows else None
@@ -853,7 +850,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def markdown(report: dict[str, Any], rows: dict[str, Row], found: Sequence[Bar]) -> str:
+def markdown(report: dict[str, Any], rows: dict[str, Row], judged: Sequence[Bar]) -> str:
     lines = []
     for row in rows.values():
         for i, (name, samples) in enumerate(row.samples.items()):
@@ -865,7 +862,7 @@ def markdown(report: dict[str, Any], rows: dict[str, Row], found: Sequence[Bar])
     limits = [
         [bar.what, "at most" if bar.at_most else "at least", f"{bar.limit:g} {bar.unit}",
          f"{bar.value:.3g} {bar.unit}" if bar.value is not None else "", bar.verdict]
-        for bar in found
+        for bar in judged
     ]  # fmt: skip
     on = report["machine"]
     text = [
@@ -890,7 +887,7 @@ def markdown(report: dict[str, Any], rows: dict[str, Row], found: Sequence[Bar])
 
 
 def write(out: Path, bench: Bench, on: dict[str, Any]) -> None:
-    found = bars(bench.rows)
+    judged = bars(bench.rows)
     report = {
         "mode": "quick: small states, where fixed costs weigh more" if bench.quick else "full",
         "machine": on,
@@ -913,12 +910,12 @@ def write(out: Path, bench: Bench, on: dict[str, Any]) -> None:
         "bars": [
             {"what": bar.what, "value": bar.value, "at_most" if bar.at_most else "at_least": bar.limit,
              "unit": bar.unit, "verdict": bar.verdict}
-            for bar in found
+            for bar in judged
         ],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     name = "quick" if bench.quick else "full"
-    text = markdown(report, bench.rows, found)
+    text = markdown(report, bench.rows, judged)
     (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / f"{name}.md").write_text(text)
     print(text)
@@ -985,8 +982,8 @@ def main() -> None:
     free = shutil.disk_usage(given.folder).free
     if free < DISK_GB[given.quick] * 1e9:
         raise SystemExit(f"{given.folder} has {free / 1e9:.1f} GB free, {DISK_GB[given.quick]} are needed")
-    for one in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, stop)
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, stop)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: peers.THREADS])
     torch.set_num_threads(peers.THREADS)
     try:

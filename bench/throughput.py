@@ -1,8 +1,8 @@
-"""Tokens a second of nanecho's training step, beside nanoGPT's at the same configuration, in one process.
+"""Compare tokens per second of a training step of nanecho and of nanoGPT, with the same config, in one process.
 
     python bench/throughput.py --nanogpt PATH    # PATH: a checkout of github.com/karpathy/nanoGPT
 
-The two take turns, so that a noisy machine disturbs both alike; medians are compared.
+The two take turns, so that a noisy machine disturbs both equally; medians are compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def nanecho_step(config: configs.Config, corpus: data.Corpus) -> Callable[[], No
 
 
 def nanogpt_step(path: Path, config: configs.Config, corpus: data.Corpus) -> Callable[[], None]:
-    """One iteration as nanoGPT's train.py makes it: batch, forward, backward, clip, AdamW."""
+    """Return one iteration of nanoGPT's train.py: batch, forward, backward, clip, AdamW."""
     sys.path.insert(0, str(path))
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
@@ -70,7 +70,7 @@ def main() -> None:
     else:
         print("nanoGPT: left out, give --nanogpt PATH")
     tokens = STEPS * config.training.batch_size * config.model.block_size
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    speeds_of: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(ROUNDS):
@@ -78,12 +78,12 @@ def main() -> None:
             begun = time.perf_counter()
             for _ in range(STEPS):
                 step()
-            found[name].append(tokens / (time.perf_counter() - begun))
+            speeds_of[name].append(tokens / (time.perf_counter() - begun))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {ROUNDS} rounds of {STEPS} steps")
-    for name, speeds in found.items():
+    for name, speeds in speeds_of.items():
         print(f"{name:8} {statistics.median(speeds):10,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})")
     if given.nanogpt:
-        ratios = [ours / theirs for ours, theirs in zip(found["nanecho"], found["nanoGPT"], strict=True)]
+        ratios = [ours / theirs for ours, theirs in zip(speeds_of["nanecho"], speeds_of["nanoGPT"], strict=True)]
         print(f"ratio    {statistics.median(ratios):.2f}")
 
 

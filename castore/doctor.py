@@ -15,7 +15,7 @@ from castore.config import Config
 from castore.errors import ConfigError, CorruptionError, Locked, RootsUnreadable, StorageError
 from castore.remotes.folder import Folder
 from castore.repo import FOLDER, Repo
-from castore.stats import heap
+from castore.stats import folder_usage
 from castore.storage import catalog, fs, git
 
 Level = Literal["ok", "warning", "problem"]
@@ -193,7 +193,7 @@ def _leftovers(repo: Repo) -> Iterator[Check]:
         "trash": "a gc was cut short: the next one deletes them",
         "quarantine": "damaged objects: look at them or delete them; `castore verify` says what needs them",
     }
-    found = {name: heap(repo.root / name) for name in advices}
+    found = {name: folder_usage(repo.root / name) for name in advices}
     for name, files in found.items():
         if files.files:
             yield Check(f"{name}/", "warning", f"{files.files} files, {_megabytes(files.bytes)}", advices[name])

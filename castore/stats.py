@@ -1,13 +1,14 @@
-"""What the store holds, by checkpoint, part and run, and what sharing and compression save. Counting is pure."""
+"""Count what the store holds, by checkpoint, part and run, and what sharing and compression save."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from castore import gc
 from castore.errors import CastoreError, CorruptionError, StorageError
@@ -17,14 +18,17 @@ from castore.format.manifest import Entry
 from castore.policy.resolution import availability
 from castore.repo import Repo
 
-Plain = Mapping[ObjectId, int]
-"""The objects of a part, its index among them, with their plain lengths."""
+PlainLengths = Mapping[ObjectId, int]
+"""The objects of a part, its index included, with their plain lengths in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """``raw``: what plain copies of ``parts`` parts would take. ``distinct``: with each object once. ``stored``: those
-    objects' files. What several groups share counts in each of them."""
+    """Bytes that a group of parts takes, counting only objects that are in the store.
+
+    ``raw``: plain copies of all ``parts`` parts. ``distinct``: plain bytes with each object counted once. ``stored``:
+    the files of those objects. An object that several groups share counts in each of them.
+    """
 
     parts: int = 0
     raw: int = 0
@@ -42,7 +46,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Collectable:
-    """What gc would free by the policy of config.toml, or why it would delete nothing."""
+    """What gc would free under the policy of config.toml; ``problem`` is the reason it would delete nothing."""
 
     objects: int = 0
     bytes: int = 0
@@ -50,8 +54,8 @@ class Collectable:
 
 
 @dataclass(frozen=True, slots=True)
-class Heap:
-    """Files in a folder and their bytes."""
+class FolderUsage:
+    """The number of files in a folder and their bytes."""
 
     files: int
     bytes: int
@@ -59,20 +63,20 @@ class Heap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """``objects`` is everything in objects/; ``total`` is what manifests of the work tree need of it."""
+    """``objects`` is everything in objects/; ``total`` is the share of it that manifests of the work tree need."""
 
     manifests: Mapping[str, int]
     availability: Mapping[str, int]
-    objects: Heap
+    objects: FolderUsage
     total: Usage
     by_part: Mapping[str, Usage]
     by_run: Mapping[str, Usage]
     gc: Collectable
-    folders: Mapping[str, Heap]
+    folders: Mapping[str, FolderUsage]
 
     @property
     def unneeded(self) -> int:
-        """Stored bytes that no manifest of the work tree needs; another branch may."""
+        """Stored bytes that no manifest of the work tree needs; another branch may need them."""
         return self.objects.bytes - self.total.stored
 
 
@@ -80,85 +84,116 @@ class Stats:
 class _Group:
     parts: int = 0
     raw: int = 0
-    objects: dict[ObjectId, int] = field(default_factory=dict)
+    lengths: dict[ObjectId, int] = field(default_factory=dict)
 
 
-def count(parts: Iterable[tuple[str, Plain]], sizes: Mapping[ObjectId, int]) -> dict[str, Usage]:
-    """The usage of each group, given (group, a part's objects) and the stored size of every object that is here.
+def count(parts: Iterable[tuple[str, PlainLengths]], sizes: Mapping[ObjectId, int]) -> dict[str, Usage]:
+    """Return the usage of each group, given (group, objects of a part) pairs and the stored size of every object.
 
-    Pure. What isn't here takes no space and counts nowhere.
+    Pure. Objects without a size are not in the store and count nowhere.
+
+    >>> count([("a", {"x": 10}), ("a", {"x": 10, "y": 5})], {"x": 4, "y": 5})
+    {'a': Usage(parts=2, raw=25, distinct=15, stored=9)}
     """
     groups: dict[str, _Group] = {}
-    for name, plain in parts:
-        here = {own: length for own, length in plain.items() if own in sizes}
-        if here:
+    for name, lengths in parts:
+        present = {object_id: length for object_id, length in lengths.items() if object_id in sizes}
+        if present:
             group = groups.setdefault(name, _Group())
             group.parts += 1
-            group.raw += sum(here.values())
-            group.objects |= here
+            group.raw += sum(present.values())
+            group.lengths |= present
     return {
         name: Usage(
-            group.parts, group.raw, sum(group.objects.values()), sum(sizes[own] for own in group.objects)
+            parts=group.parts,
+            raw=group.raw,
+            distinct=sum(group.lengths.values()),
+            stored=sum(sizes[object_id] for object_id in group.lengths),
         )
         for name, group in groups.items()
-    }  # fmt: skip
+    }
 
 
-def stats(repo: Repo, now: datetime) -> Stats:
-    """Look at everything and count; nothing is changed. Locked, StorageError."""
+def plan_gc(repo: Repo, now: datetime) -> gc.GCPlan | CastoreError:
+    """Return the plan of a collection under the policy of config.toml, or the error that explains why there is none."""
+    try:
+        return gc.collect_garbage(repo, dry_run=True, now=now)
+    except CastoreError as error:
+        return error
+
+
+def stats(repo: Repo, now: datetime, plan: gc.GCPlan | CastoreError | None = None) -> Stats:
+    """Count everything that ``repo`` holds. Only reads. Raise Locked or StorageError.
+
+    ``plan``: what :func:`plan_gc` returned, if the caller has it already; None plans here.
+    """
     with repo.lock():
         entries = repo.catalog.listing().entries
-        sizes = {own: found.size for own, found in repo.store.stored().items()}
-        plain = {own: _plain(repo, own) for own in _indexes(entries) if own in sizes}
+        sizes = {object_id: stored.size for object_id, stored in repo.store.stored().items()}
+        lengths = {index_id: _plain_lengths(repo, index_id) for index_id in _index_ids(entries) if index_id in sizes}
         states: Counter[str] = Counter(
             availability(repo.part_states(entry)) for entry in entries if entry.manifest.kind == "checkpoint"
         )
     held = [
-        (entry, name, plain[part.index])
+        (entry, name, lengths[part.index])
         for entry in entries
         for name, part in entry.manifest.parts.items()
-        if part.index in plain
+        if part.index in lengths
     ]
     return Stats(
         manifests=dict(Counter(str(entry.manifest.kind) for entry in entries)),
         availability=dict(states),
-        objects=Heap(len(sizes), sum(sizes.values())),
+        objects=FolderUsage(len(sizes), sum(sizes.values())),
         total=count((("", objects) for _, _, objects in held), sizes).get("", Usage()),
         by_part=count(((name, objects) for _, name, objects in held), sizes),
         by_run=count(((entry.manifest.run, objects) for entry, _, objects in held), sizes),
-        gc=_collectable(repo, now),
-        folders={name: heap(repo.root / name) for name in ("tmp", "trash", "quarantine")},
+        gc=_collectable(plan or plan_gc(repo, now)),
+        folders={name: folder_usage(repo.root / name) for name in ("tmp", "trash", "quarantine")},
     )
 
 
-def heap(folder: Path) -> Heap:
-    """The regular files directly in a folder; none when it isn't there. StorageError."""
+def stats_as_json(counted: Stats) -> dict[str, Any]:
+    """Return the statistics as JSON values, with what is derived from them."""
+    return {
+        **asdict(counted),
+        "total": _usage_as_json(counted.total),
+        "by_part": {name: _usage_as_json(usage) for name, usage in sorted(counted.by_part.items())},
+        "by_run": {name: _usage_as_json(usage) for name, usage in sorted(counted.by_run.items())},
+        "unneeded": counted.unneeded,
+    }
+
+
+def _usage_as_json(usage: Usage) -> dict[str, int]:
+    saved = {"saved_by_sharing": usage.saved_by_sharing, "saved_by_compression": usage.saved_by_compression}
+    return {**asdict(usage), **saved}
+
+
+def folder_usage(folder: Path) -> FolderUsage:
+    """Count the regular files directly in ``folder``; zero if it does not exist. Raise StorageError."""
     try:
         with os.scandir(folder) as items:
-            found = [file.stat().st_size for file in items if file.is_file(follow_symlinks=False)]
+            sizes = [file.stat().st_size for file in items if file.is_file(follow_symlinks=False)]
     except FileNotFoundError:
-        return Heap(0, 0)
+        return FolderUsage(0, 0)
     except OSError as error:
         raise StorageError("read", str(folder), error) from error
-    return Heap(len(found), sum(found))
+    return FolderUsage(len(sizes), sum(sizes))
 
 
-def _indexes(entries: Iterable[Entry]) -> set[ObjectId]:
+def _index_ids(entries: Iterable[Entry]) -> set[ObjectId]:
     return {part.index for entry in entries for part in entry.manifest.parts.values()}
 
 
-def _plain(repo: Repo, own: ObjectId) -> Plain:
-    """What an index lists and itself; nothing of one that is damaged, which is for verify to tell."""
+def _plain_lengths(repo: Repo, index_id: ObjectId) -> PlainLengths:
+    """Return the index and the chunks it lists; nothing if the index is damaged, which is for verify to report."""
     try:
-        data = repo.store.read(own, mend=False)
-        return {chunk.id: chunk.length for chunk in part_index.decode_chunks(data)} | {own: len(data)}
+        data = repo.store.read(index_id, mend=False)
+        return {chunk.id: chunk.length for chunk in part_index.decode_chunks(data)} | {index_id: len(data)}
     except (CorruptionError, StorageError):
         return {}
 
 
-def _collectable(repo: Repo, now: datetime) -> Collectable:
-    try:
-        plan = gc.collect_garbage(repo, dry_run=True, now=now)
-    except CastoreError as error:
-        return Collectable(problem=str(error))
+def _collectable(plan: gc.GCPlan | CastoreError) -> Collectable:
+    if isinstance(plan, CastoreError):
+        return Collectable(problem=str(plan))
     return Collectable(len(plan.delete), plan.freed_bytes)

@@ -1,1 +1,1 @@
-"""nanecho: a small GPT and its trainer, whose progress lives in castore. Importing it doesn't import torch."""
+"""nanecho: a small GPT and its trainer, which keeps its progress in castore. Importing it does not import torch."""

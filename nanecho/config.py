@@ -1,4 +1,4 @@
-"""Every option of a training run, once: its type, default, limits and help. Imports no torch.
+"""Every option of a training run, defined once: type, default, limits and help. Imports no torch.
 
 The command line, the TOML file and the manifest all use these names; the structs group them for the code.
 """
@@ -32,7 +32,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     connection_ratio: Annotated[
         float, Meta(ge=0, le=1, description="Share of connections that are active at first; 1 for a dense model.")
     ] = 0.1
-    connection_growth: Annotated[float, Meta(ge=0, le=1, description="What is added to that share each time.")] = 0.05
+    connection_growth: Annotated[float, Meta(ge=0, le=1, description="Growth of that share each time.")] = 0.05
     connection_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps between two growths.")] = 500
     connection_seed: Annotated[int, Meta(ge=0, le=_SEEDS, description="Decides which connections come first.")] = 0
 
@@ -93,9 +93,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     run: Annotated[
         str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description="Name under which checkpoints are saved.")
     ] = "main"
-    resume: Annotated[str, Meta(min_length=1, description="best, latest, run:best, an id, or none to start anew.")] = (
-        "best"
-    )
+    resume: Annotated[
+        str, Meta(min_length=1, description="best, latest, run:best, an id, or none to start from scratch.")
+    ] = "best"
     session_iters: Annotated[
         int, Meta(ge=0, le=_STEPS, description="Most steps of this session; 0: to --max-iters.")
     ] = 500
@@ -109,12 +109,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(ge=0, le=1e38, description="Fall of the validation loss that is saved between --save-every."),
     ] = 0.01
     log_every: Annotated[int, Meta(ge=1, le=_STEPS, description="Steps between reports of the training loss.")] = 10
-    allow_fresh: Annotated[bool, Meta(description="Start anew when no checkpoint can be resumed.")] = False
+    allow_fresh: Annotated[bool, Meta(description="Start from scratch when no checkpoint can be resumed.")] = False
     allow_data_change: Annotated[bool, Meta(description="Resume a checkpoint that was trained on other data.")] = False
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A complete and valid set of options; made by :func:`make`."""
+    """A complete and valid set of options, as :func:`make` returns it."""
 
     model: Model = Model()
     training: Training = Training()
@@ -133,7 +133,7 @@ GROUPS: dict[str, type[msgspec.Struct]] = {
 
 
 class Option(NamedTuple):
-    """One option, for whoever presents them. ``type`` is bare: without limits, with None where it may be absent."""
+    """An option as a command line needs it. ``type`` is without limits, and a union with None if it may be absent."""
 
     name: str
     group: str
@@ -143,7 +143,11 @@ class Option(NamedTuple):
 
 
 def options() -> Iterator[Option]:
-    """Every option in the order in which to show them."""
+    """Yield every option, in the order in which to show them.
+
+    >>> next(options()).name
+    'run'
+    """
     for struct in GROUPS.values():
         hints = get_type_hints(struct, include_extras=True)
         for field in msgspec.structs.fields(struct):
@@ -152,7 +156,11 @@ def options() -> Iterator[Option]:
 
 
 def make(given: Mapping[str, Scalar], source: str = "options") -> Config:
-    """The configuration with ``given`` in place of defaults. UsageError, naming option and limit, for a bad one."""
+    """Return the config with ``given`` in place of defaults. Raise UsageError that names a bad option and its limit.
+
+    >>> make({"n_layer": 6}).model.n_layer
+    6
+    """
     config = _convert(given, source)
     if config.model.n_embd % config.model.n_head:
         raise errors.UsageError(
@@ -182,25 +190,29 @@ def _convert(given: Mapping[str, Scalar], source: str) -> Config:
 
 
 def read_toml(text: str, source: str) -> dict[str, Scalar]:
-    """The options in a TOML text: the long names of the command line with ``_`` for ``-``. UsageError."""
+    """Return the options in a TOML text, named as on the command line but with ``_`` for ``-``. Raise UsageError.
+
+    >>> read_toml("n_layer = 6", "run.toml")
+    {'n_layer': 6}
+    """
     try:
-        found = tomllib.loads(text)
+        given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise errors.UsageError(f"{source}: not valid TOML: {error}") from error
-    _convert(found, source)  # so that an error names the file
-    return found
+    _convert(given, source)  # here, so that an error names the file
+    return given
 
 
 def recorded(config: Config) -> dict[str, Scalar]:
-    """What a manifest keeps: everything that shapes the training, nothing about this machine or session."""
+    """Return what a manifest records: every option that shapes the training, none of the machine or the session."""
     groups = (config.model, config.training, config.data)
     flat = {name: value for group in groups for name, value in msgspec.structs.asdict(group).items()}
-    # a path means nothing elsewhere, and the line has the digest of the data and the size of the vocabulary
+    # a path means nothing elsewhere, and the experiment has the digest of the data and the size of the vocabulary
     del flat["data_dir"], flat["vocab_size"]
     return flat
 
 
 def critical(model: Model, vocab_size: int) -> dict[str, Scalar]:
-    """The parameters that a checkpoint can't be loaded without, for its line."""
+    """Return the parameters that must be equal for a checkpoint to load; its experiment records them."""
     shape = {name: value for name, value in msgspec.structs.asdict(model).items() if name != "dropout"}
     return {**shape, "vocab_size": vocab_size}

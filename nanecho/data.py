@@ -1,7 +1,7 @@
 """Text files -> tokens for training and validation, and batches of them.
 
-Everything here is a function of the *content* of the files: their names, their order and where they lie don't matter.
-Validation has files of its own, so a text is either learned or asked about, never both.
+Everything here is a function of the *content* of the files: their names, order and folders don't matter. Validation
+has files of its own, so a text is either trained on or evaluated, never both.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _SKIPPED_FOLDERS = {
     "lib2to3",
     "turtledemo",
 }
-_PROBE = 8192  # a zero byte this early means that a file is not text, as git has it
+_PROBE_BYTES = 8192  # a zero byte among the first ones means that a file is not text: git's rule
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Tokenized text. ``digest`` names all of it, ``val_digest`` the validation part; ``files`` counts both."""
+    """Tokenized text. ``digest`` is of all of it, ``val_digest`` of the validation part; ``files``: train, val."""
 
     name: str
     digest: str
@@ -50,7 +50,7 @@ class Corpus:
 
 
 class Tokenizer(Protocol):
-    """``digest`` is equal for tokenizers that give equal tokens; ``definition`` is enough to make it again."""
+    """``digest`` is equal for tokenizers that give equal tokens; ``definition`` is enough to rebuild the tokenizer."""
 
     name: str
     vocab_size: int
@@ -58,13 +58,13 @@ class Tokenizer(Protocol):
     definition: str
 
     def encode(self, texts: Sequence[bytes]) -> Tokens:
-        """The tokens of all texts, each followed by an end-of-text token."""
+        """Return the tokens of all texts, each text followed by an end-of-text token."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What a corpus is made of: all texts and their two shares, digest -> content. ``name`` says where from."""
+    """The texts of a corpus, all and split, as digest -> content. ``name`` says where they are from."""
 
     name: str
     digest: str
@@ -74,12 +74,12 @@ class Texts:
 
 
 def load(options: config.Data, block_size: int) -> Corpus:
-    """Read, split and tokenize. UsageError when there is too little text."""
+    """Read, split and tokenize. Raise UsageError when there is too little text for blocks of ``block_size``."""
     return checked(tokenize(read(options), options), block_size)
 
 
 def read(options: config.Data) -> Texts:
-    """The texts, split. UsageError when there are none or one can't be read."""
+    """Return the texts, split. Raise UsageError when there are none or one can't be read."""
     folder = Path(options.data_dir) if options.data_dir else None
     texts = _unique(_folder_files(folder) if folder else _standard_library())
     if not texts:
@@ -90,14 +90,14 @@ def read(options: config.Data) -> Texts:
 
 
 def tokenize(texts: Texts, options: config.Data) -> Corpus:
-    """The texts as tokens, by a tokenizer that is learned from those for training if it has to be."""
+    """Return the texts as tokens; a tokenizer that has to be learned is learned from the training texts."""
     train, val = list(texts.train.values()), list(texts.val.values())
     tokenizer = ByteTokenizer() if options.tokenizer == "byte" else train_bpe(train, options.vocab_size)
     return assemble(texts, tokenizer, tokenizer.encode(train), tokenizer.encode(val))
 
 
 def assemble(texts: Texts, tokenizer: Tokenizer, train: Tokens, val: Tokens) -> Corpus:
-    """The corpus of texts whose tokens are there already."""
+    """Return the corpus of texts that are tokenized already."""
     return Corpus(
         name=texts.name,
         digest=texts.digest,
@@ -111,7 +111,7 @@ def assemble(texts: Texts, tokenizer: Tokenizer, train: Tokens, val: Tokens) -> 
 
 
 def checked(corpus: Corpus, block_size: int) -> Corpus:
-    """The corpus, which is enough for blocks of this size. UsageError."""
+    """Return the corpus. Raise UsageError if it is too short for blocks of ``block_size``."""
     for name, tokens in (("training", corpus.train), ("validation", corpus.val)):
         if len(tokens) <= block_size:
             raise errors.UsageError(
@@ -135,7 +135,7 @@ def _folder_files(folder: Path) -> Iterator[bytes]:
 
 
 def _standard_library() -> Iterator[bytes]:
-    """The .py files that every installation of this Python version has alike."""
+    """Yield the .py files that are equal in every installation of this Python version."""
     for path, folders, names in os.walk(sysconfig.get_path("stdlib")):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
         for name in sorted(names):
@@ -152,35 +152,35 @@ def _read(path: Path) -> bytes:
 
 
 def _unreadable(error: OSError) -> None:
-    # left out silently, it would make another data set
+    # leaving it out silently would make another data set
     raise errors.UsageError(f"can't read {error.filename}: {error.strerror}") from error
 
 
 def _unique(texts: Iterator[bytes]) -> dict[str, bytes]:
-    """Digest -> content, in order of digest; neither empty nor binary files."""
-    found = {hashlib.sha256(text).hexdigest(): text for text in texts if text and b"\0" not in text[:_PROBE]}
-    return dict(sorted(found.items()))
+    """Return digest -> content, in order of digest, without empty and binary files."""
+    by_digest = {hashlib.sha256(text).hexdigest(): text for text in texts if text and b"\0" not in text[:_PROBE_BYTES]}
+    return dict(sorted(by_digest.items()))
 
 
 def split(texts: dict[str, bytes], fraction: float) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Training and validation, which gets whole files worth at most ``fraction`` of the bytes, but at least one.
+    """Return (training, validation): validation gets whole files, at most ``fraction`` of the bytes but at least one.
 
-    A single file is cut in two at a line's end.
+    A single file is cut in two at the end of a line.
     """
     if len(texts) == 1:
-        ((own, text),) = texts.items()
+        ((digest, text),) = texts.items()
         cut = text.rfind(b"\n", 0, max(1, int(len(text) * (1 - fraction)))) + 1 or int(len(text) * (1 - fraction))
-        return {f"{own}:train": text[:cut]}, {f"{own}:val": text[cut:]}
+        return {f"{digest}:train": text[:cut]}, {f"{digest}:val": text[cut:]}
     room = fraction * sum(map(len, texts.values()))
     val = {}
-    for own, text in texts.items():
+    for digest, text in texts.items():
         if len(text) <= room:
-            val[own] = text
+            val[digest] = text
             room -= len(text)
     if not val:
-        smallest = min(texts, key=lambda own: (len(texts[own]), own))
+        smallest = min(texts, key=lambda digest: (len(texts[digest]), digest))
         val[smallest] = texts[smallest]
-    return {own: text for own, text in texts.items() if own not in val}, val
+    return {digest: text for digest, text in texts.items() if digest not in val}, val
 
 
 def _digest(texts: dict[str, bytes]) -> str:
@@ -193,7 +193,11 @@ _END = "<|endoftext|>"
 
 
 class ByteTokenizer:
-    """A token for each byte, and one for the end of a text: works on anything, needs no training."""
+    """A token for each byte, and one for the end of a text. Works on anything and needs no training.
+
+    >>> ByteTokenizer().encode([b"ab"]).tolist()
+    [97, 98, 256]
+    """
 
     name = "byte"
     vocab_size = 257
@@ -210,7 +214,7 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE by the tokenizers library."""
+    """Byte-level BPE by the package tokenizers."""
 
     name = "bpe"
 
@@ -231,12 +235,12 @@ class BPETokenizer:
 
 
 def train_bpe(texts: Sequence[bytes], vocab_size: int) -> BPETokenizer:
-    """A tokenizer learned from ``texts``; the same texts give the same one. UsageError without the library."""
+    """Learn a tokenizer from ``texts``; equal texts give an equal one. Raise PackageMissing without tokenizers."""
     try:
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise errors.UsageError("--tokenizer bpe needs the tokenizers library: pip install 'castore[bpe]'") from None
+    except ImportError as error:
+        raise bpe_missing() from error
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -250,6 +254,11 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(library.to_str())
 
 
+def bpe_missing() -> errors.PackageMissing:
+    """Return the error for a BPE tokenizer without the package tokenizers."""
+    return errors.PackageMissing("--tokenizer bpe", "tokenizers", "bpe")
+
+
 def _decoded(texts: Sequence[bytes]) -> list[str]:
     return [text.decode(errors="replace") for text in texts]
 
@@ -258,17 +267,17 @@ def _decoded(texts: Sequence[bytes]) -> list[str]:
 
 
 def batch(tokens: Tokens, block_size: int, seed: int, step: int, rows: range) -> npt.NDArray[np.int64]:
-    """Sequences ``rows`` of step ``step``: (len(rows), block_size + 1), of which the last column is only predicted.
+    """Return sequences ``rows`` of step ``step``: (len(rows), block_size + 1); the last column is only predicted.
 
-    A pure function of its arguments: there is no position in the data that could be lost.
+    A pure function of its arguments: there is no position in the data to save or to lose.
     """
-    drawn = seeding.uniform(seeding.key("batch", seed, step), rows.start, rows.stop)
-    starts = drawn % np.uint64(len(tokens) - block_size)
+    random = seeding.uniform(seeding.key("batch", seed, step), rows.start, rows.stop)
+    starts = random % np.uint64(len(tokens) - block_size)
     return _windows(tokens, starts.astype(np.int64), block_size)
 
 
 def evaluation_windows(tokens: Tokens, block_size: int, samples: int) -> npt.NDArray[np.int64]:
-    """At most ``samples`` sequences, evenly spaced over ``tokens``: (samples, block_size + 1)."""
+    """Return at most ``samples`` sequences, evenly spaced over ``tokens``: (samples, block_size + 1)."""
     last = len(tokens) - block_size - 1
     starts = np.unique(np.linspace(0, last, samples).astype(np.int64))
     return _windows(tokens, starts, block_size)

@@ -1,7 +1,7 @@
-"""What going on from the best is worth, measured: real sessions, each a process of its own on an emptied machine.
+"""Measure what resuming is worth, with real sessions: each is a process of its own on an emptied machine.
 
-Three lives of one training budget, for several seeds: *resumed*, sessions that each go on from the best checkpoint,
-which a remote keeps between them; *fresh*, as many sessions that each start anew; *unbroken*, one that never stops.
+Three lives of one training budget, for several seeds: *resumed*, sessions that each resume the best checkpoint, which a
+remote keeps between them; *fresh*, as many sessions that each start from scratch; *unbroken*, one that never stops.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OPTIONS = {
 
 
 class Size(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is trained: ``iters`` steps a session, measured ``points`` times in each."""
+    """How much is trained: ``iters`` steps per session, evaluated ``points`` times in each."""
 
     seeds: int
     sessions: int
@@ -48,14 +48,14 @@ QUICK = Size(seeds=2, sessions=3, iters=60, points=3)
 
 
 class Point(msgspec.Struct, frozen=True):
-    """A validation loss, in nats a token, after so many steps of compute in this life."""
+    """A validation loss, in nats per token, after ``step`` steps of compute in this life."""
 
     step: int
     loss: float
 
 
-class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """One process: where it began, what it reached, and the bytes that it moved from and to the remote."""
+class MeasuredSession(msgspec.Struct, frozen=True, kw_only=True):
+    """One session: where it started, what it reached, and the bytes that it moved from and to the remote."""
 
     start_step: int
     final_step: int
@@ -64,38 +64,42 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     up: int
 
 
-class Lived(msgspec.Struct, frozen=True, kw_only=True):
-    """One life with one seed. ``stored`` bytes are in the remote at its end, or where it trained if it has none."""
+class MeasuredLife(msgspec.Struct, frozen=True, kw_only=True):
+    """One life with one seed. ``stored``: bytes in the remote at its end, or where it trained if it has none."""
 
     life: Life
     seed: int
-    sessions: list[Session]
+    sessions: list[MeasuredSession]
     points: list[Point]
     stored: int
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """All lives, resumed ones first."""
+    """All lives, in the order of ``LIVES``."""
 
     size: Size
-    lives: list[Lived]
+    lives: list[MeasuredLife]
 
-    def of(self, life: Life) -> list[Lived]:
-        return [one for one in self.lives if one.life == life]
+    def of(self, life: Life) -> list[MeasuredLife]:
+        return [measured for measured in self.lives if measured.life == life]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Processes that have ended, of how many."""
+class SessionsDone:
+    """How many sessions have ended, of how many."""
 
     done: int
     total: int
 
 
-def run(folder: Path, program: Sequence[str], size: Size, jobs: int) -> Iterator[Progress | Result]:
-    """Live all lives in ``folder``, ``jobs`` at a time, with ``program`` as the command. Ends with the Result.
+class SessionFailed(errors.CastoreError):
+    """A session of the demo ended with an error, or was not started because another one had."""
 
-    NotFound when a session fails, with what it said.
+
+def run(folder: Path, program: Sequence[str], size: Size, jobs: int) -> Iterator[SessionsDone | Result]:
+    """Train all lives in ``folder``, ``jobs`` at a time, with ``program`` as the command. Yield the Result last.
+
+    Raise SessionFailed when a session fails, with the end of what it wrote to standard error.
     """
     total = size.seeds * (2 * size.sessions + 1)
     texts = _texts(folder / "texts")
@@ -104,15 +108,15 @@ def run(folder: Path, program: Sequence[str], size: Size, jobs: int) -> Iterator
     tasks = [(life, seed) for life in LIVES for seed in range(size.seeds)]
     with ThreadPoolExecutor(jobs) as pool:
         machine = _Machine(folder, texts, program, size, lambda: done.append(None))
-        futures = [pool.submit(machine.live, life, seed) for life, seed in tasks]
+        futures = [pool.submit(machine.train_life, life, seed) for life, seed in tasks]
         try:
             shown = -1
             while not all(future.done() for future in futures):
                 if len(done) != shown:
                     shown = len(done)
-                    yield Progress(shown, total)
+                    yield SessionsDone(shown, total)
                 _wait(futures)
-            yield Progress(total, total)
+            yield SessionsDone(total, total)
             yield Result(size=size, lives=[future.result() for future in futures])
         finally:
             machine.stop()
@@ -128,7 +132,7 @@ def _wait(futures: Sequence[Any]) -> None:
 
 
 def _texts(folder: Path) -> Path:
-    """Some of the source of Python's standard library."""
+    """Copy some of the source of Python's standard library into ``folder``."""
     folder.mkdir(parents=True)
     left = _TEXT_BYTES
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -139,7 +143,7 @@ def _texts(folder: Path) -> Path:
 
 
 class _Machine:
-    """Runs lives. Several threads may each run one."""
+    """Trains lives, which several threads may do at once, each for one life."""
 
     def __init__(
         self, folder: Path, texts: Path, program: Sequence[str], size: Size, on_end: Callable[[], None]
@@ -150,23 +154,23 @@ class _Machine:
         self._stopped = False
 
     def stop(self) -> None:
-        """End what still runs."""
+        """Kill the sessions that still run, and start no more."""
         self._stopped = True
         for process in list(self._running):
             process.kill()
 
-    def live(self, life: Life, seed: int) -> Lived:
+    def train_life(self, life: Life, seed: int) -> MeasuredLife:
         size = self._size
         root = self._folder / f"{life}-{seed}"
         if life == "fresh":
-            lived = [self._session(root / str(i), life, 1000 * (seed + 1) + i) for i in range(size.sessions)]
+            trained = [self._session(root / str(i), life, 1000 * (seed + 1) + i) for i in range(size.sessions)]
         elif life == "resumed":
             remote = root / "remote"
-            lived = [self._session(root / "machine", life, seed, remote) for _ in range(size.sessions)]
+            trained = [self._session(root / "machine", life, seed, remote) for _ in range(size.sessions)]
         else:
-            lived = [self._session(root, life, seed)]
+            trained = [self._session(root, life, seed)]
         points = []
-        for i, (session, repo) in enumerate(lived):
+        for i, (session, repo) in enumerate(trained):
             offset = i * size.iters if life == "fresh" else 0
             points += [
                 Point(offset + entry.manifest.step, entry.manifest.metrics["val_loss"])
@@ -174,12 +178,14 @@ class _Machine:
                 if session.start_step < entry.manifest.step <= session.final_step
             ]
         stored = remote if life == "resumed" else root
-        return Lived(
-            life=life, seed=seed, sessions=[session for session, _ in lived], points=points, stored=_bytes(stored)
+        return MeasuredLife(
+            life=life, seed=seed, sessions=[session for session, _ in trained], points=points, stored=_bytes(stored)
         )
 
-    def _session(self, folder: Path, life: Life, seed: int, remote: Path | None = None) -> tuple[Session, castore.Repo]:
-        """One process; what it stored is then in the remote, and the machine is empty."""
+    def _session(
+        self, folder: Path, life: Life, seed: int, remote: Path | None = None
+    ) -> tuple[MeasuredSession, castore.Repo]:
+        """Run one session; afterwards what it stored is in the remote, and the machine is empty."""
         size = self._size
         is_first = not (folder / ".castore").exists()
         repo = castore.Repo.init(folder)
@@ -189,7 +195,7 @@ class _Machine:
                 settings += f"[remotes]\nremote = {json.dumps(str(remote))}\n"
             (repo.root / "config.toml").write_text(settings)
         steps = size.iters * (size.sessions if life == "unbroken" else 1)
-        # whoever starts afresh each time plans for one session: its schedule ends with it
+        # the schedule of a life that starts fresh each time ends with the session
         horizon = size.iters if life == "fresh" else size.iters * size.sessions
         every = max(1, size.iters // size.points)
         options = _OPTIONS | {
@@ -197,24 +203,13 @@ class _Machine:
             "save-every": every, "connection-every": max(1, size.iters // 2),
             "resume": "best" if life == "resumed" else "none",
         }  # fmt: skip
-        told = self._train(folder, [text for name, value in options.items() for text in (f"--{name}", str(value))])
-        objects = repo.root / "objects"
-        down = up = 0
-        if remote:
-            there = {path.name for path in (remote / "objects").glob("*/*")}
-            here = {path.name: path for path in objects.glob("*/*")}
-            down = sum(path.stat().st_size for name, path in here.items() if name in there)
-            for name in here.keys() - there:
-                up += here[name].stat().st_size
-                target = remote / "objects" / name[:2]
-                target.mkdir(parents=True, exist_ok=True)
-                shutil.move(here[name], target / name)
-            shutil.rmtree(objects)
+        summary = self._train(folder, [text for name, value in options.items() for text in (f"--{name}", str(value))])
+        down, up = _hand_over(repo.root / "objects", remote / "objects") if remote else (0, 0)
         self._on_end()
-        session = Session(
-            start_step=told["start_step"],
-            final_step=told["final_step"],
-            final_loss=told["final_loss"],
+        session = MeasuredSession(
+            start_step=summary["start_step"],
+            final_step=summary["final_step"],
+            final_loss=summary["final_loss"],
             down=down,
             up=up,
         )
@@ -222,7 +217,7 @@ class _Machine:
 
     def _train(self, folder: Path, options: Sequence[str]) -> dict[str, Any]:
         if self._stopped:
-            raise errors.NotFound("the demo was stopped")
+            raise SessionFailed("the demo was stopped")
         process = subprocess.Popen(
             [*self._program, "train", "--json", *options],
             cwd=folder,
@@ -234,67 +229,84 @@ class _Machine:
         )
         self._running.add(process)
         try:
-            out, said = process.communicate()
+            stdout, stderr = process.communicate()
         finally:
             self._running.discard(process)
         if process.returncode:
-            raise errors.NotFound(f"a session ended with {process.returncode}: {said.strip()[-500:]}")
-        found: dict[str, Any] = json.loads(out)
-        return found
+            raise SessionFailed(f"a session ended with exit code {process.returncode}: {stderr.strip()[-500:]}")
+        summary: dict[str, Any] = json.loads(stdout)
+        return summary
+
+
+def _hand_over(machine: Path, remote: Path) -> tuple[int, int]:
+    """Move the objects of a machine to the remote and empty the machine. Return (bytes fetched before, bytes moved)."""
+    in_remote = {path.name for path in remote.glob("*/*")}
+    on_machine = {path.name: path for path in machine.glob("*/*")}
+    down = sum(path.stat().st_size for name, path in on_machine.items() if name in in_remote)
+    up = 0
+    for name in on_machine.keys() - in_remote:
+        up += on_machine[name].stat().st_size
+        target = remote / name[:2]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.move(on_machine[name], target / name)
+    shutil.rmtree(machine)
+    return down, up
 
 
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("objects/*/*") if path.is_file())
 
 
-# -- what it says ----------------------------------------------------------------------------------------------------
+# -- in words -------------------------------------------------------------------------------------------------------
 
 
-def curve(lives: Sequence[Lived]) -> list[tuple[int, float, float]]:
-    """(step, mean, half the spread) over the seeds: spread is from the lowest to the highest."""
+def curve(lives: Sequence[MeasuredLife]) -> list[tuple[int, float, float]]:
+    """Return (step, mean loss, half the spread) over the seeds; the spread is from the lowest to the highest loss."""
     losses: dict[int, list[float]] = {}
-    for one in lives:
-        for point in one.points:
+    for life_result in lives:
+        for point in life_result.points:
             losses.setdefault(point.step, []).append(point.loss)
-    whole = {step: found for step, found in losses.items() if len(found) == len(lives)}
-    return [(step, statistics.fmean(found), (max(found) - min(found)) / 2) for step, found in sorted(whole.items())]
+    whole = {step: values for step, values in losses.items() if len(values) == len(lives)}
+    return [(step, statistics.fmean(values), (max(values) - min(values)) / 2) for step, values in sorted(whole.items())]
 
 
-def steps_to(lived: Lived, loss: float) -> int | None:
-    """The compute, in steps, after which a life first saw a loss this low; None when it never did."""
-    return next((one.step for one in lived.points if one.loss <= loss), None)
+def steps_to(life: MeasuredLife, loss: float) -> int | None:
+    """Return the steps of compute after which a life first had a loss this low; None if it never did."""
+    return next((point.step for point in life.points if point.loss <= loss), None)
 
 
 def target(result: Result) -> float:
-    """The loss to be reached: the best that starting afresh saw, mean over the seeds."""
-    return statistics.fmean(min(one.loss for one in lived.points) for lived in result.of("fresh"))
+    """Return the loss to reach: the best one of fresh starts, mean over the seeds."""
+    return statistics.fmean(min(point.loss for point in life.points) for life in result.of("fresh"))
 
 
 def describe(result: Result) -> Iterator[str]:
-    """The result as lines of text: whatever came out."""
+    """Yield the result as lines of text, whatever it is."""
     size = result.size
     what = f"{size.sessions} sessions of {size.iters} steps"
     seeds = f"{size.seeds} seeds, mean ± half the spread" if size.seeds > 1 else "one seed"
     yield f"validation loss after each of {what}; {seeds}"
     yield f"{'session':9}{'resumed':>18}{'fresh start':>18}{'never stopped':>18}"
     for i in range(size.sessions):
-        ends = [[one.sessions[i].final_loss for one in result.of(life)] for life in ("resumed", "fresh")]
-        ends.append([point.loss for one in result.of("unbroken") for point in one.points if _ends(point, i, size)])
-        yield f"{i + 1:<9}" + "".join(f"{_spread(found):>18}" for found in ends)
+        ends = [[measured.sessions[i].final_loss for measured in result.of(life)] for life in ("resumed", "fresh")]
+        ends.append(
+            [point.loss for measured in result.of("unbroken") for point in measured.points if _ends(point, i, size)]
+        )
+        yield f"{i + 1:<9}" + "".join(f"{_spread(losses):>18}" for losses in ends)
     yield ""
     goal = target(result)
-    yield f"to a loss of {goal:.4f}, the best of starting afresh, mean over the seeds:"
+    yield f"to a loss of {goal:.4f}, the best of fresh starts, mean over the seeds:"
     for life, name in zip(LIVES, ("resumed", "fresh start", "never stopped"), strict=True):
-        reached = [steps_to(one, goal) for one in result.of(life)]
-        found = [steps for steps in reached if steps is not None]
+        reached = [steps_to(measured, goal) for measured in result.of(life)]
+        steps_taken = [steps for steps in reached if steps is not None]
         never = f", {reached.count(None)} of {len(reached)} never" if None in reached else ""
-        yield f"  {name:15}{_spread(found, 0) if found else '-':>16} steps{never}"
+        yield f"  {name:15}{_spread(steps_taken, 0) if steps_taken else '-':>16} steps{never}"
     resumed = result.of("resumed")
-    later = [session for one in resumed for session in one.sessions[1:]]
+    later = [session for measured in resumed for session in measured.sessions[1:]]
     yield ""
-    yield f"stored in the remote at the end: {_size(statistics.fmean(one.stored for one in resumed))}"
+    yield f"stored in the remote at the end: {_size(statistics.fmean(measured.stored for measured in resumed))}"
     if later:
-        down, up = (statistics.fmean(getattr(one, name) for one in later) for name in ("down", "up"))
+        down, up = (statistics.fmean(getattr(session, name) for session in later) for name in ("down", "up"))
         yield f"moved by a session that resumes: {_size(down)} down, {_size(up)} up"
 
 
@@ -309,5 +321,5 @@ def _spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def _size(count: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes, for people."""
     return castore.text.format_size(round(count))

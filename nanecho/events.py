@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Data and model are there. ``parameters`` counts weights; tied ones once.
+    """Data and model are ready. ``parameters`` counts the weights, tied ones once.
 
-    ``reused`` is the id of the prepared data that was taken from the store; if None, ``reason`` says why none was.
+    ``reused`` is the id of the prepared data that came from the store; if None, ``reason`` says why none did.
     """
 
     corpus: Corpus
@@ -29,11 +29,12 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """Where the session begins, at ``step``, and the step at which it is to end.
+    """The session starts at ``step`` and is to end at ``last``.
 
-    It resumes from ``match``, or starts anew because of ``fresh``. ``weights_only``: without the optimizer's state.
-    ``val_loss`` is the match's, if it was measured in the same way. ``later_step`` was reached by a comparable
-    checkpoint with a worse result. ``instead_of``: the best one, from which all that this session would do was done.
+    It resumes ``match``, or starts from scratch for the reason ``fresh``. ``weights_only``: without the optimizer's
+    state. ``val_loss`` is the match's, if it belongs to the same experiment. ``later_step`` was reached by a checkpoint
+    of the experiment with a worse score. ``instead_of`` is the best checkpoint, if the match is its descendant because
+    this session had already been trained from there.
     """
 
     step: int
@@ -49,7 +50,7 @@ class Began:
 
 @dataclass(frozen=True, slots=True)
 class Grew:
-    """Connections became active after ``step`` steps; ``density`` is the counted share of those that are."""
+    """Connections became active after ``step`` steps; ``density`` is the share of all that are active now."""
 
     step: int
     density: float
@@ -57,6 +58,8 @@ class Grew:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
+    """A step was made: its training loss, and the speed of training so far."""
+
     step: int
     loss: float
     learning_rate: float
@@ -65,6 +68,8 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
+    """The model was evaluated after ``step`` steps: nats per token, and the share of tokens predicted right."""
+
     step: int
     val_loss: float
     val_accuracy: float
@@ -72,7 +77,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint is durable, and why it was made."""
+    """A checkpoint is durable; ``reasons`` say why it was made."""
 
     step: int
     saved: castore.SaveResult
@@ -81,14 +86,14 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """An evaluation that led to no checkpoint, and why."""
+    """An evaluation led to no checkpoint, for this reason."""
 
     step: int
     reason: str
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a session did, as written to its JSON file. Losses are of validation; seconds are of training alone."""
+    """What a session did, as written to its JSON file. Losses are validation losses; seconds count training alone."""
 
     run: str
     started: str
@@ -121,19 +126,21 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class NotCollected:
-    """Garbage could not be collected, which harms nothing: others are at work, or a root can't be read."""
+    """Garbage could not be collected, which harms nothing: the store is locked, or a root can't be read."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
+    """The session ended as it should."""
+
     summary: Summary
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The error comes next; the summary has what was done until then."""
+    """The session ends with an error, which is raised next; the summary has what was done before."""
 
     summary: Summary
 

@@ -1,7 +1,7 @@
 """A GPT with connections that grow, in one file.
 
 The transformer is GPT-2's (Radford et al. 2019): pre-normalisation, learned positions, tied embeddings, no biases.
-What is special is :class:`Connections`: the attention output and both MLP matrices begin sparse and fill up as
+What differs is :class:`Connections`: the attention output and both MLP matrices start sparse and fill up as
 training goes on.
 """
 
@@ -51,6 +51,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream: (batch, time, width) -> the same shape."""
+
     def __init__(self, shape: config.Model) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(shape.n_embd, bias=False)
@@ -86,7 +88,7 @@ class GPT(nn.Module):
         return functional.linear(self.norm(x), self.token.weight)  # tied: the embedding is the output matrix too
 
     def initialise(self, seed: int) -> None:
-        """Fresh weights: normal with deviation 0.02, less for what adds to the residual stream (GPT-2)."""
+        """Set first weights: normal with deviation 0.02, less for matrices that add to the residual stream (GPT-2)."""
         generator = torch.Generator().manual_seed(seeding.key("weights", seed) >> 1)
         into_residual = 0.02 / math.sqrt(2 * len(self.blocks))
         with torch.no_grad():
@@ -104,14 +106,14 @@ GROWING = ("attention.out.weight", "mlp.up.weight", "mlp.down.weight")
 
 
 def connection_ratio(shape: config.Model, step: int) -> float:
-    """The nominal share of active connections while step ``step`` + 1 is made. A function of the global step."""
+    """Return the nominal share of active connections during step ``step`` + 1, counted from the start of the run."""
     return min(1.0, shape.connection_ratio + shape.connection_growth * (step // shape.connection_every))
 
 
 def active_connections(seed: int, matrix: int, size: int, ratio: float) -> npt.NDArray[np.bool_]:
-    """Which of a matrix's ``size`` weights are active: ``round(ratio * size)`` of them, and nested in ``ratio``.
+    """Return which of a matrix's ``size`` weights are active: ``round(ratio * size)`` of them.
 
-    Every weight has a fixed pseudo-random priority; the lowest are active.
+    Every weight has a fixed pseudo-random priority and the lowest are active, so a higher ratio only adds weights.
     """
     count = round(ratio * size)
     if count in (0, size):
@@ -137,7 +139,7 @@ class Connections:
         self.density = 0.0
 
     def advance(self, step: int) -> bool:
-        """Set the masks for the step that follows ``step`` completed ones. True when there is something new."""
+        """Set the masks for the step after ``step`` completed ones. Return whether connections became active."""
         ratio = connection_ratio(self._shape, step)
         if ratio == self.ratio:
             return False
@@ -146,23 +148,23 @@ class Connections:
             active_connections(self._shape.connection_seed, i, weight.numel(), ratio)
             for i, weight in enumerate(self._weights)
         ]
-        self.density = sum(int(one.sum()) for one in active) / sum(len(one) for one in active)
+        self.density = sum(int(mask.sum()) for mask in active) / sum(len(mask) for mask in active)
         self._inactive = [
-            torch.from_numpy(~one).view(weight.shape).to(weight.device)
-            for one, weight in zip(active, self._weights, strict=True)
+            torch.from_numpy(~mask).view(weight.shape).to(weight.device)
+            for mask, weight in zip(active, self._weights, strict=True)
         ]
-        if all(one.all() for one in active):
+        if all(mask.all() for mask in active):
             self._inactive = []  # a dense model masks nothing
         return True
 
     def zero_inactive(self) -> None:
-        """For a fresh model: what is not connected yet is zero."""
+        """Set the inactive weights of a fresh model to zero."""
         with torch.no_grad():
             for weight, inactive in zip(self._weights, self._inactive, strict=False):
                 weight.masked_fill_(inactive, 0.0)
 
     def mask_gradients(self) -> None:
-        """After the backward pass, before the gradient is clipped or used."""
+        """Zero the gradients of inactive weights: after the backward pass, before clipping."""
         for weight, inactive in zip(self._weights, self._inactive, strict=False):
             if weight.grad is not None:
                 weight.grad.masked_fill_(inactive, 0.0)

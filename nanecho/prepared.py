@@ -1,4 +1,4 @@
-"""Tokenized text as an artifact of the store, so that a second session on the same data starts without tokenizing."""
+"""Tokenized text kept in the store, so that the next session on the same data starts without tokenizing."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from nanecho.data import Corpus, Texts, Tokenizer, Tokens
 
 RUN = "datasets"
 _PART = "data"
-_VERSION = 1  # to be raised with any change to nanecho.data after which the same texts give other tokens
+_VERSION = 1  # raise it with any change to nanecho.data that gives other tokens for the same texts
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a corpus is from: the prepared data ``reused``, or tokenized now because of ``reason``."""
+    """Where a corpus is from: the id of the prepared data ``reused``, or the ``reason`` it was tokenized now."""
 
     reused: str | None
     reason: str
 
 
 def prepare(repo: castore.Repo, options: config.Data, block_size: int, started: str) -> tuple[Corpus, Origin]:
-    """The corpus and its origin; the same one, reused or not. What is tokenized now is kept for the next session.
+    """Return the corpus, equal whether reused or not, and its origin. A corpus that is tokenized now is kept.
 
-    Prepared data older than ``retention.data_ttl``, damaged or gone is prepared again. UsageError as of data.load.
+    Prepared data that is older than ``retention.data_ttl``, damaged or gone is prepared again. Raise UsageError as
+    ``data.load`` does.
     """
     texts = data.read(options)
     recorded = _recorded(texts, options)
@@ -39,15 +40,15 @@ def prepare(repo: castore.Repo, options: config.Data, block_size: int, started: 
             reasons.append(f"{entry.id[:12]} is older than data_ttl = {repo.config.retention.data_ttl}")
             break
         try:
-            found = _restore(texts, options, repo.load(entry.id, [_PART])[_PART])
+            corpus = _restore(texts, options, repo.load(entry.id, [_PART])[_PART])
         except castore.CastoreError as error:
-            reasons.append(f"{entry.id[:12]} can't be had: {error}")
-            # the same bytes at the same time are the same manifest, which so has its data again
+            reasons.append(f"{entry.id[:12]} is not usable: {error}")
+            # saved with the same bytes and time, it becomes the same manifest, which then has its data again
             created = created or datetime.fromisoformat(entry.manifest.created)
         else:
-            return data.checked(found, block_size), Origin(entry.id, "")
+            return data.checked(corpus, block_size), Origin(entry.id, "")
     corpus = data.checked(data.tokenize(texts, options), block_size)
-    reasons = reasons or ["these texts, so split and tokenized, are new here"]
+    reasons = reasons or ["these texts were not split and tokenized like this before"]
     try:
         _keep(repo, corpus, recorded, created)
     except castore.CastoreError as error:
@@ -56,14 +57,14 @@ def prepare(repo: castore.Repo, options: config.Data, block_size: int, started: 
 
 
 def _recorded(texts: Texts, options: config.Data) -> dict[str, Any]:
-    """All that the tokens are a function of."""
-    found = {
+    """Return everything that the tokens are a function of."""
+    recorded = {
         "version": _VERSION,
         "source": texts.digest,
         "tokenizer": options.tokenizer,
         "val_fraction": options.val_fraction,
     }
-    return found | ({"vocab_size": options.vocab_size} if options.tokenizer == "bpe" else {})
+    return recorded | ({"vocab_size": options.vocab_size} if options.tokenizer == "bpe" else {})
 
 
 def _keep(repo: castore.Repo, corpus: Corpus, recorded: dict[str, Any], created: datetime | None) -> None:
@@ -83,7 +84,7 @@ def _keep(repo: castore.Repo, corpus: Corpus, recorded: dict[str, Any], created:
 
 
 def _restore(texts: Texts, options: config.Data, state: Any) -> Corpus:
-    """CorruptIndex unless the state is what :func:`_keep` saves."""
+    """Return the corpus in a state that :func:`_keep` saved. Raise CorruptIndex for any other state."""
     match state:
         case {"train": train, "val": val, "tokenizer": str(definition)}:
             tokenizer = _tokenizer(options.tokenizer, definition)
@@ -97,8 +98,8 @@ def _tokenizer(name: str, definition: str) -> Tokenizer:
     try:
         return data.BPETokenizer(definition)
     except ImportError:
-        raise errors.UsageError("the tokenizers library is missing") from None
-    except Exception as error:  # the library raises nothing more precise
+        raise data.bpe_missing() from None
+    except Exception as error:  # the package raises nothing more precise
         raise errors.CorruptIndex(f"its tokenizer can't be read: {error}") from error
 
 
@@ -107,7 +108,7 @@ def _tokens(tensor: Any, tokenizer: Tokenizer) -> Tokens:
 
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint16 or tensor.dim() != 1:
         raise errors.CorruptIndex("it holds no tokens")
-    found: Tokens = tensor.numpy()
-    if len(found) and int(found.max()) >= tokenizer.vocab_size:
+    tokens: Tokens = tensor.numpy()
+    if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
         raise errors.CorruptIndex("it holds tokens that its tokenizer doesn't have")
-    return found
+    return tokens

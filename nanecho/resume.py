@@ -1,4 +1,4 @@
-"""Which checkpoint a session begins with, and why. Imports no torch."""
+"""Decide which checkpoint a session resumes, and why. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from nanecho import config as configs
 from nanecho.config import Config
 
 RESUMED = ("model", "optimizer", "trainer")
-"""The parts of a checkpoint that a session needs to go on as if it had never stopped."""
+"""The parts of a checkpoint that a session needs to continue as if it had never stopped."""
 
 
 def last_step(config: Config, step: int) -> int:
-    """Where a session that begins at ``step`` is to end."""
+    """Return the step at which a session that starts at ``step`` is to end."""
     last = config.training.max_iters
     return min(last, step + config.run.session_iters) if config.run.session_iters else last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What to begin with: a match, or the reason for a fresh start."""
+class ResumeChoice:
+    """The checkpoint to resume, or the reason for a fresh start; the fields mean what they do in ``events.Began``."""
 
     resolution: castore.Resolution | None = None
     match: castore.Match | None = None
@@ -31,11 +31,14 @@ class Choice:
     instead_of: castore.Match | None = None
 
 
-def choose(repo: castore.Repo, config: Config, experiment: castore.Experiment) -> Choice:
-    """CorruptManifest, NothingMatches or NothingAvailable when none can be resumed and starting anew isn't allowed."""
+def choose(repo: castore.Repo, config: Config, experiment: castore.Experiment) -> ResumeChoice:
+    """Choose the checkpoint to resume, or a fresh start.
+
+    Raise CorruptManifest, NothingMatches or NothingAvailable when none can be resumed and a fresh start is not allowed.
+    """
     want = config.run.resume
     if want == "none":
-        return Choice(fresh="as --resume none asks for")
+        return ResumeChoice(fresh="as --resume none asks for")
 
     def resolve(want: str) -> castore.Resolution:
         return repo.resolve(
@@ -50,35 +53,34 @@ def choose(repo: castore.Repo, config: Config, experiment: castore.Experiment) -
     resolution = resolve(want)
     if resolution.match:
         if want.rpartition(":")[2] != "best":
-            return Choice(resolution=resolution, match=resolution.match)
-        return _go_on(repo, config, experiment, resolution, resolve)
+            return ResumeChoice(resolution=resolution, match=resolution.match)
+        return _continue_from_best(repo, config, experiment, resolution, resolution.match, resolve)
     if why := repo.fresh_start(resolution, allow_fresh=config.run.allow_fresh):
-        return Choice(resolution=resolution, fresh=why)
+        return ResumeChoice(resolution=resolution, fresh=why)
     try:
-        return Choice(resolution=resolution, match=resolution.require())
+        return ResumeChoice(resolution=resolution, match=resolution.require())
     except (errors.NothingMatches, errors.NothingAvailable) as error:
-        raise type(error)(f"{error}\n  to start anew instead: --allow-fresh, or --resume none") from None
+        raise type(error)(f"{error}\n  to start from scratch instead: --allow-fresh, or --resume none") from None
 
 
-def _go_on(
+def _continue_from_best(
     repo: castore.Repo,
     config: Config,
     experiment: castore.Experiment,
     resolution: castore.Resolution,
+    best: castore.Match,
     resolve: Callable[[str], castore.Resolution],
-) -> Choice:
-    """The best one, unless this whole session has been trained from it before: then where that led to.
+) -> ResumeChoice:
+    """Choose the best checkpoint, or where this very session led when it was trained from there before.
 
     Training is a function of the checkpoint and the options, so a session from the same checkpoint with the same
-    options would only repeat what is there, and so would the next, for ever.
+    options would only repeat what is there, and so would every session after it.
     """
-    best = resolution.match
-    assert best is not None
     furthest = repo.furthest(repo.find(best.id), configs.recorded(config))
     if furthest and best.step < last_step(config, best.step) <= furthest.manifest.step:
         instead = resolve(furthest.id)
         if instead.match and instead.match.availability == "full":
-            return Choice(resolution=resolution, match=instead.match, instead_of=best)
+            return ResumeChoice(resolution=resolution, match=instead.match, instead_of=best)
     later = [
         entry.manifest.step
         for entry in repo.checkpoints()
@@ -86,4 +88,4 @@ def _go_on(
         and entry.manifest.step > best.step
         and (castore.score(entry.manifest) or 0) < (best.score or 0)
     ]
-    return Choice(resolution=resolution, match=best, later_step=max(later, default=None))
+    return ResumeChoice(resolution=resolution, match=best, later_step=max(later, default=None))

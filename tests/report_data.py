@@ -1,4 +1,4 @@
-"""Repositories for reports to be made of: several runs, resumed sessions, growth, and data that has gone."""
+"""Repositories to make reports of: several runs, resumed sessions, growth, and data that is gone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from castore.policy.retention import Policy
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'
 DISGUISED = "a\u202egnp.exe <b>bold</b> & \u2028 | `code` ${x}"
 MERGES = random.Random(0).randbytes(30_000)
-BEGUN = datetime(2026, 3, 1, 8, 0, tzinfo=UTC)
+START = datetime(2026, 3, 1, 8, 0, tzinfo=UTC)
 
 ENVIRONMENT = {
     "castore": "0.1.0",
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 
 
-def line(n_layer: int = 4) -> Experiment:
+def experiment_of(n_layer: int = 4) -> Experiment:
     return Experiment(
         model={"n_layer": n_layer, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 257},
         tokenizer="1c" * 32,
@@ -39,12 +39,12 @@ def line(n_layer: int = 4) -> Experiment:
 
 
 class Story:
-    """Sessions as a trainer would record them."""
+    """Records sessions as a trainer would."""
 
     def __init__(self, repo: Repo, seed: int = 1) -> None:
         self.repo = repo
         self.rng = random.Random(seed)
-        self.now = BEGUN
+        self.now = START
 
     def session(
         self,
@@ -62,11 +62,13 @@ class Story:
         of: Experiment | None = None,
         worse: float = 0.0,
     ) -> str:
-        """Train ``steps`` from checkpoint ``start`` on; returns the id of the last checkpoint. Without ``stopped`` the
-        session ends with no summary."""
+        """Train ``steps`` from checkpoint ``start`` and return the id of the last checkpoint.
+
+        Without ``stopped`` the session leaves no summary.
+        """
         self.now += timedelta(hours=6)
-        started, begun = self.now, self.repo.find(start).manifest if start else None
-        step = begun.step if begun else 0
+        started, resumed = self.now, self.repo.find(start).manifest if start else None
+        step = resumed.step if resumed else 0
         facts = {**ENVIRONMENT, "git_commit": f"{self.rng.getrandbits(160):040x}", **(environment or {})}
         passed = [
             {"id": f"{i:064x}", "reasons": ["model: n_layer is 2 there, 4 here", "the data of part model is gone"]}
@@ -101,12 +103,12 @@ class Story:
                     "model": {"step": at, "weights": self.rng.randbytes(60_000)},
                     "optimizer": {"moments": bytes(40_000) + self.rng.randbytes(20_000)},
                     "trainer": {"step": at},
-                    "tokenizer": {"merges": MERGES},  # the same in all: stored once
+                    "tokenizer": {"merges": MERGES},  # equal in all checkpoints, so stored once
                 },
                 run=run,
                 step=at,
                 parent=parent,
-                experiment=of or line(),
+                experiment=of or experiment_of(),
                 metrics={
                     "val_loss": loss,
                     "train_loss": loss - 0.05 - 0.1 * self.rng.random(),
@@ -135,7 +137,7 @@ class Story:
                 "stopped": stopped,
                 "final_step": step + steps,
                 "steps": steps,
-                "start_loss": begun.metrics["val_loss"] if begun else None,
+                "start_loss": resumed.metrics["val_loss"] if resumed else None,
                 "final_loss": losses[-1],
                 "best_loss": min(losses),
                 "checkpoints": made,
@@ -152,7 +154,7 @@ class Story:
 
 
 def build(repo: Repo) -> None:
-    """Three runs of two lines with branches, hostile words, and checkpoints of which the weights or nothing is left."""
+    """Save runs of two experiments with branches, hostile text, and checkpoints whose data is partly or wholly gone."""
     story = Story(repo)
     first = story.session("main", None, 500, 100)
     second = story.session("main", first, 500, 100, rejected=3, tags=("stable",))
@@ -163,14 +165,21 @@ def build(repo: Repo) -> None:
         "main", third, 400, 100, config={"learning_rate": 0.001}, tags=(HOSTILE, DISGUISED, "release"), note=HOSTILE
     )
     story.session(
-        "small", None, 300, 100, of=line(2), worse=0.6, environment={HOSTILE: HOSTILE}, stopped="loss was not finite"
+        "small",
+        None,
+        300,
+        100,
+        of=experiment_of(2),
+        worse=0.6,
+        environment={HOSTILE: HOSTILE},
+        stopped="loss was not finite",
     )
     story.session("main", third, 200, 100, worse=-0.02, environment={"device": "NVIDIA H100 80GB HBM3"})
     gc.collect_garbage(repo, Policy(keep=8, keep_optimizer=3), now=story.now + timedelta(days=3), grace=timedelta(0))
 
 
 def build_many(repo: Repo, count: int, sessions: int = 40) -> None:
-    """``count`` checkpoints in so many sessions, each from the best or from one that is a while back."""
+    """Save ``count`` checkpoints in ``sessions`` sessions, each resumed from the newest checkpoint or an older one."""
     story = Story(repo)
     each = max(1, count // sessions)
     ends: list[str] = []

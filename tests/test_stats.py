@@ -8,18 +8,18 @@ from builders import parts, tree
 from castore import Repo, gc
 from castore.format.ids import ObjectId
 from castore.policy.retention import Policy
-from castore.stats import Heap, Usage, count, stats
+from castore.stats import FolderUsage, Usage, count, stats
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
-def own(number: int) -> ObjectId:
+def fake_id(number: int) -> ObjectId:
     return ObjectId(f"{number:064x}")
 
 
 def test_shared_objects_count_once_in_each_group() -> None:
-    sizes = {own(1): 5, own(2): 20, own(3): 7}
-    first, second = {own(1): 10, own(2): 20}, {own(2): 20, own(3): 30}
+    sizes = {fake_id(1): 5, fake_id(2): 20, fake_id(3): 7}
+    first, second = {fake_id(1): 10, fake_id(2): 20}, {fake_id(2): 20, fake_id(3): 30}
     assert count([("a", first), ("b", second)], sizes) == {"a": Usage(1, 30, 30, 25), "b": Usage(1, 50, 50, 27)}
     both = count([("", first), ("", second)], sizes)[""]
     assert both == Usage(2, 80, 60, 32)
@@ -27,33 +27,40 @@ def test_shared_objects_count_once_in_each_group() -> None:
 
 
 def test_what_is_not_here_counts_nowhere() -> None:
-    assert count([("a", {own(1): 10}), ("b", {own(2): 10, own(3): 1})], {own(2): 4}) == {"b": Usage(1, 10, 10, 4)}
+    assert count([("a", {fake_id(1): 10}), ("b", {fake_id(2): 10, fake_id(3): 1})], {fake_id(2): 4}) == {
+        "b": Usage(1, 10, 10, 4)
+    }
 
 
 def test_an_empty_repository_has_nothing(repo: Repo) -> None:
-    found = stats(repo, NOW)
-    assert (found.manifests, found.availability, found.objects, found.total) == ({}, {}, Heap(0, 0), Usage())
-    assert (found.by_part, found.by_run, found.gc.bytes, found.gc.problem) == ({}, {}, 0, "")
-    assert found.folders == {name: Heap(0, 0) for name in ("tmp", "trash", "quarantine")}
+    counted = stats(repo, NOW)
+    assert (counted.manifests, counted.availability, counted.objects, counted.total) == (
+        {},
+        {},
+        FolderUsage(0, 0),
+        Usage(),
+    )
+    assert (counted.by_part, counted.by_run, counted.gc.bytes, counted.gc.problem) == ({}, {}, 0, "")
+    assert counted.folders == {name: FolderUsage(0, 0) for name in ("tmp", "trash", "quarantine")}
 
 
 def test_numbers_add_up(repo: Repo) -> None:
     a = repo.save(parts(1), run="a", step=1).manifest
     b = repo.save({"model": parts(1)["model"], "trainer": {"seed": 2}}, run="b", step=2).manifest
-    found = stats(repo, NOW)
-    stored = sum(one.size for one in repo.store.stored().values())
-    assert found.objects == Heap(len(repo.store.stored()), stored)
-    assert found.total.stored == stored
-    assert found.unneeded == 0
-    assert (found.total.parts, found.manifests, found.availability) == (4, {"checkpoint": 2}, {"full": 2})
+    counted = stats(repo, NOW)
+    stored = sum(stored_object.size for stored_object in repo.store.stored().values())
+    assert counted.objects == FolderUsage(len(repo.store.stored()), stored)
+    assert counted.total.stored == stored
+    assert counted.unneeded == 0
+    assert (counted.total.parts, counted.manifests, counted.availability) == (4, {"checkpoint": 2}, {"full": 2})
     # both have the same model, which is nearly all there is
     assert a.parts["model"].index == b.parts["model"].index
-    assert found.by_part["model"].raw == 2 * found.by_part["model"].distinct > 2 * a.parts["model"].bytes
-    assert found.total.saved_by_sharing == found.by_part["model"].distinct
-    assert found.total.raw - found.total.saved_by_sharing - found.total.saved_by_compression == stored
-    assert sum(one.raw for one in found.by_run.values()) == found.total.raw
-    assert found.by_run["a"].saved_by_sharing == 0
-    assert found.by_run["a"].stored == sum(part.stored_bytes for part in a.parts.values())
+    assert counted.by_part["model"].raw == 2 * counted.by_part["model"].distinct > 2 * a.parts["model"].bytes
+    assert counted.total.saved_by_sharing == counted.by_part["model"].distinct
+    assert counted.total.raw - counted.total.saved_by_sharing - counted.total.saved_by_compression == stored
+    assert sum(usage.raw for usage in counted.by_run.values()) == counted.total.raw
+    assert counted.by_run["a"].saved_by_sharing == 0
+    assert counted.by_run["a"].stored == sum(part.stored_bytes for part in a.parts.values())
 
 
 def test_availability_and_what_gc_would_free_are_what_gc_does(repo: Repo) -> None:
@@ -76,9 +83,9 @@ def test_availability_and_what_gc_would_free_are_what_gc_does(repo: Repo) -> Non
 def test_where_gc_can_not_plan_it_says_why_and_the_rest_is_told(repo: Repo) -> None:
     repo.save(parts(1), run="a", step=1)
     (repo.catalog.root / "a" / "000000002-0123456789ab.json").write_text("{}")
-    found = stats(repo, NOW)
-    assert "000000002-0123456789ab.json" in found.gc.problem
-    assert found.total.stored > 0
+    counted = stats(repo, NOW)
+    assert "000000002-0123456789ab.json" in counted.gc.problem
+    assert counted.total.stored > 0
 
 
 def test_what_no_manifest_needs_is_told_apart(repo: Repo, rng: random.Random) -> None:
@@ -100,9 +107,9 @@ def test_leftovers_are_weighed_and_nothing_is_changed(repo: Repo) -> None:
     model = repo.store.path(saved.manifest.parts["model"].index)
     model.write_bytes(model.read_bytes()[:-1])
     before = tree(repo.root)
-    found = stats(repo, NOW)
-    assert found.folders == {"tmp": Heap(1, 5), "trash": Heap(1, size), "quarantine": Heap(1, 1)}
-    assert found.availability == {"history": 1}
+    counted = stats(repo, NOW)
+    assert counted.folders == {"tmp": FolderUsage(1, 5), "trash": FolderUsage(1, size), "quarantine": FolderUsage(1, 1)}
+    assert counted.availability == {"history": 1}
     assert tree(repo.root) == before
 
 

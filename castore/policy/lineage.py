@@ -1,8 +1,8 @@
-"""Checkpoints and their parents: a graph drawn as text, and the furthest descendant. Pure."""
+"""Checkpoints and their parents: graphs and their layout, ancestors, and the furthest descendant. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from castore.format.ids import ObjectId
@@ -85,3 +85,55 @@ def furthest(entries: Sequence[Entry], ancestor_id: ObjectId, config: Mapping[st
             descendants.append(entry)
     # of several at the same step the newest: its data is the most likely to be available
     return max(descendants, key=lambda entry: (entry.manifest.step, entry.manifest.created), default=None)
+
+
+def ancestors(entries: Iterable[Entry], checkpoint_id: ObjectId) -> list[ObjectId]:
+    """Return a checkpoint, its parent, that one's parent and so on, as far as they are among ``entries``."""
+    parents = {entry.id: entry.manifest.parent for entry in entries}
+    path: list[ObjectId] = []
+    current: ObjectId | None = checkpoint_id
+    while current in parents:
+        path.append(current)
+        current = parents[current]
+    return path
+
+
+def lanes(entries: Iterable[Entry], best_path: frozenset[ObjectId]) -> dict[ObjectId, int]:
+    """Return the row of each checkpoint in a drawing with steps from left to right, where no two branches overlap.
+
+    A branch stays in its parent's row along ``best_path``, or else with the heaviest child; the best path is in row 0.
+    """
+    known = {entry.id: entry for entry in entries}
+    children: dict[ObjectId | None, list[Entry]] = {}
+    for entry in sorted(known.values(), key=lambda entry: (entry.manifest.created, entry.manifest.step, entry.id)):
+        parent = entry.manifest.parent
+        children.setdefault(parent if parent in known else None, []).append(entry)
+    weights = _weights(children)
+
+    def worth(entry: Entry) -> tuple[bool, int]:
+        return entry.id in best_path, weights[entry.id]
+
+    row_of: dict[ObjectId, int] = {}
+    spans_of: list[list[tuple[int, int]]] = []  # of each row, the (first, last) steps of the branches in it
+    starts = sorted(children.get(None, ()), key=worth, reverse=True)
+    for start in starts:  # grows while it is walked
+        branch = [start]
+        while next_ones := sorted(children.get(branch[-1].id, ()), key=worth, reverse=True):
+            branch.append(next_ones[0])
+            starts += next_ones[1:]
+        steps = [entry.manifest.step for entry in branch]
+        if start.manifest.parent in known:
+            steps.append(known[start.manifest.parent].manifest.step)
+        row = _free_row(spans_of, min(steps), max(steps))
+        row_of |= dict.fromkeys((entry.id for entry in branch), row)
+    return row_of
+
+
+def _free_row(spans_of: list[list[tuple[int, int]]], first: int, last: int) -> int:
+    """Take the steps ``first`` to ``last`` in the first row where they overlap with nothing; return the row."""
+    for row, spans in enumerate(spans_of):
+        if all(end < first or last < begin for begin, end in spans):
+            spans.append((first, last))
+            return row
+    spans_of.append([(first, last)])
+    return len(spans_of) - 1

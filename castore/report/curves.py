@@ -1,4 +1,4 @@
-"""Curves as text for a terminal, and as a picture. What draws them is an extra, imported here alone."""
+"""Curves as text for a terminal, and as a picture. The packages that draw them are extras, imported only here."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from castore.errors import PackageMissing
 
-_MARKERS = ("braille", "•", "x", "o", "+", "*")  # told apart without colour, too
+_MARKERS = ("braille", "•", "x", "o", "+", "*")  # distinct even without colour
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito 2008
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points in order of ``x``; ``spread``, if given, is half the height of a band around each."""
+    """Points in order of ``x``; ``spread``, if given, is half the height of a band around each point."""
 
     name: str
     x: Sequence[float]
@@ -23,7 +23,7 @@ class Curve:
 
 
 def draw(curves: Sequence[Curve], *, width: int, height: int, x_label: str, y_label: str, colour: bool) -> list[str]:
-    """The curves as lines of text. PackageMissing without plotext."""
+    """Return the curves as lines of text. Raise PackageMissing without plotext."""
     try:
         import plotext
     except ImportError as error:
@@ -41,9 +41,9 @@ def draw(curves: Sequence[Curve], *, width: int, height: int, x_label: str, y_la
 
 
 def picture(curves: Sequence[Curve], path: Path, *, x_label: str, y_label: str) -> None:
-    """Write the curves as a picture that is readable on light and on dark, SVG or what else the name ends in.
+    """Write the curves as a picture that is readable on light and dark backgrounds; the suffix of ``path`` is its type.
 
-    PackageMissing without matplotlib.
+    Raise PackageMissing without matplotlib.
     """
     try:
         import matplotlib

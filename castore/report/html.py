@@ -1,7 +1,7 @@
 """A report as one HTML file that needs nothing else: no network, no other file, no server.
 
-Whatever comes from the repository is data in a JSON element that cannot end early, and the page shows it as text alone.
-A content security policy lets nothing run or load but the two scripts and the style that are named by their hashes.
+Everything from the repository is data in a JSON element that it cannot end early, and the page shows it as text only.
+A content security policy lets nothing run or load but the two scripts and the styles that it names by their hashes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 import msgspec
 
 from castore.errors import PackageMissing
-from castore.report.collect import Report, as_json
+from castore.report.as_json import report_as_json
+from castore.report.collect import Report
 
-_EXACT = 1 << 53  # up to here a browser's numbers hold every integer
+_MAX_EXACT = 1 << 53  # a browser's numbers hold every integer up to this one
 
 
-def page(report: Report) -> str:
-    """The report as HTML. PackageMissing when plotly isn't installed."""
-    style, script, charts = _own("page.css"), _own("page.js"), charts_script()
-    # styles that the charts' code would make, which it may not: it looks for elements with these ids first, puts rules
-    # into the one, and takes the others, those of maps, as made
-    ids = ["plotly.js-style-global", *re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', charts)]
+def report_as_html(report: Report) -> str:
+    """Return the report as an HTML page. Raise PackageMissing if plotly is not installed."""
+    style, script, charts = _resource("page.css"), _resource("page.js"), charts_script()
+    # The policy forbids the charts' code to make styles of its own. It first looks for elements with these ids: it puts
+    # its rules into the first one, and takes the others, which are for maps, as already made.
+    style_ids = ["plotly.js-style-global", *re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', charts)]
     pieces = {
         "policy": "; ".join(
             (
@@ -40,17 +41,17 @@ def page(report: Report) -> str:
             )
         ),
         "style": style,
-        "styles": "".join(f'<style id="{own}"></style>' for own in ids),
+        "styles": "".join(f'<style id="{style_id}"></style>' for style_id in style_ids),
         "charts": charts,
         "script": script,
         "data": embedded(page_data(report)),
     }
-    # in one pass: what was put in is not looked at again
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], _own("page.html"))
+    # in one pass, so that what was put in is not searched for placeholders
+    return re.sub(r"\{\{(\w+)\}\}", lambda placeholder: pieces[placeholder[1]], _resource("page.html"))
 
 
 def charts_script() -> str:
-    """The code that draws charts, of the package plotly. PackageMissing when that isn't installed."""
+    """Return the code that draws charts, from the package plotly. Raise PackageMissing if it is not installed."""
     try:
         file = importlib.resources.files("plotly") / "package_data" / "plotly.min.js"
         return file.read_text(encoding="utf-8")
@@ -59,19 +60,24 @@ def charts_script() -> str:
 
 
 def embedded(value: Any) -> str:
-    """``value`` as JSON of plain ASCII that HTML can't take for anything else, such as the end of the element."""
+    r"""Return ``value`` as ASCII JSON that HTML cannot take for markup, such as the end of the element it stands in.
+
+    >>> print(embedded("</script>"))
+    "\u003c/script\u003e"
+    """
     text = msgspec.json.encode(value).decode()
-    return re.sub("[^ -~]|[<>&]", lambda found: _escaped(found[0]), text)
+    return re.sub("[^ -~]|[<>&]", lambda match: _escaped(match[0]), text)
 
 
-def _escaped(one: str) -> str:
-    return f"\\u{ord(one):04x}" if one in "<>&" else json.dumps(one)[1:-1]
+def _escaped(character: str) -> str:
+    return f"\\u{ord(character):04x}" if character in "<>&" else json.dumps(character)[1:-1]
 
 
 def page_data(report: Report) -> dict[str, Any]:
-    """What the page shows: the report's JSON, and what of each manifest isn't in it, equal values once.
+    """Return what the page shows: the report's JSON, and the config and info of every manifest, equal values once.
 
-    ``manifests`` has of each checkpoint the places of its config and of each of its info's values in ``values``.
+    ``values`` lists the distinct values. ``manifests`` has (version, place of the config, (name, place) pairs of the
+    info) for each checkpoint, where a place is a position in ``values``.
     """
     places: dict[bytes, int] = {}
     values: list[Any] = []
@@ -84,25 +90,25 @@ def page_data(report: Report) -> dict[str, Any]:
         return places[key]
 
     manifests = []
-    for one in report.checkpoints:
-        found = one.entry.manifest
-        manifests.append([found.version, place(found.config), [[key, place(item)] for key, item in found.info.items()]])
-    shown = _exact(as_json(report))
-    return {**shown, "values": values, "manifests": manifests}
+    for checkpoint in report.checkpoints:
+        manifest = checkpoint.entry.manifest
+        info = [[key, place(value)] for key, value in manifest.info.items()]
+        manifests.append([manifest.version, place(manifest.config), info])
+    return {**_exact(report_as_json(report)), "values": values, "manifests": manifests}
 
 
 def _exact(value: Any) -> Any:
-    """JSON values with integers that a browser would round as text."""
+    """Return JSON values in which integers that a browser would round are text."""
     if isinstance(value, Mapping):
         return {key: _exact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_exact(item) for item in value]
-    if isinstance(value, int) and abs(value) > _EXACT:
+    if isinstance(value, int) and abs(value) > _MAX_EXACT:
         return str(value)
     return value
 
 
-def _own(name: str) -> str:
+def _resource(name: str) -> str:
     return (importlib.resources.files("castore.report") / name).read_text(encoding="utf-8")
 
 

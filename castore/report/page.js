@@ -1,9 +1,9 @@
 "use strict";
-// Draws the report from the JSON beside it. Strings of the repository become text nodes, never markup; none of them is
-// given to the chart library, which reads markup in some.
+// Draws the report from the JSON beside it. Strings from the repository become text nodes, never markup; none of them
+// goes to the chart library, which reads markup in some.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const byId = new Map(data.checkpoints.map((one) => [one.id, one]));
+  const byId = new Map(data.checkpoints.map((checkpoint) => [checkpoint.id, checkpoint]));
   const oldestFirst = [...data.checkpoints].reverse();
   const chartsDrawn = [];
 
@@ -11,7 +11,7 @@
 
   const INVISIBLE = /[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
   const printable = (text) =>
-    String(text).replace(INVISIBLE, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0"));
+    String(text).replace(INVISIBLE, (character) => "\\u" + character.charCodeAt(0).toString(16).padStart(4, "0"));
   const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
   const count = (value) => (value === null || value === undefined ? "–" : whole.format(value));
   const number = (value) => {
@@ -62,7 +62,7 @@
     made.append(...children);
     return made;
   }
-  // text of others may read from right to left: it must not turn what stands around it
+  // text from the repository may run from right to left: it must not change the direction of what surrounds it
   const foreign = (text) => h("bdi", null, text);
   const link = (id) => {
     const known = byId.has(id);
@@ -76,9 +76,9 @@
 
   const nav = document.getElementById("nav");
   const main = document.getElementById("main");
-  function section(id, title, told, ...children) {
+  function section(id, title, subtitle, ...children) {
     nav.append(h("a", { href: `#${id}` }, title));
-    const head = h("div.head", null, h("h2", { id: `${id}-title` }, title), told && h("p", null, told));
+    const head = h("div.head", null, h("h2", { id: `${id}-title` }, title), subtitle && h("p", null, subtitle));
     const made = h("section", { id, "aria-labelledby": `${id}-title` }, head, children);
     main.append(made);
     return made;
@@ -86,24 +86,24 @@
 
   // -- groups: what a colour stands for ---------------------------------------------------------------------------------
 
-  // told apart in the common kinds of colour blindness, each at 3:1 or more against white and against the dark page; the
-  // shape tells them apart once more
+  // distinct in the common kinds of colour blindness, each at 3:1 or more against white and against the dark page; the
+  // shapes differ as well
   const COLOURS = ["#2a7fc4", "#c2611f", "#1f8a70", "#a25bc4", "#c24a77", "#84781a", "#5f7f96", "#b0574a"];
   const SHAPES = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "cross"];
   const hidden = { run: new Set(), session: new Set() };
   let colourBy = "run";
-  const groupOf = (one) => (colourBy === "run" ? one.run : one.session === null ? "no session" : `session ${one.session + 1}`);
+  const groupOf = (checkpoint) => (colourBy === "run" ? checkpoint.run : checkpoint.session === null ? "no session" : `session ${checkpoint.session + 1}`);
   function groups() {
-    const found = new Map();
-    for (const one of oldestFirst) {
-      const name = groupOf(one);
-      if (!found.has(name)) {
-        const i = found.size;
-        found.set(name, { name, colour: COLOURS[i % 8], shape: SHAPES[(i + Math.floor(i / 8)) % 8], points: [] });
+    const byName = new Map();
+    for (const checkpoint of oldestFirst) {
+      const name = groupOf(checkpoint);
+      if (!byName.has(name)) {
+        const i = byName.size;
+        byName.set(name, { name, colour: COLOURS[i % 8], shape: SHAPES[(i + Math.floor(i / 8)) % 8], points: [] });
       }
-      found.get(name).points.push(one);
+      byName.get(name).points.push(checkpoint);
     }
-    return [...found.values()];
+    return [...byName.values()];
   }
   const shown = () => groups().filter((group) => !hidden[colourBy].has(group.name));
   const glyphs = {
@@ -125,7 +125,7 @@
       const toggle = () => {
         isShown ? hidden[colourBy].add(group.name) : hidden[colourBy].delete(group.name);
         redraw();
-        const again = [...document.querySelectorAll(".legend button")].find((one) => one.dataset.group === group.name);
+        const again = [...document.querySelectorAll(".legend button")].find((button) => button.dataset.group === group.name);
         again?.focus();
       };
       const many = h("span.soft.small", null, count(group.points.length));
@@ -151,25 +151,25 @@
   const axis = (more) => ({ zeroline: false, showline: false, ticks: "", automargin: true, nticks: 8, ...more });
   const steps = () => axis({ separatethousands: true, tickformat: ",d", showgrid: false, ticklabelstandoff: 4, rangemode: "tozero" });
 
-  /** Consecutive checkpoints of a group along the lineage, each branch from where it left its parent. */
+  /** The points of a group's curves: consecutive checkpoints along the lineage, each branch from where it left its parent. */
   function strands(points, value) {
     const x = [], y = [];
     const inGroup = new Set(points);
     const next = new Map();
-    for (const one of points) {
-      const parent = byId.get(one.parent);
-      if (inGroup.has(parent) && !next.has(parent) && value(one) !== null) next.set(parent, one);
+    for (const checkpoint of points) {
+      const parent = byId.get(checkpoint.parent);
+      if (inGroup.has(parent) && !next.has(parent) && value(checkpoint) !== null) next.set(parent, checkpoint);
     }
     const followed = new Set(next.values());
     for (const start of points) {
       if (followed.has(start)) continue;
       const parent = byId.get(start.parent);
       if (parent && value(parent) !== null) push(parent);
-      for (let one = start; one; one = next.get(one)) push(one);
+      for (let checkpoint = start; checkpoint; checkpoint = next.get(checkpoint)) push(checkpoint);
       x.push(null), y.push(null);
     }
-    function push(one) {
-      x.push(one.step), y.push(value(one));
+    function push(checkpoint) {
+      x.push(checkpoint.step), y.push(value(checkpoint));
     }
     return { x, y };
   }
@@ -179,10 +179,10 @@
     line: { color: group.colour, width: 1.8, ...line },
   });
   function dots(points, value, marker) {
-    const known = points.filter((one) => value(one) !== null);
+    const known = points.filter((checkpoint) => value(checkpoint) !== null);
     return {
       type: "scatter", mode: "markers", hoverinfo: "none",
-      x: known.map((one) => one.step), y: known.map(value), customdata: known.map((one) => one.id),
+      x: known.map((checkpoint) => checkpoint.step), y: known.map(value), customdata: known.map((checkpoint) => checkpoint.id),
       marker: { line: { width: 0 }, ...marker },
     };
   }
@@ -195,9 +195,9 @@
   function overSteps(value, { dotted, shape } = {}) {
     const traces = [];
     for (const group of shown()) {
-      if (dotted && group.points.some((one) => dotted(one) !== null))
+      if (dotted && group.points.some((checkpoint) => dotted(checkpoint) !== null))
         traces.push(lines(group, dotted, { dash: "dot", width: 1.3 }, 0.75));
-      if (group.points.some((one) => value(one) !== null)) {
+      if (group.points.some((checkpoint) => value(checkpoint) !== null)) {
         traces.push(lines(group, value, { shape: shape ?? "linear" }));
         traces.push(dots(group.points, value, { color: group.colour, symbol: group.shape, size: dotSize() }));
       }
@@ -207,16 +207,16 @@
 
   const tip = document.getElementById("tip");
   function showTip(id, x, y) {
-    const one = byId.get(id);
+    const checkpoint = byId.get(id);
     tip.replaceChildren();
-    const rows = [["run", one.run], ["step", count(one.step)], ["score", one.score === null ? "–" : String(one.score)]];
-    for (const [name, value] of Object.entries(one.metrics)) rows.push([name.slice(0, 40), String(value)]);
-    if (one.connection_density !== null) rows.push(["density", percent(one.connection_density)]);
-    rows.push(["data", one.availability], ["created", time(one.created)]);
+    const rows = [["run", checkpoint.run], ["step", count(checkpoint.step)], ["score", checkpoint.score === null ? "–" : String(checkpoint.score)]];
+    for (const [name, value] of Object.entries(checkpoint.metrics)) rows.push([name.slice(0, 40), String(value)]);
+    if (checkpoint.connection_density !== null) rows.push(["density", percent(checkpoint.connection_density)]);
+    rows.push(["data", checkpoint.availability], ["created", time(checkpoint.created)]);
     add(tip, [
-      h("b", null, short(one.id), one.id === data.best && " – the best"),
+      h("b", null, short(checkpoint.id), checkpoint.id === data.best && " – the best"),
       h("dl", null, rows.flatMap(([key, value]) => [h("dt", null, foreign(key)), h("dd", null, value)])),
-      one.tags.length > 0 && h("div", null, "tags: ", foreign(one.tags.join(", ").slice(0, 160))),
+      checkpoint.tags.length > 0 && h("div", null, "tags: ", foreign(checkpoint.tags.join(", ").slice(0, 160))),
     ]);
     tip.hidden = false;
     const box = tip.getBoundingClientRect();
@@ -225,7 +225,7 @@
   }
   const hideTip = () => (tip.hidden = true);
 
-  /** A chart drawn when it comes near the window, and again whenever what is shown changes. */
+  /** A chart that is drawn when it comes near the window, and again whenever what is shown changes. */
   function chart(id, label, height, make) {
     const box = h("div.chart", { id, tabindex: "0", role: "application", "aria-roledescription": "chart", "aria-label": `${label}. Left and right arrow keys go through the checkpoints, Enter shows a manifest.` });
     box.style.height = `${height}px`;
@@ -234,7 +234,7 @@
       isWanted = true;
       const { traces, layout } = make();
       Plotly.react(box, traces, { ...LAYOUT, height, ...layout }, { displayModeBar: false, responsive: true, doubleClick: "reset" });
-      order = traces.flatMap((trace, t) => (trace.customdata ?? []).map((own, i) => ({ own, x: trace.x[i], y: trace.y[i], t })))
+      order = traces.flatMap((trace, t) => (trace.customdata ?? []).map((id, i) => ({ id, x: trace.x[i], y: trace.y[i], t })))
         .sort((a, b) => a.x - b.x || a.t - b.t);
       if (isDrawn) return;
       isDrawn = true;
@@ -249,31 +249,31 @@
         event.preventDefault();
         at = at < 0 ? (move > 0 ? 0 : order.length - 1) : (at + move + order.length) % order.length;
         const frame = box.getBoundingClientRect(), full = box._fullLayout, point = order[at];
-        showTip(point.own, frame.left + full._size.l + full.xaxis.d2p(point.x), frame.top + full._size.t + full.yaxis.d2p(point.y));
-        announce(`${short(point.own)}, step ${count(point.x)}, ${point.y}`);
-      } else if (event.key === "Enter" && order[at]) openPanel(order[at].own, box);
+        showTip(point.id, frame.left + full._size.l + full.xaxis.d2p(point.x), frame.top + full._size.t + full.yaxis.d2p(point.y));
+        announce(`${short(point.id)}, step ${count(point.x)}, ${point.y}`);
+      } else if (event.key === "Enter" && order[at]) openPanel(order[at].id, box);
       else if (event.key === "Escape") hideTip();
     });
     box.addEventListener("blur", hideTip);
     chartsDrawn.push({ draw, isWanted: () => isWanted });
     const nearby = new IntersectionObserver((seen) => {
-      if (seen.some((one) => one.isIntersecting)) {
+      if (seen.some((entry) => entry.isIntersecting)) {
         nearby.disconnect();
         if (!isDrawn) draw();
       }
     }, { rootMargin: "300px" });
-    // the charts' code comes last in the file, so that all else is there to be read meanwhile
+    // the charts' code comes last in the file, so that everything else can be read while it loads
     document.addEventListener("DOMContentLoaded", () => nearby.observe(box));
     return box;
   }
   function redraw() {
-    for (const one of document.querySelectorAll(".legend")) one.replaceWith(legend());
-    for (const one of chartsDrawn) if (one.isWanted()) one.draw();
+    for (const element of document.querySelectorAll(".legend")) element.replaceWith(legend());
+    for (const chart of chartsDrawn) if (chart.isWanted()) chart.draw();
   }
   const live = h("div.skip", { "aria-live": "polite" });
   const announce = (text) => (live.textContent = printable(text));
 
-  const metric = (name) => (one) => one.metrics[name] ?? null;
+  const metric = (name) => (checkpoint) => checkpoint.metrics[name] ?? null;
   function key(...items) {
     return h("p.key", null, items.filter(Boolean).map(([icon, text]) => h("span", null, icon, text)));
   }
@@ -283,12 +283,12 @@
     svg("svg", { viewBox: "0 0 24 24", "aria-hidden": "true" }, svg("path", { d: "M12 2l3 7h7l-5.6 4.6L18.500 21 12 16.800 5.500 21l2.100-7.400L2 9h7z", fill: "#e0a100", stroke: "#5c4200" }));
 
   function qualitySection() {
-    const names = [...new Set(data.checkpoints.flatMap((one) => Object.keys(one.metrics)))].sort();
+    const names = [...new Set(data.checkpoints.flatMap((checkpoint) => Object.keys(checkpoint.metrics)))].sort();
     const hasTraining = names.includes("train_loss");
     const by = h("div.group", { role: "group", "aria-label": "Colour by" }, ["run", "session"].map((what) => {
       const choose = () => {
         colourBy = what;
-        for (const one of by.children) one.setAttribute("aria-pressed", String(one.dataset.by === what));
+        for (const button of by.children) button.setAttribute("aria-pressed", String(button.dataset.by === what));
         redraw();
       };
       return h("button", { type: "button", "data-by": what, "aria-pressed": String(what === colourBy), onclick: choose }, `By ${what}`);
@@ -301,20 +301,20 @@
       traces: overSteps(metric("val_loss"), { dotted: hasTraining ? metric("train_loss") : null }),
       layout: { xaxis: steps(), yaxis: axis({ type: log.getAttribute("aria-pressed") === "true" ? "log" : "linear" }) },
     }));
-    // values are places in a list: names of metrics may be anything
+    // values are positions in a list, since a metric's name may be anything
     const others = names.filter((name) => name !== "val_loss" && name !== "train_loss");
-    let value = (one) => one.score;
+    let value = (checkpoint) => checkpoint.score;
     const choose = h("select", { "aria-label": "Measure", onchange: () => {
-      value = choose.value === "score" ? (one) => one.score : metric(others[Number(choose.value)]);
+      value = choose.value === "score" ? (checkpoint) => checkpoint.score : metric(others[Number(choose.value)]);
       redraw();
     } }, h("option", { value: "score" }, "Score"), others.map((name, i) => h("option", { value: String(i) }, name.slice(0, 60))));
     const score = chart("chart-score", "Score or metric over steps", 260, () => ({
-      traces: overSteps((one) => value(one)), layout: { xaxis: steps(), yaxis: axis({}) },
+      traces: overSteps((checkpoint) => value(checkpoint)), layout: { xaxis: steps(), yaxis: axis({}) },
     }));
-    const density = (one) => one.connection_density;
-    const speed = (one) => one.tokens_per_second;
-    const hasDensity = data.checkpoints.some((one) => density(one) !== null);
-    const hasSpeed = data.checkpoints.some((one) => speed(one) !== null);
+    const density = (checkpoint) => checkpoint.connection_density;
+    const speed = (checkpoint) => checkpoint.tokens_per_second;
+    const hasDensity = data.checkpoints.some((checkpoint) => density(checkpoint) !== null);
+    const hasSpeed = data.checkpoints.some((checkpoint) => speed(checkpoint) !== null);
     section(
       "quality", "Quality", "Measured at each checkpoint, over global steps. Drag to zoom, double-click to reset.",
       h("div.card", null,
@@ -327,35 +327,35 @@
         hasDensity && h("div.card", null,
           h("div.cardhead", null, h("h3", null, "Active connections"), h("span.soft.small", null, "share that is not zero")),
           chart("chart-density", "Share of active connections over steps", 260, () => ({
-            traces: overSteps(density, { shape: "hv" }).filter((one) => one.name !== "best"),
+            traces: overSteps(density, { shape: "hv" }).filter((trace) => trace.name !== "best"),
             layout: { xaxis: steps(), yaxis: axis({ tickformat: ".0%", rangemode: "tozero" }) },
           }))),
         !hasDensity && hasSpeed && h("div.card", null,
           h("div.cardhead", null, h("h3", null, "Speed"), h("span.soft.small", null, "tokens per second")),
           chart("chart-speed", "Tokens per second over steps", 260, () => ({
-            traces: overSteps(speed).filter((one) => one.name !== "best"), layout: { xaxis: steps(), yaxis: axis({ rangemode: "tozero" }) },
+            traces: overSteps(speed).filter((trace) => trace.name !== "best"), layout: { xaxis: steps(), yaxis: axis({ rangemode: "tozero" }) },
           })))),
     );
     document.getElementById("pair").style.marginTop = "1rem";
   }
 
   function lineageSection() {
-    const onPath = oldestFirst.filter((one) => one.on_best_path);
-    const rows = 1 + Math.max(...data.checkpoints.map((one) => one.lane));
-    const most = Math.max(...data.checkpoints.map((one) => one.step));
+    const onPath = oldestFirst.filter((checkpoint) => checkpoint.on_best_path);
+    const rows = 1 + Math.max(...data.checkpoints.map((checkpoint) => checkpoint.lane));
+    const most = Math.max(...data.checkpoints.map((checkpoint) => checkpoint.step));
     const bend = Math.max(1, most * 0.012);
-    const place = (one) => one.lane;
+    const place = (checkpoint) => checkpoint.lane;
     function edges(chosen) {
       const x = [], y = [];
-      for (const one of chosen) {
-        const parent = byId.get(one.parent);
+      for (const checkpoint of chosen) {
+        const parent = byId.get(checkpoint.parent);
         if (!parent) continue;
-        const turn = Math.min(parent.step + bend, one.step);
-        x.push(parent.step, turn, one.step, null), y.push(parent.lane, one.lane, one.lane, null);
+        const turn = Math.min(parent.step + bend, checkpoint.step);
+        x.push(parent.step, turn, checkpoint.step, null), y.push(parent.lane, checkpoint.lane, checkpoint.lane, null);
       }
       return { type: "scatter", mode: "lines", hoverinfo: "skip", x, y };
     }
-    const isShown = (one) => !hidden[colourBy].has(groupOf(one));
+    const isShown = (checkpoint) => !hidden[colourBy].has(groupOf(checkpoint));
     const big = dotSize() + 3;
     const look = {
       full: (group) => ({ symbol: group.shape, color: group.colour, size: big, line: { width: 0 } }),
@@ -364,10 +364,10 @@
     };
     const drawing = chart("chart-lineage", "Lineage of checkpoints", Math.min(620, Math.max(150, 64 + rows * 34)), () => ({
       traces: [
-        { ...edges(data.checkpoints.filter((one) => isShown(one) && !one.on_best_path)), line: { color: "#8d939b", width: 1.3 } },
+        { ...edges(data.checkpoints.filter((checkpoint) => isShown(checkpoint) && !checkpoint.on_best_path)), line: { color: "#8d939b", width: 1.3 } },
         { ...edges(onPath.filter(isShown)), line: { color: "#e0a100", width: data.checkpoints.length > 120 ? big + 5 : 6 }, opacity: 0.5 },
         ...shown().flatMap((group) => Object.keys(look).map((state) =>
-          dots(group.points.filter((one) => one.availability === state), place, look[state](group)))),
+          dots(group.points.filter((checkpoint) => checkpoint.availability === state), place, look[state](group)))),
         ...star(place),
       ],
       layout: {
@@ -376,7 +376,7 @@
       },
     }));
     const from = onPath.length ? onPath[onPath.length - 1] : null;
-    const turns = onPath.filter((one, i) => i === 0 || i === onPath.length - 1 || one.session !== onPath[i - 1].session);
+    const turns = onPath.filter((checkpoint, i) => i === 0 || i === onPath.length - 1 || checkpoint.session !== onPath[i - 1].session);
     const circle = (more) => svg("svg", { viewBox: "0 0 24 14", "aria-hidden": "true" }, svg("circle", { cx: 12, cy: 7, r: 4.5, ...more }));
     section(
       "lineage", "Lineage", "Which checkpoint was resumed from which, from left to right; the path to the best is highlighted.",
@@ -391,7 +391,7 @@
         legend(),
         from && h("h3", { id: "path-title" }, `Path to the best: ${plural(onPath.length, "checkpoint")}`),
         from && h("p.soft.small", null, turns.length < onPath.length && "The first of each session, and the best, with their steps:"),
-        from && h("ol.path", { "aria-labelledby": "path-title" }, turns.length > 12 && h("li.soft", null, plural(turns.length - 12, "session"), " before"), turns.slice(-12).map((one) => h("li", null, link(one.id), h("span.soft", null, ` ${count(one.step)}`))))),
+        from && h("ol.path", { "aria-labelledby": "path-title" }, turns.length > 12 && h("li.soft", null, plural(turns.length - 12, "session"), " before"), turns.slice(-12).map((checkpoint) => h("li", null, link(checkpoint.id), h("span.soft", null, ` ${count(checkpoint.step)}`))))),
     );
     document.getElementById("path-title")?.style.setProperty("margin-top", "0.9rem");
   }
@@ -419,7 +419,7 @@
         listed = [...current].sort((a, b) => {
           const [x, y] = [column.sort(a), column.sort(b)];
           if (x === y) return 0;
-          if (x === null) return 1; // what wasn't measured comes last, whichever way
+          if (x === null) return 1; // what was not measured comes last in either order
           if (y === null) return -1;
           return x < y ? -sign : sign;
         });
@@ -428,68 +428,68 @@
         if (i === sorted.column) head.setAttribute("aria-sort", sorted.downwards ? "descending" : "ascending");
         else head.removeAttribute("aria-sort");
       });
-      body.replaceChildren(...listed.slice(0, limit).map((one) => {
-        const row = h(`tr${rowClass ? rowClass(one) : ""}`, null, columns.map((column) => h(`td${column.css ?? ""}`, null, column.cell(one))));
-        if (one.id && byId.has(one.id)) {
+      body.replaceChildren(...listed.slice(0, limit).map((record) => {
+        const row = h(`tr${rowClass ? rowClass(record) : ""}`, null, columns.map((column) => h(`td${column.css ?? ""}`, null, column.cell(record))));
+        if (record.id && byId.has(record.id)) {
           row.classList.add("row");
-          row.addEventListener("click", (event) => event.target.closest("button, a, summary") || openPanel(one.id, row.querySelector("button")));
+          row.addEventListener("click", (event) => event.target.closest("button, a, summary") || openPanel(record.id, row.querySelector("button")));
         }
         return row;
       }));
       const left = listed.length - limit;
       foot.replaceChildren();
-      const told = h("span.soft.small", { "aria-live": "polite" }, listed.length === rows.length ? plural(rows.length, "row") : `${count(listed.length)} of ${plural(rows.length, "row")}`, left > 0 && `, ${count(limit)} shown`);
-      add(foot, [told, left > 0 && h("button", { type: "button", onclick: () => ((limit += 100), show(true)) }, `Show ${count(Math.min(100, left))} more`), left > 100 && h("button", { type: "button", onclick: () => ((limit = Infinity), show(true)) }, "Show all")]);
+      const summary = h("span.soft.small", { "aria-live": "polite" }, listed.length === rows.length ? plural(rows.length, "row") : `${count(listed.length)} of ${plural(rows.length, "row")}`, left > 0 && `, ${count(limit)} shown`);
+      add(foot, [summary, left > 0 && h("button", { type: "button", onclick: () => ((limit += 100), show(true)) }, `Show ${count(Math.min(100, left))} more`), left > 100 && h("button", { type: "button", onclick: () => ((limit = Infinity), show(true)) }, "Show all")]);
       if (keepFocus) foot.querySelector("button")?.focus();
     }
     show();
     made.filter = (predicate) => ((current = rows.filter(predicate)), (limit = first), show());
     return made;
   }
-  const byText = (one) => one.map(printable).join(" ").toLowerCase();
+  const byText = (texts) => texts.map(printable).join(" ").toLowerCase();
 
   function checkpointsSection() {
-    const latest = new Map(data.checkpoints.map((one, i) => [one, data.checkpoints.length - i]));
-    const bytes = (one) => Object.values(one.parts).reduce((sum, part) => sum + part.stored_bytes, 0);
+    const latest = new Map(data.checkpoints.map((checkpoint, i) => [checkpoint, data.checkpoints.length - i]));
+    const bytes = (checkpoint) => Object.values(checkpoint.parts).reduce((sum, part) => sum + part.stored_bytes, 0);
     const columns = [
-      { name: "Checkpoint", sort: (one) => latest.get(one), cell: (one) => [link(one.id), one.id === data.best && [" ", h("span.badge.gold", null, "best")], one.id === data.next?.id && one.id !== data.best && [" ", h("span.badge", null, "next")]] },
-      { name: "Run", css: ".run.phone", sort: (one) => one.run, cell: (one) => one.run },
-      { name: "Step", css: ".num", sort: (one) => one.step, cell: (one) => count(one.step) },
-      { name: "Val loss", css: ".num", sort: (one) => one.metrics.val_loss ?? null, cell: (one) => number(one.metrics.val_loss) },
-      { name: "Score", css: ".num.phone", sort: (one) => one.score, cell: (one) => number(one.score) },
-      { name: "Data", sort: (one) => one.availability, cell: (one) => pill(one.availability) },
-      { name: "Size", css: ".num.phone.less", sort: bytes, cell: (one) => size(bytes(one)) },
-      { name: "Created", css: ".num.less", sort: (one) => one.created, cell: (one) => time(one.created).slice(0, -4) },
-      { name: "Tags and note", css: ".tags.phone", cell: (one) => h("div.clip", null, one.tags.map((tag) => [h("span.badge", null, foreign(tag)), " "]), foreign(one.note)) },
+      { name: "Checkpoint", sort: (checkpoint) => latest.get(checkpoint), cell: (checkpoint) => [link(checkpoint.id), checkpoint.id === data.best && [" ", h("span.badge.gold", null, "best")], checkpoint.id === data.next?.id && checkpoint.id !== data.best && [" ", h("span.badge", null, "next")]] },
+      { name: "Run", css: ".run.phone", sort: (checkpoint) => checkpoint.run, cell: (checkpoint) => checkpoint.run },
+      { name: "Step", css: ".num", sort: (checkpoint) => checkpoint.step, cell: (checkpoint) => count(checkpoint.step) },
+      { name: "Val loss", css: ".num", sort: (checkpoint) => checkpoint.metrics.val_loss ?? null, cell: (checkpoint) => number(checkpoint.metrics.val_loss) },
+      { name: "Score", css: ".num.phone", sort: (checkpoint) => checkpoint.score, cell: (checkpoint) => number(checkpoint.score) },
+      { name: "Data", sort: (checkpoint) => checkpoint.availability, cell: (checkpoint) => pill(checkpoint.availability) },
+      { name: "Size", css: ".num.phone.less", sort: bytes, cell: (checkpoint) => size(bytes(checkpoint)) },
+      { name: "Created", css: ".num.less", sort: (checkpoint) => checkpoint.created, cell: (checkpoint) => time(checkpoint.created).slice(0, -4) },
+      { name: "Tags and note", css: ".tags.phone", cell: (checkpoint) => h("div.clip", null, checkpoint.tags.map((tag) => [h("span.badge", null, foreign(tag)), " "]), foreign(checkpoint.note)) },
     ];
-    const made = table(columns, data.checkpoints, { caption: "Checkpoints", rowClass: (one) => (one.id === data.best ? ".best" : "") });
-    const words = new Map(data.checkpoints.map((one) => [one, byText([one.id, one.run, one.note, ...one.tags])]));
+    const made = table(columns, data.checkpoints, { caption: "Checkpoints", rowClass: (checkpoint) => (checkpoint.id === data.best ? ".best" : "") });
+    const words = new Map(data.checkpoints.map((checkpoint) => [checkpoint, byText([checkpoint.id, checkpoint.run, checkpoint.note, ...checkpoint.tags])]));
     const text = h("input", { type: "search", placeholder: "Filter by id, run, tag or note", "aria-label": "Filter checkpoints", oninput: () => apply() });
-    const runs = [...new Set(data.checkpoints.map((one) => one.run))].sort();
+    const runs = [...new Set(data.checkpoints.map((checkpoint) => checkpoint.run))].sort();
     const run = h("select", { "aria-label": "Run", onchange: () => apply() }, h("option", { value: "" }, "All runs"), runs.map((name) => h("option", { value: name }, name)));
     const state = h("select", { "aria-label": "Data", onchange: () => apply() }, h("option", { value: "" }, "Any data"), ["full", "weights-only", "history"].map((name) => h("option", { value: name }, name)));
     const path = h("input", { type: "checkbox", onchange: () => apply() });
     function apply() {
-      const wanted = text.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-      made.filter((one) => (!run.value || one.run === run.value) && (!state.value || one.availability === state.value) && (!path.checked || one.on_best_path) && wanted.every((word) => words.get(one).includes(word)));
+      const needed = text.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
+      made.filter((checkpoint) => (!run.value || checkpoint.run === run.value) && (!state.value || checkpoint.availability === state.value) && (!path.checked || checkpoint.on_best_path) && needed.every((word) => words.get(checkpoint).includes(word)));
     }
     const search = h("div", null, text);
     search.style.flex = "1 1 13rem";
     const tools = h("div.tools", null, search, runs.length > 1 && run, state, h("label.check", null, path, "Path to the best"));
     tools.style.marginBottom = "0.6rem";
-    section("checkpoints", "Checkpoints", "Choose one to see its whole manifest.", h("div.card.flow", null, tools, made));
+    section("checkpoints", "Checkpoints", "Select a checkpoint to see its whole manifest.", h("div.card.flow", null, tools, made));
   }
 
-  // -- one manifest ---------------------------------------------------------------------------------------------------
+  // -- a manifest ----------------------------------------------------------------------------------------------------
 
   const panel = document.getElementById("panel");
   let cameFrom = null;
-  function manifestOf(one) {
-    const [version, config, info] = data.manifests[data.checkpoints.indexOf(one)];
-    const parts = Object.fromEntries(Object.entries(one.parts).map(([name, { where, ...part }]) => [name, part]));
+  function manifestOf(checkpoint) {
+    const [version, config, info] = data.manifests[data.checkpoints.indexOf(checkpoint)];
+    const parts = Object.fromEntries(Object.entries(checkpoint.parts).map(([name, { where, ...part }]) => [name, part]));
     return {
-      version, kind: "checkpoint", run: one.run, step: one.step, created: one.created, parent: one.parent, parts,
-      experiment: data.experiments[one.experiment], metrics: one.metrics, tags: one.tags, note: one.note, config: data.values[config],
+      version, kind: "checkpoint", run: checkpoint.run, step: checkpoint.step, created: checkpoint.created, parent: checkpoint.parent, parts,
+      experiment: data.experiments[checkpoint.experiment], metrics: checkpoint.metrics, tags: checkpoint.tags, note: checkpoint.note, config: data.values[config],
       info: Object.fromEntries(info.map(([name, at]) => [name, data.values[at]])),
     };
   }
@@ -505,39 +505,39 @@
     return list;
   }
   function openPanel(id, from) {
-    const one = byId.get(id);
-    if (!one) return;
-    const manifest = manifestOf(one);
+    const checkpoint = byId.get(id);
+    if (!checkpoint) return;
+    const manifest = manifestOf(checkpoint);
     const children = data.checkpoints.filter((other) => other.parent === id);
-    const session = one.session === null ? null : data.sessions[one.session];
+    const session = checkpoint.session === null ? null : data.sessions[checkpoint.session];
     const parts = table([
       { name: "Part", cell: ([name]) => name },
       { name: "Plain", css: ".num", cell: ([, part]) => size(part.bytes) },
       { name: "Stored", css: ".num", cell: ([, part]) => size(part.stored_bytes) },
       { name: "Where", cell: ([, part]) => part.where },
-      { name: "Policy", cell: ([name]) => (one.keep === null ? "–" : one.keep.includes(name) ? "keeps" : "lets go") },
-    ], Object.entries(one.parts), { caption: "Parts", first: 1e6 });
+      { name: "Policy", cell: ([name]) => (checkpoint.keep === null ? "–" : checkpoint.keep.includes(name) ? "keeps" : "drops") },
+    ], Object.entries(checkpoint.parts), { caption: "Parts", first: 1e6 });
     const close = h("button", { type: "button", autofocus: true, onclick: () => panel.close() }, "Close");
     panel.replaceChildren();
     add(panel, [
       h("div.panelhead", null,
         h("div", null,
-          h("h2", { id: "panel-title" }, `Step ${count(one.step)} of ${one.run}`),
-          h("div", null, one.id === data.best ? h("span.badge.gold", null, "the best") : one.best_of_experiment && h("span.badge", null, "the best of its experiment"), " ", pill(one.availability)),
-          h("p.whole", null, one.id)),
+          h("h2", { id: "panel-title" }, `Step ${count(checkpoint.step)} of ${checkpoint.run}`),
+          h("div", null, checkpoint.id === data.best ? h("span.badge.gold", null, "the best") : checkpoint.best_of_experiment && h("span.badge", null, "the best of its experiment"), " ", pill(checkpoint.availability)),
+          h("p.whole", null, checkpoint.id)),
         close),
       h("div.panelbody", null,
         h("h3", null, "Quality"),
-        fields({ score: one.score, ...one.metrics }),
-        (one.tags.length > 0 || one.note) && [h("h3", null, "Tags and note"), h("p.words", null, one.tags.map((tag) => [h("span.badge", null, foreign(tag)), " "]), foreign(one.note))],
+        fields({ score: checkpoint.score, ...checkpoint.metrics }),
+        (checkpoint.tags.length > 0 || checkpoint.note) && [h("h3", null, "Tags and note"), h("p.words", null, checkpoint.tags.map((tag) => [h("span.badge", null, foreign(tag)), " "]), foreign(checkpoint.note))],
         h("h3", null, "Lineage"),
         h("dl.fields", null,
-          h("dt", null, "created"), h("dd", null, time(one.created)),
-          h("dt", null, "parent"), h("dd", null, one.parent ? link(one.parent) : "none"),
+          h("dt", null, "created"), h("dd", null, time(checkpoint.created)),
+          h("dt", null, "parent"), h("dd", null, checkpoint.parent ? link(checkpoint.parent) : "none"),
           h("dt", null, "resumed by"), h("dd", null, children.length ? children.slice(0, 20).map((other) => [link(other.id), " "]) : "none", children.length > 20 && `and ${children.length - 20} more`),
-          session && [h("dt", null, "session"), h("dd", null, `${one.session + 1}, begun ${printable(session.started).slice(0, 16).replace("T", " ")}`)]),
+          session && [h("dt", null, "session"), h("dd", null, `${checkpoint.session + 1}, started ${printable(session.started).slice(0, 16).replace("T", " ")}`)]),
         h("h3", null, "Retention"),
-        h("p.words", null, one.keep === null ? "not known: " + data.retention.problem : one.keep.length ? `kept as ${one.kept_as}: ${one.reasons.join(", ")}` : `let go: ${one.reasons.join(", ")}`),
+        h("p.words", null, checkpoint.keep === null ? "unknown: " + data.retention.problem : checkpoint.keep.length ? `kept as ${checkpoint.kept_as}: ${checkpoint.reasons.join(", ")}` : `not kept: ${checkpoint.reasons.join(", ")}`),
         h("h3", null, "Parts"), parts,
         h("h3", null, "Experiment"), fields(manifest.experiment),
         h("h3", null, "Config"), fields(manifest.config),
@@ -562,49 +562,49 @@
     const more = choice.rejected_count - choice.rejected.length;
     return h("details", null,
       h("summary", null, `${plural(choice.rejected_count || choice.rejected.length, "checkpoint")} passed over`),
-      h("ul", null, choice.rejected.map((one) => h("li.words", null, link(one.id), " ", foreign(one.reasons.join("; ")))), more > 0 && h("li.soft", null, `and ${count(more)} more`)));
+      h("ul", null, choice.rejected.map((rejected) => h("li.words", null, link(rejected.id), " ", foreign(rejected.reasons.join("; ")))), more > 0 && h("li.soft", null, `and ${count(more)} more`)));
   }
-  function sessionCard(one, i) {
-    const choice = one.resolution;
+  function sessionCard(session, i) {
+    const choice = session.resolution;
     const before = data.sessions[i - 1];
-    const keys = before ? [...new Set([...Object.keys(one.environment), ...Object.keys(before.environment)])] : [];
+    const keys = before ? [...new Set([...Object.keys(session.environment), ...Object.keys(before.environment)])] : [];
     const text = (value) => (value === undefined ? "absent" : typeof value === "string" ? value : JSON.stringify(value));
-    const changed = keys.filter((name) => name !== "git_commit" && JSON.stringify(one.environment[name]) !== JSON.stringify(before.environment[name]));
-    const done = one.start_step !== null && one.final_step !== null ? one.final_step - one.start_step : null;
-    const isGood = ["session-iters", "max-iters", "target-loss"].includes(one.stopped);
+    const changed = keys.filter((name) => name !== "git_commit" && JSON.stringify(session.environment[name]) !== JSON.stringify(before.environment[name]));
+    const done = session.start_step !== null && session.final_step !== null ? session.final_step - session.start_step : null;
+    const isGood = ["session-iters", "max-iters", "target-loss"].includes(session.stopped);
     return h("article.session", { "aria-label": `Session ${i + 1}` },
       h("div", null,
         h("h3", null, `Session ${i + 1}`),
-        h("p.small", null, one.run),
-        h("p.soft.small", null, printable(one.started).slice(0, 16).replace("T", " "), " UTC"),
-        h("span.badge" + (isGood ? "" : ".warn"), null, one.stopped === null ? "no summary" : foreign(one.stopped))),
+        h("p.small", null, session.run),
+        h("p.soft.small", null, printable(session.started).slice(0, 16).replace("T", " "), " UTC"),
+        h("span.badge" + (isGood ? "" : ".warn"), null, session.stopped === null ? "no summary" : foreign(session.stopped))),
       h("div", null,
         terms([
-          ["Steps", done === null ? "–" : `${count(one.start_step)} → ${count(one.final_step)}`],
-          ["Validation loss", `${one.start_loss === null ? "" : number(one.start_loss) + " → "}${number(one.final_loss)}`],
-          ["Best of it", number(one.best_loss)],
-          ["Tokens/s", count(one.tokens_per_second)],
-          ["Trained for", span(one.seconds)],
-          ["Checkpoints", count(one.checkpoints.length)],
-          one.connection_density !== null && ["Connected", percent(one.connection_density)],
+          ["Steps", done === null ? "–" : `${count(session.start_step)} → ${count(session.final_step)}`],
+          ["Validation loss", `${session.start_loss === null ? "" : number(session.start_loss) + " → "}${number(session.final_loss)}`],
+          ["Best loss", number(session.best_loss)],
+          ["Tokens/s", count(session.tokens_per_second)],
+          ["Trained for", span(session.seconds)],
+          ["Checkpoints", count(session.checkpoints.length)],
+          session.connection_density !== null && ["Connected", percent(session.connection_density)],
         ].filter(Boolean)),
         h("div.notes", null,
-          h("p.words", null, one.resumed_from ? ["Resumed from ", link(one.resumed_from), choice?.want && [" (asked for ", foreign(choice.want.slice(0, 64)), ")"], one.weights_only && ": weights only, the optimizer began anew"] : ["Began anew", one.fresh && [": ", foreign(one.fresh)]]),
-          choice?.instead_of && h("p", null, "Instead of the best, ", link(choice.instead_of), ", from which it had been trained before"),
+          h("p.words", null, session.resumed_from ? ["Resumed from ", link(session.resumed_from), choice?.want && [" (asked for ", foreign(choice.want.slice(0, 64)), ")"], session.weights_only && ": weights only, the optimizer started fresh"] : ["Started from scratch", session.fresh && [": ", foreign(session.fresh)]]),
+          choice?.instead_of && h("p", null, "Not from the best, ", link(choice.instead_of), ": this session was trained from there before, so it continued at its end"),
           choice?.differences.map((what) => h("p.words", null, "Differs: ", foreign(what))),
-          changed.map((name) => h("p.words", null, "Unlike the session before: ", foreign(name), " ", foreign(text(before.environment[name])), " → ", foreign(text(one.environment[name])))),
-          one.skipped.map((what) => h("p.words", null, "Skipped: ", foreign(what))),
+          changed.map((name) => h("p.words", null, "Unlike the session before: ", foreign(name), " ", foreign(text(before.environment[name])), " → ", foreign(text(session.environment[name])))),
+          session.skipped.map((what) => h("p.words", null, "Skipped: ", foreign(what))),
           choice?.damaged.map((what) => h("p.words", null, "Damaged: ", foreign(what))),
           choice && (choice.rejected_count > 0 || choice.rejected.length > 0) && rejections(choice))));
   }
   function sessionsSection() {
     if (!data.sessions.length) return;
-    const newest = data.sessions.map((one, i) => [one, i]).reverse();
+    const newest = data.sessions.map((session, i) => [session, i]).reverse();
     const list = h("div");
     let listed = 0;
     const more = h("button", { type: "button", onclick: () => show(50) }, "Show older ones");
     function show(many) {
-      list.append(...newest.slice(listed, listed + many).map(([one, i]) => sessionCard(one, i)));
+      list.append(...newest.slice(listed, listed + many).map(([session, i]) => sessionCard(session, i)));
       listed += many;
       more.hidden = listed >= newest.length;
     }
@@ -617,33 +617,33 @@
   function stack(parts, label) {
     const total = parts.reduce((sum, [, value]) => sum + value, 0) || 1;
     return h("div.stack", { role: "img", "aria-label": label }, parts.map(([css, value]) => {
-      const one = h(`span.${css}`);
-      one.style.width = `${(100 * value) / total}%`;
-      one.hidden = value <= 0;
-      return one;
+      const bar = h(`span.${css}`);
+      bar.style.width = `${(100 * value) / total}%`;
+      bar.hidden = value <= 0;
+      return bar;
     }));
   }
   function retentionSection() {
     const { problem, policy, counts, elsewhere } = data.retention;
     const limit = policy.max_size === null ? "" : `, up to ${size(policy.max_size)}`;
-    const told = `Kept of each experiment: the best ${policy.keep}, the newest ${policy.keep_latest}, pins; in full the best and the newest ${policy.keep_optimizer}${limit}.`;
+    const rule = `Kept of each experiment: the best ${policy.keep}, the newest ${policy.keep_latest}, pins; in full the best and the newest ${policy.keep_optimizer}${limit}.`;
     if (problem) {
-      section("retention", "Retention", told, h("p.notice.warn", { role: "status" }, h("b", null, "It can't be told what is kept: "), foreign(problem)));
+      section("retention", "Retention", rule, h("p.notice.warn", { role: "status" }, h("b", null, "What is kept is unknown: "), foreign(problem)));
       return;
     }
     const states = ["full", "weights-only", "history"];
-    const kept = data.checkpoints.filter((one) => one.keep?.length);
-    const gone = data.checkpoints.filter((one) => one.keep && !one.keep.length);
+    const kept = data.checkpoints.filter((checkpoint) => checkpoint.keep?.length);
+    const gone = data.checkpoints.filter((checkpoint) => checkpoint.keep && !checkpoint.keep.length);
     const columns = [
-      { name: "Checkpoint", cell: (one) => link(one.id) },
-      { name: "Run", css: ".run.phone", sort: (one) => one.run, cell: (one) => one.run },
-      { name: "Step", css: ".num", sort: (one) => one.step, cell: (one) => count(one.step) },
-      { name: "Kept as", css: ".kept", sort: (one) => one.kept_as, cell: (one) => pill(one.kept_as) },
-      { name: "Here now", css: ".phone", sort: (one) => one.availability, cell: (one) => pill(one.availability) },
-      { name: "Why", css: ".why", cell: (one) => foreign(one.reasons.join(", ")) },
+      { name: "Checkpoint", cell: (checkpoint) => link(checkpoint.id) },
+      { name: "Run", css: ".run.phone", sort: (checkpoint) => checkpoint.run, cell: (checkpoint) => checkpoint.run },
+      { name: "Step", css: ".num", sort: (checkpoint) => checkpoint.step, cell: (checkpoint) => count(checkpoint.step) },
+      { name: "Kept as", css: ".kept", sort: (checkpoint) => checkpoint.kept_as, cell: (checkpoint) => pill(checkpoint.kept_as) },
+      { name: "Here now", css: ".phone", sort: (checkpoint) => checkpoint.availability, cell: (checkpoint) => pill(checkpoint.availability) },
+      { name: "Why", css: ".why", cell: (checkpoint) => foreign(checkpoint.reasons.join(", ")) },
     ];
     const gc = data.store.gc;
-    section("retention", "Retention", told,
+    section("retention", "Retention", rule,
       h("div.card.flow", null,
         stack(states.map((name) => [name, counts[name] ?? 0]), states.map((name) => `${counts[name] ?? 0} ${name}`).join(", ")),
         h("div.counts", null,
@@ -652,19 +652,19 @@
           elsewhere > 0 && h("div.soft", null, `${count(elsewhere)} more in other branches`)),
         kept.length > 0 && h("h3", { class: "spaced" }, "Kept"),
         kept.length > 0 && table(columns, kept, { caption: "Kept checkpoints", first: 15 }),
-        gone.length > 0 && h("details", null, h("summary", null, `${plural(gone.length, "checkpoint")} of which no data is kept`), table(columns, gone, { caption: "Checkpoints as history", first: 25 }))));
+        gone.length > 0 && h("details", null, h("summary", null, `${plural(gone.length, "checkpoint")} without kept data`), table(columns, gone, { caption: "Checkpoints as history", first: 25 }))));
   }
   function storeSection() {
     const store = data.store, total = store.total;
-    const bar = (one) => stack([["stored", one.stored], ["compression", one.saved_by_compression], ["sharing", one.saved_by_sharing]], `${size(one.stored)} stored of ${size(one.raw)}`);
+    const bar = (usage) => stack([["stored", usage.stored], ["compression", usage.saved_by_compression], ["sharing", usage.saved_by_sharing]], `${size(usage.stored)} stored of ${size(usage.raw)}`);
     const share = total.raw ? 1 - total.stored / total.raw : 0;
     const grid = (name, all) => [
       h("h3", { class: "spaced" }, name),
-      h("div.usage", null, Object.entries(all).map(([group, one]) => h("div", null, h("span.words", null, group), bar(one), h("span.num", null, `${size(one.stored)} of ${size(one.raw)}`)))),
+      h("div.usage", null, Object.entries(all).map(([group, usage]) => h("div", null, h("span.words", null, group), bar(usage), h("span.num", null, `${size(usage.stored)} of ${size(usage.raw)}`)))),
     ];
-    const folders = Object.entries(store.folders).filter(([, one]) => one.files);
-    section("store", "Store", total.raw > 0 && `${size(total.stored)} hold what plain copies would need ${size(total.raw)} for: ${(100 * share).toFixed(0)} % saved.`,
-      total.raw === 0 && h("p.notice", null, "None of the data is here: it may be in a remote, or in the cache of a CI."),
+    const folders = Object.entries(store.folders).filter(([, folder]) => folder.files);
+    section("store", "Store", total.raw > 0 && `${size(total.stored)} hold ${size(total.raw)} of plain copies: ${(100 * share).toFixed(0)} % saved.`,
+      total.raw === 0 && h("p.notice", null, "None of the data is here: it may be in a remote, or in the cache of a CI system."),
       total.raw > 0 && h("div.card", null,
         bar(total),
         h("div.counts", null,
@@ -673,21 +673,21 @@
           h("div", null, h("span.swatch.sharing"), h("b", null, size(total.saved_by_sharing)), "saved by sharing")),
         grid("By part", store.by_part), Object.keys(store.by_run).length > 1 && grid("By run", store.by_run)),
       (store.unneeded > 0 || folders.length > 0) && h("p.soft.small", { class: "soft small spaced" },
-        [store.unneeded > 0 && `${size(store.unneeded)} that no manifest here needs`, ...folders.map(([name, one]) => `${name}/: ${plural(one.files, "file")}, ${size(one.bytes)}`)].filter(Boolean).join("; ")));
+        [store.unneeded > 0 && `${size(store.unneeded)} that no manifest here needs`, ...folders.map(([name, folder]) => `${name}/: ${plural(folder.files, "file")}, ${size(folder.bytes)}`)].filter(Boolean).join("; ")));
   }
   function environmentSection() {
     const { differences, same } = data.environment;
     if (!differences.length && !Object.keys(same).length) return;
     const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
     const who = (sessions) => (sessions.length > 6 ? plural(sessions.length, "session") : `session${sessions.length === 1 ? "" : "s"} ${sessions.map((i) => i + 1).join(", ")}`);
-    const values = (one) => {
+    const values = (difference) => {
       const item = ({ value, sessions }) => h("li.words", null, foreign(text(value)), " ", h("span.soft", null, who(sessions)));
-      const list = h("ul", null, one.values.slice(0, 4).map(item));
-      return one.values.length <= 4 ? list : [list, h("details", null, h("summary", null, `${plural(one.values.length - 4, "more value")}`), h("ul", null, one.values.slice(4).map(item)))];
+      const list = h("ul", null, difference.values.slice(0, 4).map(item));
+      return difference.values.length <= 4 ? list : [list, h("details", null, h("summary", null, `${plural(difference.values.length - 4, "more value")}`), h("ul", null, difference.values.slice(4).map(item)))];
     };
-    section("environment", "Environment", differences.length ? "What was not the same in all sessions." : "The same in all sessions.",
+    section("environment", "Environment", differences.length ? "What differs between sessions." : "The same in all sessions.",
       h("div.card.flow", null,
-        differences.length > 0 && h("dl.fields.environment", null, differences.map((one) => [h("dt", null, foreign(one.key)), h("dd", null, values(one))])),
+        differences.length > 0 && h("dl.fields.environment", null, differences.map((difference) => [h("dt", null, foreign(difference.key)), h("dd", null, values(difference))])),
         Object.keys(same).length > 0 && h("details", { open: !differences.length }, h("summary", null, `${plural(Object.keys(same).length, "fact")} the same in all sessions`), fields(same))));
   }
 
@@ -695,8 +695,8 @@
 
   function overview() {
     const best = byId.get(data.best), newest = data.checkpoints[0], next = data.next;
-    const runs = new Set(data.checkpoints.map((one) => one.run)).size;
-    const tokens = data.sessions.reduce((sum, one) => sum + (one.tokens ?? 0), 0);
+    const runs = new Set(data.checkpoints.map((checkpoint) => checkpoint.run)).size;
+    const tokens = data.sessions.reduce((sum, session) => sum + (session.tokens ?? 0), 0);
     main.append(h("div.title", null,
       h("h1", null, foreign(data.name || "castore")),
       h("p.soft", null, `${data.run ? `Run ${data.run}: ` : ""}${plural(data.checkpoints.length, "checkpoint")}${data.run ? "" : ` of ${plural(runs, "run")}`}, ${plural(data.sessions.length, "session")}. Made ${time(data.made)}.`)));
@@ -706,17 +706,17 @@
       fact("Best validation loss", number(best.metrics.val_loss), link(best.id), h("br"), `step ${count(best.step)} of ${best.run}`),
       fact("Best score", number(best.score), data.experiments.length > 1 ? `in the newest of ${data.experiments.length} experiments` : "from 0 to 1, higher is better"),
       fact("Newest checkpoint", `${count(newest.step)}`, "step of ", newest.run, h("br"), time(newest.created)),
-      fact("Next session from step", next ? count(next.step) : "–", next ? ["resumes ", link(next.id), h("br"), next.availability === "full" ? "in full" : next.availability] : "finds no data to resume from"),
+      fact("Next session from step", next ? count(next.step) : "–", next ? ["resumes ", link(next.id), h("br"), next.availability === "full" ? "in full" : next.availability] : "has no data to resume from"),
       tokens > 0 && fact("Tokens trained", tokens >= 1e6 ? `${(tokens / 1e6).toFixed(1)} M` : count(tokens), plural(data.sessions.length, "session")),
       fact("Stored", size(data.store.total.stored), saved > 0 ? `${saved} % saved of ${size(data.store.total.raw)}` : data.store.total.raw ? "of all runs" : "none of the data is here")));
     if (!next && data.passed_over.length) {
-      main.append(h("div.notice.warn", null, h("b", null, "A session that resumes from the best finds nothing. "), h("details", null, h("summary", null, `${plural(data.passed_over.length, "checkpoint")} passed over`), h("ul", null, data.passed_over.slice(0, 20).map((one) => h("li.words", null, link(one.id), " ", foreign(one.reasons.join("; "))))))));
+      main.append(h("div.notice.warn", null, h("b", null, "A session that resumes from the best has nothing to resume. "), h("details", null, h("summary", null, `${plural(data.passed_over.length, "checkpoint")} passed over`), h("ul", null, data.passed_over.slice(0, 20).map((rejected) => h("li.words", null, link(rejected.id), " ", foreign(rejected.reasons.join("; "))))))));
     }
   }
   function problems() {
     if (!data.broken.length) return;
     main.append(h("div.notice.warn", { role: "status" }, h("b", null, `${plural(data.broken.length, "file")} could not be read`),
-      h("ul", null, data.broken.slice(0, 10).map((one) => h("li.words", null, h("code", null, foreign(one.path)), ": ", foreign(one.reason)))), data.broken.length > 10 && `and ${count(data.broken.length - 10)} more: castore doctor lists them`));
+      h("ul", null, data.broken.slice(0, 10).map((file) => h("li.words", null, h("code", null, foreign(file.path)), ": ", foreign(file.reason)))), data.broken.length > 10 && `and ${count(data.broken.length - 10)} more: castore doctor lists them`));
   }
   function themeButton() {
     const root = document.documentElement, button = document.getElementById("theme");
@@ -724,7 +724,7 @@
     let chosen = "auto";
     try {
       chosen = names.find((name) => name === localStorage.getItem("castore-theme")) ?? "auto";
-    } catch {} // a browser may keep nothing for files
+    } catch {} // a browser may refuse to store anything for a local file
     const apply = () => {
       chosen === "auto" ? root.removeAttribute("data-theme") : root.setAttribute("data-theme", chosen);
       button.textContent = `Theme: ${chosen}`;
@@ -756,12 +756,12 @@
   } else {
     main.append(h("div.empty", null,
       h("h1", null, data.run ? `No checkpoint of run ${data.run} yet` : "No checkpoint yet"),
-      h("p", null, "A report shows how training goes, what was resumed from what, and what is kept. It needs a checkpoint: this makes the first one."),
+      h("p", null, "A report shows how training goes, what was resumed from what, and what is kept. This makes the first checkpoint:"),
       h("pre", null, `castore train${data.run ? ` --run ${data.run}` : ""}`)));
     problems();
   }
-  document.getElementById("foot").append(h("p", null, "Made by castore report. This file holds all it shows and loads nothing."));
-  addEventListener("beforeprint", () => chartsDrawn.forEach((one) => one.draw()));
+  document.getElementById("foot").append(h("p", null, "Made by castore report. This file is complete in itself: it loads nothing."));
+  addEventListener("beforeprint", () => chartsDrawn.forEach((chart) => chart.draw()));
   addEventListener("scroll", hideTip, { passive: true });
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 })();

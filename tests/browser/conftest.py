@@ -1,6 +1,6 @@
-"""A real Chromium for the tests in this folder, which run when they are asked for: ``make test-browser``.
+"""A real Chromium for the tests in this folder, which run on request: ``make test-browser``.
 
-The program is that of ``CASTORE_BROWSER``, or one on the PATH, or playwright's own.
+The browser is that of ``CASTORE_BROWSER``, or one on the PATH, or playwright's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chro
 def browser() -> Iterator[Browser]:
     program = os.environ.get("CASTORE_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
     with sync_playwright() as playwright:
-        # a sandbox inside that of a container can't be had; what is shown is made here
+        # a container has no sandbox for the browser to use; the pages it shows are made here
         started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield started
         started.close()
@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of a repository with everything (full.html), and of one with nothing (empty.html)."""
+    """Return a folder with the report of a full repository (full.html) and of an empty one (empty.html)."""
     import report_data
 
     from castore import Repo
@@ -44,6 +44,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         repo = Repo.init(folder / name)
         if name == "full":
             report_data.build(repo)
-        text = html.page(collect_report(repo, now))
+        text = html.report_as_html(collect_report(repo, now))
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return folder

@@ -54,8 +54,8 @@ def page(watched: Watched, pages: Path) -> Iterator[Page]:
 
 @pytest.fixture
 def data(page: Page) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(page.locator("#data").text_content() or "")
-    return found
+    page_data: dict[str, Any] = json.loads(page.locator("#data").text_content() or "")
+    return page_data
 
 
 def drawn(page: Page, chart: str) -> int:
@@ -66,10 +66,10 @@ def drawn(page: Page, chart: str) -> int:
 
 
 def rows(page: Page, table: str = "#checkpoints") -> list[list[str]]:
-    found: list[list[str]] = page.locator(f"{table} table").first.evaluate(
+    texts: list[list[str]] = page.locator(f"{table} table").first.evaluate(
         "table => [...table.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.textContent))"
     )
-    return found
+    return texts
 
 
 def test_charts_have_a_point_for_each_checkpoint_and_a_star_for_the_best(page: Page, data: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def test_charts_have_a_point_for_each_checkpoint_and_a_star_for_the_best(page: P
     assert drawn(page, "#chart-loss") == drawn(page, "#chart-score") == drawn(page, "#chart-lineage") == many + 1
     assert drawn(page, "#chart-density") == many
     page.locator("#quality .legend button", has_text="main").click()
-    others = sum(one["run"] != "main" for one in data["checkpoints"])
+    others = sum(checkpoint["run"] != "main" for checkpoint in data["checkpoints"])
     assert drawn(page, "#chart-loss") == others
     assert drawn(page, "#chart-lineage") == others
     page.get_by_role("button", name="By session").click()
@@ -91,14 +91,14 @@ def test_another_metric_can_be_chosen(page: Page, data: dict[str, Any]) -> None:
     drawn(page, "#chart-score")
     page.get_by_label("Measure").select_option(label="other")
     assert drawn(page, "#chart-score") == 3  # of those that have it; the best has none
-    assert {one["run"] for one in data["checkpoints"] if "other" in one["metrics"]} == {"small"}
+    assert {checkpoint["run"] for checkpoint in data["checkpoints"] if "other" in checkpoint["metrics"]} == {"small"}
 
 
 def test_the_table_sorts(page: Page) -> None:
     head = page.locator("#checkpoints th", has_text="Val loss")
-    for wanted, order in (("descending", -1), ("ascending", 1)):
+    for direction, order in (("descending", -1), ("ascending", 1)):
         head.get_by_role("button").click()
-        assert head.get_attribute("aria-sort") == wanted
+        assert head.get_attribute("aria-sort") == direction
         losses = [float(row[3]) for row in rows(page)]
         assert losses == sorted(losses, reverse=order < 0)
     assert losses[0] < 1.9
@@ -119,7 +119,7 @@ def test_the_table_filters(page: Page, data: dict[str, Any]) -> None:
     assert {row[5] for row in rows(page)} == {"weights-only"}
     page.get_by_label("Data").select_option("")
     page.get_by_role("checkbox", name="Path to the best").check()
-    assert len(rows(page)) == sum(one["on_best_path"] for one in data["checkpoints"])
+    assert len(rows(page)) == sum(checkpoint["on_best_path"] for checkpoint in data["checkpoints"])
     page.get_by_label("Filter checkpoints").fill("STABLE main")
     assert len(rows(page)) == 1
     page.get_by_label("Filter checkpoints").fill(data["best"][:9])
@@ -130,22 +130,22 @@ def test_the_table_filters(page: Page, data: dict[str, Any]) -> None:
 
 def manifest(page: Page) -> dict[str, Any]:
     page.locator("#panel summary", has_text="All fields").click()
-    found: dict[str, Any] = json.loads(page.locator("#manifest-json").inner_text())
-    return found
+    shown: dict[str, Any] = json.loads(page.locator("#manifest-json").inner_text())
+    return shown
 
 
-def wanted(pages: Path, own: str) -> dict[str, Any]:
-    found: dict[str, Any] = msgspec.to_builtins(Repo.open(pages / "full").find(own).manifest)
-    found["config"]["seed"] = str(found["config"]["seed"])
-    return found
+def expected_manifest(pages: Path, checkpoint_id: str) -> dict[str, Any]:
+    expected: dict[str, Any] = msgspec.to_builtins(Repo.open(pages / "full").find(checkpoint_id).manifest)
+    expected["config"]["seed"] = str(expected["config"]["seed"])
+    return expected
 
 
 def test_a_row_shows_the_whole_manifest(page: Page, data: dict[str, Any], pages: Path) -> None:
     page.locator("#checkpoints tr.best td").nth(2).click()
     expect(page.locator("#panel")).to_be_visible()
     expect(page.locator("#panel")).to_contain_text(data["best"])
-    assert manifest(page) == wanted(pages, data["best"])
-    parent = next(one["parent"] for one in data["checkpoints"] if one["id"] == data["best"])
+    assert manifest(page) == expected_manifest(pages, data["best"])
+    parent = next(checkpoint["parent"] for checkpoint in data["checkpoints"] if checkpoint["id"] == data["best"])
     page.locator("#panel").get_by_role("button", name=parent[:12]).first.click()
     expect(page.locator("#panel")).to_contain_text(parent)
     page.keyboard.press("Escape")
@@ -162,12 +162,12 @@ def test_a_point_tells_exact_values_and_shows_its_manifest(
     assert place is not None
     page.mouse.move(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
     expect(page.locator("#tip")).to_contain_text(data["best"][:12])
-    best = next(one for one in data["checkpoints"] if one["id"] == data["best"])
+    best = next(checkpoint for checkpoint in data["checkpoints"] if checkpoint["id"] == data["best"])
     expect(page.locator("#tip")).to_contain_text(str(best["metrics"]["val_loss"]))
     page.mouse.down()
     page.mouse.up()
     expect(page.locator("#panel")).to_contain_text(data["best"])
-    assert manifest(page) == wanted(pages, data["best"])
+    assert manifest(page) == expected_manifest(pages, data["best"])
 
 
 def test_charts_can_be_used_with_the_keyboard(page: Page, data: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def test_charts_can_be_used_with_the_keyboard(page: Page, data: dict[str, Any]) 
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     told = page.locator("#tip b").inner_text()
-    assert any(one["id"].startswith(told[:12]) for one in data["checkpoints"])
+    assert any(checkpoint["id"].startswith(told[:12]) for checkpoint in data["checkpoints"])
     page.keyboard.press("Enter")
     expect(page.locator("#panel")).to_contain_text(told[:12])
     page.keyboard.press("Escape")
@@ -210,7 +210,9 @@ def test_no_other_script_or_style_can_run(watched: Watched, pages: Path) -> None
     assert page.evaluate("window.hacked") is None
     assert page.evaluate("getComputedStyle(document.body).marginLeft") == "0px"
     assert len(watched.complaints) >= 4
-    assert all("Content Security Policy" in one or "Failed to load" in one for one in watched.complaints)
+    assert all(
+        "Content Security Policy" in complaint or "Failed to load" in complaint for complaint in watched.complaints
+    )
 
 
 def test_the_theme_can_be_chosen(page: Page) -> None:

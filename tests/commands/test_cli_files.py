@@ -343,7 +343,7 @@ def data_line(out: str) -> str:
 
 def test_the_second_session_says_that_it_reuses_the_data(tmp_path: Path) -> None:
     project = Project(tmp_path)
-    assert data_line(project.train()) == "prepared now: these texts, so split and tokenized, are new here"
+    assert data_line(project.train()) == "prepared now: these texts were not split and tokenized like this before"
     (own,) = project.json("log", "--kind", "dataset")
     assert (own["kind"], own["run"], own["availability"]) == ("dataset", "datasets", "full")
     assert data_line(project.train()) == f"prepared before: {own['id'][:12]}"
@@ -353,7 +353,7 @@ def test_the_second_session_says_that_it_reuses_the_data(tmp_path: Path) -> None
     for path in (project.root / ".castore" / "objects").rglob("*"):
         if path.is_file() and path.name == project.json("show", own["id"])["parts"]["data"]["index"]:
             path.unlink()
-    assert data_line(project.train()).startswith(f"prepared now: {own['id'][:12]} can't be had: ")
+    assert data_line(project.train()).startswith(f"prepared now: {own['id'][:12]} is not usable: ")
     assert data_line(project.train()) == f"prepared before: {own['id'][:12]}"
 
 

@@ -1,4 +1,4 @@
-"""`castore demo` and the curves: the sessions are real, and what is told is what came out."""
+"""`castore demo` and the curves: the sessions are real, and what is printed is what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from project import Project
 
-from castore.errors import NotFound, PackageMissing
+from castore.errors import PackageMissing
 from castore.report import curves
 from castore.report.curves import Curve
 from nanecho import demo
@@ -60,23 +60,24 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any],
 
 @pytest.mark.slow
 def test_each_session_goes_on_where_the_one_before_ended(told: tuple[str, dict[str, Any], Path]) -> None:
-    lives = {one["life"]: one for one in told[1]["lives"]}
+    lives = {life["life"]: life for life in told[1]["lives"]}
     steps = {
-        life: [(one["start_step"], one["final_step"]) for one in found["sessions"]] for life, found in lives.items()
+        life: [(session["start_step"], session["final_step"]) for session in measured["sessions"]]
+        for life, measured in lives.items()
     }
     assert steps == {"resumed": [(0, 4), (4, 8)], "fresh": [(0, 4), (0, 4)], "unbroken": [(0, 8)]}
 
 
 @pytest.mark.slow
 def test_going_on_is_the_same_as_never_stopping(told: tuple[str, dict[str, Any], Path]) -> None:
-    lives = {one["life"]: one for one in told[1]["lives"]}
+    lives = {life["life"]: life for life in told[1]["lives"]}
     assert lives["resumed"]["points"] == lives["unbroken"]["points"]
     assert [point["step"] for point in lives["fresh"]["points"]] == [2, 4, 6, 8]
 
 
 @pytest.mark.slow
 def test_what_was_moved_and_stored_is_counted(told: tuple[str, dict[str, Any], Path]) -> None:
-    lives = {one["life"]: one for one in told[1]["lives"]}
+    lives = {life["life"]: life for life in told[1]["lives"]}
     first, second = lives["resumed"]["sessions"]
     assert first["down"] == 0
     assert 0 < second["down"] < lives["resumed"]["stored"]
@@ -87,10 +88,10 @@ def test_what_was_moved_and_stored_is_counted(told: tuple[str, dict[str, Any], P
 @pytest.mark.slow
 def test_it_is_told_drawn_and_nothing_is_left(told: tuple[str, dict[str, Any], Path]) -> None:
     text, result, folder = told
-    final = next(one for one in result["lives"] if one["life"] == "resumed")["sessions"][-1]["final_loss"]
+    final = next(life for life in result["lives"] if life["life"] == "resumed")["sessions"][-1]["final_loss"]
     assert f"{final:.4f} ± 0.0000" in text
     for words in (
-        "the best of starting afresh",
+        "the best of fresh starts",
         "stored in the remote at the end",
         "steps of compute",
         "never stopped",
@@ -102,20 +103,20 @@ def test_it_is_told_drawn_and_nothing_is_left(told: tuple[str, dict[str, Any], P
     assert "validation loss" in picture
 
 
-def lived(life: demo.Life, seed: int, *losses: float) -> demo.Lived:
+def measured(life: demo.Life, seed: int, *losses: float) -> demo.MeasuredLife:
     points = [demo.Point(10 * i, loss) for i, loss in enumerate(losses, 1)]
-    session = demo.Session(start_step=0, final_step=10, final_loss=losses[-1], down=0, up=0)
-    return demo.Lived(life=life, seed=seed, sessions=[session], points=points, stored=1)
+    session = demo.MeasuredSession(start_step=0, final_step=10, final_loss=losses[-1], down=0, up=0)
+    return demo.MeasuredLife(life=life, seed=seed, sessions=[session], points=points, stored=1)
 
 
 def test_a_loss_that_is_never_reached_is_told_so() -> None:
     size = demo.Size(seeds=2, sessions=1, iters=20)
-    lives = [lived("resumed", 0, 3.0, 2.0), lived("resumed", 1, 3.0, 2.9)]
+    lives = [measured("resumed", 0, 3.0, 2.0), measured("resumed", 1, 3.0, 2.9)]
     lives += [
-        lived("fresh", 0, 2.5, 2.4),
-        lived("fresh", 1, 2.6, 2.6),
-        lived("unbroken", 0, 2.5),
-        lived("unbroken", 1, 2.4),
+        measured("fresh", 0, 2.5, 2.4),
+        measured("fresh", 1, 2.6, 2.6),
+        measured("unbroken", 0, 2.5),
+        measured("unbroken", 1, 2.4),
     ]
     result = demo.Result(size=size, lives=lives)
     assert demo.target(result) == pytest.approx(2.5)
@@ -126,7 +127,7 @@ def test_a_loss_that_is_never_reached_is_told_so() -> None:
 
 def test_a_session_that_fails_ends_the_demo_with_what_it_said(tmp_path: Path) -> None:
     program = [sys.executable, "-c", "import sys; sys.exit('no luck today')"]
-    with pytest.raises(NotFound, match="no luck today"):
+    with pytest.raises(demo.SessionFailed, match="no luck today"):
         list(demo.run(tmp_path, program, demo.Size(seeds=1, sessions=1, iters=2), 2))
 
 

@@ -43,9 +43,9 @@ def test_equal_seeds_give_equal_weights() -> None:
 
 @given(st.integers(0, 5), st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1))
 def test_active_connections_have_the_nominal_density_and_are_nested(
-    seed: int, size: int, one: float, other: float
+    seed: int, size: int, left: float, right: float
 ) -> None:
-    fewer, more = sorted((one, other))
+    fewer, more = sorted((left, right))
     small, large = active_connections(seed, 7, size, fewer), active_connections(seed, 7, size, more)
     assert abs(int(small.sum()) - fewer * size) <= 0.5 + 1e-6
     assert not np.any(small & ~large)

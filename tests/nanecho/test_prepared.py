@@ -55,15 +55,15 @@ def prepare(repo: Repo, folder: Path, started: str = NOW, **options: Any) -> tup
     return prepared.prepare(repo, Data(data_dir=str(folder), **options), BLOCK, started)
 
 
-def same(one: data.Corpus, other: data.Corpus) -> bool:
+def same(left: data.Corpus, right: data.Corpus) -> bool:
     plain = ("name", "digest", "val_digest", "files", "bytes")
     learned = ("name", "vocab_size", "digest", "definition")
     return (
-        all(getattr(one, name) == getattr(other, name) for name in plain)
-        and all(getattr(one.tokenizer, name) == getattr(other.tokenizer, name) for name in learned)
+        all(getattr(left, name) == getattr(right, name) for name in plain)
+        and all(getattr(left.tokenizer, name) == getattr(right.tokenizer, name) for name in learned)
         and all(
             mine.dtype == theirs.dtype == np.uint16 and np.array_equal(mine, theirs)
-            for mine, theirs in ((one.train, other.train), (one.val, other.val))
+            for mine, theirs in ((left.train, right.train), (left.val, right.val))
         )
     )
 
@@ -78,7 +78,7 @@ def test_the_second_session_gets_the_same_without_tokenizing(
 ) -> None:
     first, origin = prepare(repo, texts, **options)
     assert origin.reused is None
-    assert "new here" in origin.reason
+    assert "not split and tokenized like this before" in origin.reason
     (entry,) = datasets(repo)
     assert (entry.manifest.run, entry.manifest.step, entry.manifest.config["source"]) == ("datasets", 0, first.digest)
     assert "encode" in work
@@ -155,7 +155,7 @@ def test_what_is_damaged_or_gone_is_prepared_again_and_said(
     again, origin = prepare(repo, texts, **options)
     assert same(again, first)
     assert origin.reused is None
-    assert origin.reason.startswith(f"{entry.id[:12]} can't be had: ")
+    assert origin.reason.startswith(f"{entry.id[:12]} is not usable: ")
     # the data is back under the manifest that was there, so that history doesn't grow with every lost cache
     assert datasets(repo) == [entry]
     assert prepare(repo, texts, **options)[1].reused == entry.id

@@ -47,17 +47,17 @@ def session(repo: Repo, texts: Path) -> Session:
     return run
 
 
-def only(kind: type, found: list[events.Event]) -> list[Any]:
-    return [event for event in found if isinstance(event, kind)]
+def only(kind: type, session_events: list[events.Event]) -> list[Any]:
+    return [event for event in session_events if isinstance(event, kind)]
 
 
-def summary(found: list[events.Event]) -> events.Summary:
-    return cast(events.Finished, found[-1]).summary
+def summary(session_events: list[events.Event]) -> events.Summary:
+    return cast(events.Finished, session_events[-1]).summary
 
 
-def remove_part(repo: Repo, own: str, part: str) -> None:
+def remove_part(repo: Repo, checkpoint_id: str, part: str) -> None:
     """Evict what a part alone needs, as a cache would."""
-    parts = repo.find(own).manifest.parts
+    parts = repo.find(checkpoint_id).manifest.parts
     repo.store.path(parts[part].index).unlink()
 
 
@@ -83,7 +83,8 @@ def test_the_record_says_where_a_session_came_from_and_with_what(repo: Repo, ses
     info = repo.find(second.checkpoints[-1]).manifest.info
     assert info["session"]["resumed_from"] == first.checkpoints[-1]
     assert info["session"]["resolution"]["rejected"] == [
-        {"id": one, "reasons": ["model n_embd is 32 there, 16 here"]} for one in reversed(other.checkpoints)
+        {"id": checkpoint_id, "reasons": ["model n_embd is 32 there, 16 here"]}
+        for checkpoint_id in reversed(other.checkpoints)
     ]
     assert info["connection_density"] == pytest.approx(0.1, abs=1e-3)
     assert info["tokens_per_second"] > 0
@@ -96,7 +97,7 @@ def test_no_checkpoint_is_a_fresh_start_that_is_said(session: Session) -> None:
     assert (began.step, began.fresh) == (0, "there is no checkpoint yet")
 
 
-def test_resume_none_starts_anew_beside_what_is_there(session: Session) -> None:
+def test_resume_none_starts_from_scratch_beside_existing_checkpoints(session: Session) -> None:
     session()
     assert summary(session(resume="none")).start_step == 0
 
@@ -164,11 +165,11 @@ def test_a_session_that_would_only_repeat_an_earlier_one_goes_on_from_its_end(re
     bad = {"learning_rate": 2.0, "min_lr": 2.0, "grad_clip": 0.0}
     worse = summary(session(**bad))
     assert (worse.start_step, worse.final_step) == (20, 24)
-    found = session(**bad)
-    (began,) = only(events.Began, found)
+    session_events = session(**bad)
+    (began,) = only(events.Began, session_events)
     assert (began.step, began.instead_of.id) == (24, good.checkpoints[-1])
-    assert summary(found).final_step == 28
-    info = repo.find(summary(found).checkpoints[-1]).manifest.info
+    assert summary(session_events).final_step == 28
+    info = repo.find(summary(session_events).checkpoints[-1]).manifest.info
     assert info["session"]["resolution"]["instead_of"] == good.checkpoints[-1]
     # with other options it is no repetition
     (began,) = only(events.Began, session(session_iters=1, save_every=100, eval_every=100))
@@ -186,9 +187,9 @@ def test_a_loss_measured_on_other_data_is_not_compared_with(session: Session, te
     session(session_iters=40, save_every=40)
     for path in texts.iterdir():
         path.write_text(path.read_text()[::-1])
-    found = session(allow_data_change=True)
-    assert (summary(found).start_step, summary(found).start_loss) == (40, None)
-    assert only(events.Saved, found)[0].reasons[0] == "first"
+    session_events = session(allow_data_change=True)
+    assert (summary(session_events).start_step, summary(session_events).start_loss) == (40, None)
+    assert only(events.Saved, session_events)[0].reasons[0] == "first"
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"<<<<<<< HEAD\n" + data])
@@ -211,7 +212,7 @@ def test_a_checkpoint_that_is_not_of_this_trainer_is_passed_over_or_told(repo: R
     (began,) = only(events.Began, session())
     assert began.match.id == first.checkpoints[-1]
     assert began.resolution.rejected[0].reasons[0] == "optimizer, trainer: this checkpoint has no such part"
-    with pytest.raises(errors.NothingMatches, match="is not one of nanecho's"):
+    with pytest.raises(errors.NothingMatches, match="was not saved by nanecho"):
         session(resume=partial.id)
 
 
@@ -219,11 +220,11 @@ def test_garbage_is_collected_after_saving_when_the_settings_say_so(repo: Repo, 
     config = repo.root / "config.toml"
     config.write_text(config.read_text().replace("auto_gc = false", "auto_gc = true\nkeep = 1\nkeep_optimizer = 1"))
     repo = Repo.open(repo.root.parent)
-    found = session()
-    (collected,) = only(events.Collected, found)
+    session_events = session()
+    (collected,) = only(events.Collected, session_events)
     assert collected.plan.delete
     kept = [entry.id for entry in repo.checkpoints() if repo.part_states(entry)["model"].where == "local"]
-    assert kept[0] == summary(found).checkpoints[-1]
+    assert kept[0] == summary(session_events).checkpoints[-1]
     assert len(kept) <= 2
 
 
@@ -234,7 +235,7 @@ def test_a_name_of_nothing_is_never_a_fresh_start(repo: Repo, session: Session) 
     assert not repo.catalog.listing().entries
 
 
-# -- what can't be had -----------------------------------------------------------------------------------------------
+# -- data that is missing --------------------------------------------------------------------------------------------
 
 
 def test_evicted_data_is_an_error_unless_a_fresh_start_is_allowed(repo: Repo, session: Session) -> None:
@@ -247,14 +248,14 @@ def test_evicted_data_is_an_error_unless_a_fresh_start_is_allowed(repo: Repo, se
     assert began.fresh.startswith("no checkpoint can be resumed")
 
 
-def test_on_missing_fresh_starts_anew_and_says_why(repo: Repo, session: Session, texts: Path) -> None:
+def test_on_missing_fresh_starts_from_scratch_and_says_why(repo: Repo, session: Session, texts: Path) -> None:
     session()
     shutil.rmtree(repo.root / "objects")
     with (repo.root / "config.toml").open("a") as file:
         file.write('[resume]\non_missing = "fresh"\n')
     config = configs.make({"data_dir": str(texts), **TINY})
-    found = list(trainer.train(Repo.open(repo.root), config, started="2026-01-01T00:00:00.000000Z"))
-    (began,) = only(events.Began, found)
+    session_events = list(trainer.train(Repo.open(repo.root), config, started="2026-01-01T00:00:00.000000Z"))
+    (began,) = only(events.Began, session_events)
     assert 'on_missing = "fresh"' in began.fresh
 
 
@@ -269,10 +270,10 @@ def test_the_next_best_is_taken_when_the_best_is_evicted(repo: Repo, session: Se
 def test_weights_alone_are_resumed_loudly_and_recorded(repo: Repo, session: Session) -> None:
     first = summary(session(eval_every=4))
     remove_part(repo, first.checkpoints[-1], "optimizer")
-    found = session()
-    (began,) = only(events.Began, found)
+    session_events = session()
+    (began,) = only(events.Began, session_events)
     assert (began.step, began.weights_only) == (4, True)
-    assert repo.find(summary(found).checkpoints[-1]).manifest.info["session"]["weights_only"] is True
+    assert repo.find(summary(session_events).checkpoints[-1]).manifest.info["session"]["weights_only"] is True
 
 
 def test_a_damaged_object_is_an_error_and_nothing_is_taken_in_its_place(repo: Repo, session: Session) -> None:
@@ -289,18 +290,18 @@ def test_a_damaged_object_is_an_error_and_nothing_is_taken_in_its_place(repo: Re
 
 
 def test_a_skipped_save_says_why_and_has_no_id(repo: Repo, session: Session) -> None:
-    found = session(session_iters=6, save_every=100, eval_every=2, min_improvement=5.0)
-    skipped = only(events.Skipped, found)
+    session_events = session(session_iters=6, save_every=100, eval_every=2, min_improvement=5.0)
+    skipped = only(events.Skipped, session_events)
     assert [event.step for event in skipped] == [4]
     assert re.fullmatch(r"\d\.\d{4} is not 5 below \d\.\d{4}", skipped[0].reason)
-    assert summary(found).skipped
-    saved = [event.saved.id for event in only(events.Saved, found)]
+    assert summary(session_events).skipped
+    saved = [event.saved.id for event in only(events.Saved, session_events)]
     assert [entry.id for entry in reversed(repo.checkpoints())] == saved
 
 
 def test_checkpoints_are_made_on_improvement_every_so_often_and_at_the_end(session: Session) -> None:
-    found = session(session_iters=7, save_every=3, eval_every=2)
-    reasons = {event.step: event.reasons for event in only(events.Saved, found)}
+    session_events = session(session_iters=7, save_every=3, eval_every=2)
+    reasons = {event.step: event.reasons for event in only(events.Saved, session_events)}
     assert reasons[2] == ("first",)
     assert reasons[3][-1] == "every 3"
     assert reasons[6][-1] == "every 3"
@@ -309,9 +310,9 @@ def test_checkpoints_are_made_on_improvement_every_so_often_and_at_the_end(sessi
 
 def test_a_signal_ends_the_session_after_its_step_with_a_checkpoint(repo: Repo, session: Session) -> None:
     asked = iter(["", "", "", "SIGTERM"])
-    found = session(session_iters=100, save_every=100, eval_every=100, stop=lambda: next(asked))
-    assert summary(found).stopped == "SIGTERM"
-    (saved,) = only(events.Saved, found)
+    session_events = session(session_iters=100, save_every=100, eval_every=100, stop=lambda: next(asked))
+    assert summary(session_events).stopped == "SIGTERM"
+    (saved,) = only(events.Saved, session_events)
     assert (saved.step, saved.reasons) == (3, ("first", "SIGTERM"))
     assert repo.load(saved.saved.id)["trainer"]["step"] == 3
 
@@ -328,14 +329,17 @@ def test_a_young_checkpoint_is_sparse_and_stores_small(repo: Repo, session: Sess
     big = {"n_embd": 64, "session_iters": 1}
     young = summary(session(**big)).checkpoints[-1]
     dense = summary(session(**big, connection_ratio=1.0, allow_fresh=True)).checkpoints[-1]
-    sizes = [sum(part.stored_bytes for part in repo.find(one).manifest.parts.values()) for one in (young, dense)]
+    sizes = [
+        sum(part.stored_bytes for part in repo.find(checkpoint_id).manifest.parts.values())
+        for checkpoint_id in (young, dense)
+    ]
     assert sizes[0] < 0.6 * sizes[1]
 
 
 def test_growth_is_reported_with_the_counted_density_and_recorded(repo: Repo, session: Session) -> None:
-    found = session(connection_every=2)
-    assert [(event.step, round(event.density, 2)) for event in only(events.Grew, found)] == [(2, 0.15)]
-    assert repo.load(summary(found).checkpoints[-1])["trainer"]["connections"] == {
+    session_events = session(connection_every=2)
+    assert [(event.step, round(event.density, 2)) for event in only(events.Grew, session_events)] == [(2, 0.15)]
+    assert repo.load(summary(session_events).checkpoints[-1])["trainer"]["connections"] == {
         "ratio": pytest.approx(0.15), "density": pytest.approx(0.15, abs=1e-3),
     }  # fmt: skip
 

@@ -8,8 +8,9 @@ from builders import entry
 from hypothesis import given
 from hypothesis import strategies as st
 
+from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
-from castore.policy.lineage import draw
+from castore.policy.lineage import ancestors, draw, lanes
 from castore.policy.scoring import newest_first
 
 
@@ -87,3 +88,47 @@ def test_thousands_stay_narrow(shape: str, rng: random.Random) -> None:
     width = max((len(graph) + 1) // 2 for graph in graphs)
     assert width <= math.log2(count) + 1
     assert width <= {"line": 1, "star": 2, "comb": 2}.get(shape, 12)
+
+
+# -- lanes -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), min_size=1, max_size=40), st.integers(0, 39))
+def test_no_two_branches_overlap(shape: list[tuple[int, int]], best: int) -> None:
+    entries = []
+    for i, (parent, step) in enumerate(shape):
+        parent_id = entries[parent].id if parent < i else None
+        entries.append(entry(step, parent=parent_id, note=str(i), created=f"2026-01-02T03:04:05.{i:06d}Z"))
+    known = {member.id: member for member in entries}
+    path = frozenset(ancestors(entries, entries[best % len(entries)].id))
+    lane_of = lanes(entries, path)
+    assert lane_of.keys() == known.keys()
+    assert {lane_of[checkpoint_id] for checkpoint_id in path} == {0}
+    spans = _branches(entries, lane_of)
+    for row, first, last, names in spans:
+        for other_row, other_first, other_last, others in spans:
+            if row == other_row and names != others:
+                assert last < other_first or other_last < first
+
+
+def _branches(entries: list[Entry], lane_of: dict[ObjectId, int]) -> list[tuple[int, int, int, frozenset[ObjectId]]]:
+    """(row, first step, last step, ids) of each branch, with the place where it left its parent."""
+    known = {member.id: member for member in entries}
+    branches: dict[ObjectId, list[ObjectId]] = {}
+    head: dict[ObjectId, ObjectId] = {}
+    taken: set[ObjectId] = set()
+    for member in entries:  # parents come first
+        parent = member.manifest.parent
+        goes_on = parent is not None and lane_of[parent] == lane_of[member.id] and parent not in taken
+        if goes_on:
+            taken.add(parent)
+        head[member.id] = head[parent] if goes_on else member.id
+        branches.setdefault(head[member.id], []).append(member.id)
+    made = []
+    for start, ids in branches.items():
+        steps = [known[checkpoint_id].manifest.step for checkpoint_id in ids]
+        parent = known[start].manifest.parent
+        if parent in known:
+            steps.append(known[parent].manifest.step)
+        made.append((lane_of[start], min(steps), max(steps), frozenset(ids)))
+    return made

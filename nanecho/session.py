@@ -1,0 +1,203 @@
+"""What a training session is made of, and where it starts: first weights, or those of a checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import castore
+from castore import errors
+from nanecho import config as configs
+from nanecho import data
+from nanecho.config import Config
+from nanecho.events import Began
+from nanecho.model import GPT, Connections
+from nanecho.resume import RESUMED, choose, last_step
+
+Forward = Callable[[Tensor], Tensor]
+"""Tokens (batch, time) -> logits (batch, time, vocabulary): a model, compiled or not."""
+
+_NOT_BEGUN = Began(
+    step=0, last=0, resolution=None, match=None, val_loss=None, fresh="", weights_only=False, later_step=None,
+    instead_of=None,
+)  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingSession:
+    """Everything that a session uses and changes. ``best_loss`` is the lowest validation loss that was saved."""
+
+    config: Config
+    corpus: data.Corpus
+    device: torch.device
+    model: GPT
+    optimizer: torch.optim.AdamW
+    connections: Connections
+    started: str
+    environment: dict[str, Any]
+    began: Began = _NOT_BEGUN
+    step: int = 0
+    best_loss: float | None = None
+    final_loss: float | None = None
+    parent: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    checkpoints: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed of training alone, without evaluating and saving."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def forward(self) -> Forward:
+        """Return the model, compiled if the config says so."""
+        return torch.compile(self.model) if self.config.machine.compile else self.model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which to compute: bfloat16 if asked for, or if ``auto`` and the GPU has it."""
+        dtype = self.config.machine.dtype
+        is_native = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if dtype == "bfloat16" or (dtype == "auto" and is_native):
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def to_device(self, tokens: npt.NDArray[np.int64]) -> Tensor:
+        """Return tokens as a tensor on the session's device."""
+        tensor = torch.from_numpy(tokens)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+
+def make_experiment(config: Config, corpus: data.Corpus, samples: int) -> castore.Experiment:
+    """Return the experiment that checkpoints of this config and data belong to."""
+    return castore.Experiment(
+        model=configs.critical(config.model, corpus.tokenizer.vocab_size),
+        tokenizer=corpus.tokenizer.digest,
+        data=corpus.digest,
+        evaluation={"data": corpus.val_digest, "samples": samples, "tokens": config.model.block_size},
+        metrics={"val_accuracy": castore.Metric(direction="max", low=0.0, high=1.0)},
+    )
+
+
+def prepare_torch(config: Config) -> torch.device:
+    """Set up torch as the config says and return the device. Raise UsageError for one that cannot be used."""
+    name = config.machine.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()  # a device without memory, such as meta, fails here
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise errors.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    torch.set_num_threads(config.machine.threads or castore.processors())
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def fresh_session(
+    repo: castore.Repo, config: Config, corpus: data.Corpus, device: torch.device, started: str
+) -> TrainingSession:
+    """Return a session before its first step, with first weights and nothing resumed."""
+    model = GPT(config.model, corpus.tokenizer.vocab_size)
+    model.initialise(config.training.seed)
+    model.to(device)
+    connections = Connections(model, config.model)
+    connections.advance(0)
+    connections.zero_inactive()
+    return TrainingSession(
+        config=config,
+        corpus=corpus,
+        device=device,
+        model=model,
+        optimizer=_optimizer(config.training, model, device),
+        connections=connections,
+        started=started,
+        environment=_environment(repo, device),
+    )
+
+
+def _optimizer(options: configs.Training, model: GPT, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019); matrices decay, norms don't."""
+    fused = device.type in ("cpu", "cuda")
+    groups = _parameter_groups(options, model)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=_betas(options), fused=fused)
+
+
+def _parameter_groups(options: configs.Training, model: GPT) -> list[dict[str, Any]]:
+    weights = list(model.parameters())
+    return [
+        {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _betas(options: configs.Training) -> tuple[float, float]:
+    return options.beta1, options.beta2
+
+
+def _environment(repo: castore.Repo, device: torch.device) -> dict[str, Any]:
+    return {
+        "castore": castore.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "git_commit": repo.git_commit(),
+    }
+
+
+def begin(repo: castore.Repo, experiment: castore.Experiment, session: TrainingSession) -> Began:
+    """Choose what to resume, load it into ``session`` and say where the session starts. Raise as ``choose`` does."""
+    config = session.config
+    choice = choose(repo, config, experiment)
+    match = choice.match
+    val_loss = None
+    if match:
+        _load(repo, match, session)
+        manifest = repo.find(match.id).manifest
+        if manifest.experiment == experiment:
+            val_loss = manifest.metrics.get("val_loss")
+        else:
+            session.best_loss = None  # losses on other evaluation data say nothing here
+        session.step, session.parent = match.step, match.id
+        session.connections.advance(max(0, match.step - 1))
+    return Began(
+        step=session.step,
+        last=last_step(config, session.step),
+        resolution=choice.resolution,
+        match=match,
+        val_loss=val_loss,
+        fresh=choice.fresh,
+        weights_only=match is not None and match.availability == "weights-only",
+        later_step=choice.later_step,
+        instead_of=choice.instead_of,
+    )
+
+
+def _load(repo: castore.Repo, match: castore.Match, session: TrainingSession) -> None:
+    is_whole = match.availability != "weights-only"
+    state = repo.load(match.id, parts=RESUMED if is_whole else ["model"])
+    try:
+        session.model.load_state_dict(state["model"])
+        if is_whole:
+            session.optimizer.load_state_dict(state["optimizer"])
+            session.best_loss = state["trainer"]["best_loss"]
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise errors.NothingMatches(f"checkpoint {match.id[:12]} was not saved by nanecho: {reason}") from error
+    # the optimizer's state brings the options of the session that saved it, but those of this session count
+    fresh_groups = _parameter_groups(session.config.training, session.model)
+    for group, fresh in zip(session.optimizer.param_groups, fresh_groups, strict=True):
+        group.update(weight_decay=fresh["weight_decay"], betas=_betas(session.config.training))
