@@ -146,6 +146,14 @@ def test_the_file_is_written_aside_and_only_replaces_when_asked_to(repo: Repo, t
     assert sorted(path.name for path in tmp_path.iterdir()) == [".castore", f"out.{suffix}"]
 
 
+def test_the_umask_of_the_process_is_left_alone(repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that creates a file meanwhile would create one that everybody may write to."""
+    own = saved(repo, {"a": torch.ones(5)})
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail(f"the umask was set to {mask}"))
+    convert.export(repo, own, tmp_path / "out.safetensors")
+    convert.export(repo, own, tmp_path / "out.pt")
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_links_git_and_castore_are_no_places_to_export_to(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
@@ -337,7 +345,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "evaluates": (lambda: pickle.dumps(Runs(eval, "open('pwned', 'w')"), 2), "eval"),
     "bytearray of any size": (lambda: pickle.dumps(Runs(bytearray, 10**12), 2), "bytearray"),
     "laughs": (laughs, "more than 1000000 values"),
-    "inside itself": (inside_itself, "more than 100 in one another"),
+    "inside itself": (inside_itself, "more than 100 nested"),
     "a name repeated": (lambda: pickle.dumps({"x" * 2000: [0] * 1000}, 2), "a name of more than"),
     "cut": (lambda: pickle.dumps({"a": 1}, 2)[:-3], "pickle"),
     "no pickle": (lambda: b"\xff" * 10, "pickle"),
@@ -391,7 +399,7 @@ def test_a_compressed_or_lying_zip_is_refused(repo: Repo, tmp_path: Path) -> Non
     with pytest.raises(errors.InvalidFile):
         convert.import_file(repo, lying)
     archive(tmp_path / "script.pt", pickled, **{"code/__torch__.py": b"", "constants.pkl": pickled})
-    with pytest.raises(errors.InvalidFile, match="no state alone"):
+    with pytest.raises(errors.InvalidFile, match="one state alone"):
         convert.import_file(repo, tmp_path / "script.pt")
     assert nothing_was_saved(repo)
 
@@ -406,7 +414,11 @@ def test_another_kind_of_file_is_told(repo: Repo, tmp_path: Path, name: str) -> 
 def test_what_is_no_file_is_not_waited_for(repo: Repo, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "folder.pt").mkdir()
-    for name, says in (("pipe.pt", "no regular file"), ("folder.pt", "no regular file"), ("gone.pt", "No such file")):
+    for name, says in (
+        ("pipe.pt", "not a regular file"),
+        ("folder.pt", "not a regular file"),
+        ("gone.pt", "No such file"),
+    ):
         with pytest.raises(errors.UnsupportedFile, match=says):
             convert.import_file(repo, tmp_path / name)
 

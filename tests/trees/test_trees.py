@@ -240,7 +240,7 @@ def test_a_socket_is_an_error_that_names_it(repo: Repo, tmp_path: Path) -> None:
 
 def test_a_path_that_is_missing_or_a_link_is_an_error(repo: Repo, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(".")
-    for name, says in (("nowhere", "No such file"), ("link", "give what it leads to")):
+    for name, says in (("nowhere", "No such file"), ("link", "add what it leads to")):
         with pytest.raises(errors.UnsupportedFile, match=says):
             add_tree(repo, tmp_path / name)
     with pytest.raises(errors.UnsupportedFile, match="as a whole"):
@@ -342,7 +342,7 @@ def test_folders_are_never_replaced_and_links_never_followed(
         (lambda out: (out / "stuff" / "run.sh").mkdir(parents=True), "run.sh: it is a folder"),
         (lambda out: (out / "stuff").symlink_to(tmp_path / "elsewhere"), "links are not followed"),
         (lambda out: ((out / "stuff").mkdir(), (out / "stuff" / "deep").symlink_to(".")), "links are not followed"),
-        (lambda out: (out / "stuff").write_text("a file"), "stuff: it is no folder"),
+        (lambda out: (out / "stuff").write_text("a file"), "stuff: it is not a folder"),
     ]
     (tmp_path / "elsewhere").mkdir()
     for i, (make, says) in enumerate(obstacles):
@@ -478,7 +478,7 @@ NO_TREES: list[Any] = [
 @pytest.mark.parametrize("tree", NO_TREES, ids=str)
 def test_what_is_no_tree_is_refused(repo: Repo, tmp_path: Path, tree: Any) -> None:
     hostile = save_tree(repo, tree)
-    with pytest.raises(errors.CorruptIndex, match="describes no tree"):
+    with pytest.raises(errors.CorruptIndex, match="does not describe a tree"):
         checkout.check_out(repo, hostile, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
