@@ -795,7 +795,7 @@ def _describe_finding(one: verify.Finding) -> Iterator[str]:
     what = f"object {one.object_id[:12]}" if one.object_id else str(one.path)
     yield f"{one.kind:7} {what}: {one.reason}"
     if one.needed_by:
-        shown = ", ".join(f"{need.part} of {need.manifest[:12]}" for need in one.needed_by[:4])
+        shown = ", ".join(f"{need.part} of {need.checkpoint_id[:12]}" for need in one.needed_by[:4])
         more = len(one.needed_by) - 4
         yield f"        needed by {shown}{f' and {more} more' if more > 0 else ''}"
     if one.repaired_from:

@@ -387,7 +387,7 @@ def verifying(bench: Bench, label: str, folder: Path, size: int) -> None:
     own = repo.checkpoints()[0].id
 
     def act() -> None:
-        if findings := list(verify.verify(repo, [own], repair=False, progress=None)):
+        if findings := list(verify.verify(repo, [own])):
             raise ValueError(f"verify found {findings}")
 
     contenders = [

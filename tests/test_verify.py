@@ -74,7 +74,7 @@ def test_every_damaged_object_is_found_with_all_that_need_it(repo: Repo) -> None
         flip(path)
         (finding,) = [one for one in found(repo) if one.object_id == own]
         assert (finding.kind, finding.path) == ("damaged", path)
-        needed = {(need.manifest, need.part) for need in finding.needed_by}
+        needed = {(need.checkpoint_id, need.part) for need in finding.needed_by}
         expected = {
             (manifest, part)
             for manifest in (one, other)

@@ -1,8 +1,8 @@
 """Any file or folder -> a manifest of kind ``files``; :mod:`castore.trees.checkout` is the way back.
 
 The part ``files`` is one stream: the files, sorted by path, back to back. Its content decides where it is cut (FastCDC:
-Xia et al. 2016), so that an edit changes the chunks around it and no others. Its tree maps each path, which
-begins with the name that was added, to ``{"mode", "data"}`` for a file, ``{"link"}`` for a link and ``{"mode"}`` for a folder.
+Xia et al. 2016), so that an edit changes the chunks around it and no others. Its tree maps each path, beginning
+with the name that was added, to ``{"mode", "data"}`` for a file, ``{"link"}`` for a link, ``{"mode"}`` for a folder.
 
 A few chunks are in memory at a time, whatever the size of the files.
 """

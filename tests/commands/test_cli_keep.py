@@ -118,7 +118,7 @@ def test_verify_prints_findings_as_data(project: Project) -> None:
     assert found["findings"] == [
         {
             "kind": "missing", "reason": "not in the store", "path": str(path), "object_id": chunk, "harmless": False,
-            "needed_by": [{"manifest": own, "part": "model"}], "repaired_from": "",
+            "needed_by": [{"checkpoint_id": own, "part": "model"}], "repaired_from": "",
         }
     ]  # fmt: skip
 
