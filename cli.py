@@ -635,12 +635,12 @@ def gc_command(
         _print_json(_gc_json(found, dry_run))
         return
     for decision in found.decisions:
-        goes = " and ".join(found.goes(decision))
+        goes = " and ".join(found.deleted_parts(decision))
         if decision.parts:
             say(f"keep    {_describe_decision(decision)}{f'; its {goes} part goes' if goes else ''}")
         elif goes:
             say(f"drop    {_describe_decision(decision)}")
-    history = sum(not decision.parts and not found.goes(decision) for decision in found.decisions)
+    history = sum(not decision.parts and not found.deleted_parts(decision) for decision in found.decisions)
     if history:
         say(f"history {history} more, whose data had gone before")
     if found.young:

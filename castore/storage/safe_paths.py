@@ -41,7 +41,7 @@ def why_not_member(path: str) -> str:
 def why_not_link(path: str, target: str) -> str:
     """Return why a link at ``path`` in a tree may not say ``target``, or an empty string if it stays in the tree.
 
-    Leading ``..`` are allowed: they go up through real folders. A later ``..`` is not, since the path may have gone down
+    Leading ``..`` are allowed: they go up through real folders. A later ``..`` is not, as the path may have gone down
     through another link before it, whose parent is elsewhere.
     """
     names = [name for name in target.split("/") if name not in ("", ".")]
