@@ -28,11 +28,7 @@ _HISTORY = ("config.toml", "manifests", "pins", "bundles", "sessions")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was examined: its state and, unless ``level`` is ``ok``, advice on what to do.
-
-    >>> print(Check("lock", "ok", "no other process is at work").level)
-    ok
-    """
+    """One thing that was examined: its state and, unless ``level`` is ``ok``, advice on what to do."""
 
     subject: str
     level: Level
@@ -87,9 +83,8 @@ def _permissions(root: Path) -> Check:
     for name in ("", "manifests", "objects", "tmp"):
         folder = root / name
         if os.path.lexists(folder) and not folder.is_dir():
-            return Check(
-                "permissions", "problem", f"{folder} is not a folder", "move it away: castore creates the folder again"
-            )
+            advice = "move it away: castore creates the folder again"
+            return Check("permissions", "problem", f"{folder} is not a folder", advice)
         if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             advice = "let this user read and write there, or save elsewhere"
             return Check("permissions", "problem", f"this user can't write to {folder}", advice)
@@ -211,19 +206,18 @@ def _leftovers(repo: Repo) -> Iterator[Check]:
     heaps = {name: heap(repo.root / name) for name in advices}
     for name, files in heaps.items():
         if files.files:
-            yield Check(
-                f"{name}/", "warning", f"{_count(files.files, 'file')}, {_megabytes(files.bytes)}", advices[name]
-            )
+            text = f"{_count(files.files, 'file')}, {_megabytes(files.bytes)}"
+            yield Check(f"{name}/", "warning", text, advices[name])
     if not any(files.files for files in heaps.values()):
         yield Check("leftovers", "ok", "none in tmp/, trash/ and quarantine/")
 
 
-# -- what the repository holds ----------------------------------------------------------------------------------------------
+# -- what the repository holds ---------------------------------------------------------------------------------------
 
 
 def _git(root: Path) -> Iterator[Check]:
     if not git.is_inside(root):
-        advice = "run `git init` and commit .castore: the manifests are to outlive this machine"
+        advice = "run `git init` and commit .castore: then the manifests outlive this machine"
         yield Check("git", "warning", "this is not in a git repository", advice)
         return
     uncommitted, tracked_data = git.uncommitted(root, _HISTORY), git.tracked(root, _DATA)
@@ -237,19 +231,14 @@ def _git(root: Path) -> Iterator[Check]:
         yield Check("git", "problem", f"{root.name} is ignored: no manifest is ever committed", advice)
     elif uncommitted:
         advice = f"run `git add {FOLDER} && git commit`: what isn't committed is lost with this machine"
-        yield Check(
-            "git",
-            "warning",
-            f"{_count(len(uncommitted), 'file')} of {FOLDER} not committed, such as {uncommitted[0]}",
-            advice,
-        )
+        text = f"{_count(len(uncommitted), 'file')} of {FOLDER} not committed, such as {uncommitted[0]}"
+        yield Check("git", "warning", text, advice)
     else:
         yield Check("git", "ok", f"{_count(len(committed), 'file')} of {FOLDER} committed")
     if tracked_data:
         advice = f"run `git rm -r --cached --ignore-unmatch {' '.join(f'{FOLDER}/{name}' for name in _DATA)}`"
-        yield Check(
-            "git", "problem", f"git tracks {_count(len(tracked_data), 'data file')}, such as {tracked_data[0]}", advice
-        )
+        text = f"git tracks {_count(len(tracked_data), 'data file')}, such as {tracked_data[0]}"
+        yield Check("git", "problem", text, advice)
 
 
 def _remotes(repo: Repo) -> Iterator[Check]:

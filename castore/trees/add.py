@@ -103,16 +103,7 @@ def add_tree(
     """
     cut = _cutter()
     tree = _scan(path)
-    draft = Manifest(
-        kind=KIND,
-        run=_run_name(tree.top) if name is None else name,
-        step=0,
-        created=manifest.timestamp(created or datetime.now(UTC)),
-        parts={PART: Part(index=ObjectId("0" * 64), bytes=tree.bytes, stored_bytes=0)},
-        tags=sorted(set(tags)),
-        note=note,
-        info={"files": len(tree.files), "folders": len(tree.folders), "links": len(tree.links), "name": tree.top},
-    )
+    draft = _draft(tree, name, tags, note, created or datetime.now(UTC))
     manifest.encode(draft)  # what can't be recorded fails before gigabytes are read
     with repo.lock():
         part, written = _store(repo, tree, cut, progress)
@@ -207,6 +198,20 @@ def _link_target(name: str, path: Path) -> str:
     if reason := safe_paths.why_not_link(name, target):
         raise UnsupportedFile(str(path), f"{reason}, which is never checked out: replace it with what it leads to")
     return target
+
+
+def _draft(tree: _Tree, name: str | None, tags: Sequence[str], note: str, created: datetime) -> Manifest:
+    """Return the manifest of a tree, but for its index."""
+    return Manifest(
+        kind=KIND,
+        run=_run_name(tree.top) if name is None else name,
+        step=0,
+        created=manifest.timestamp(created),
+        parts={PART: Part(index=ObjectId("0" * 64), bytes=tree.bytes, stored_bytes=0)},
+        tags=sorted(set(tags)),
+        note=note,
+        info={"files": len(tree.files), "folders": len(tree.folders), "links": len(tree.links), "name": tree.top},
+    )
 
 
 def _store(repo: Repo, tree: _Tree, cut: Cut, progress: Progress) -> tuple[Part, Written]:
