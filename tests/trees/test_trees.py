@@ -374,8 +374,8 @@ def test_the_target_is_no_link_and_not_inside_git(repo: Repo, tmp_path: Path, mo
 
 def test_a_damaged_or_missing_chunk_leaves_no_half_file(repo: Repo, source: Path, tmp_path: Path) -> None:
     added = add_tree(repo, source)
-    own = added.manifest.parts["files"].index
-    chunks = part_index.decode(repo.store.read(own)).chunks
+    index_id = added.manifest.parts["files"].index
+    chunks = part_index.decode(repo.store.read(index_id)).chunks
     damaged = repo.store.path(chunks[3].id)
     good = damaged.read_bytes()
     for make, kind in (
@@ -413,14 +413,14 @@ def save_tree(repo: Repo, tree: Any, content: bytes = b"hello", tensors: int = 1
     )
     with repo.store.writer() as writer:
         chunks = (ChunkRef(writer.put(content), len(content)),)
-        own = writer.put(part_index.encode(Index(chunks, specs, tree)))
+        index_id = writer.put(part_index.encode(Index(chunks, specs, tree)))
         writer.commit()
     made = Manifest(
         kind="files",
         run="evil",
         step=0,
         created=f"2026-01-01T00:00:00.{len(repo.catalog.listing().entries):06d}Z",
-        parts={"files": Part(index=own, bytes=1, stored_bytes=1)},
+        parts={"files": Part(index=index_id, bytes=1, stored_bytes=1)},
     )
     return repo.catalog.add(made)[0]
 
@@ -513,14 +513,14 @@ def test_more_than_the_disk_holds_is_refused_before_anything_is_written(repo: Re
         zeros = ChunkRef(writer.put(bytes(64 << 20)), 64 << 20)
         count = 1_000_000
         specs = (TensorSpec("uint8", (count * (64 << 20),), 0),)
-        own = writer.put(part_index.encode(Index((zeros,) * count, specs, {"bomb": FILE})))
+        index_id = writer.put(part_index.encode(Index((zeros,) * count, specs, {"bomb": FILE})))
         writer.commit()
     made = Manifest(
         kind="files",
         run="evil",
         step=0,
         created="2026-01-01T00:00:00.000000Z",
-        parts={"files": Part(index=own, bytes=1, stored_bytes=1)},
+        parts={"files": Part(index=index_id, bytes=1, stored_bytes=1)},
     )
     hostile = repo.catalog.add(made)[0]
     with pytest.raises(errors.StorageError, match="are free"):
