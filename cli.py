@@ -635,12 +635,12 @@ def gc_command(
         _print_json(_gc_json(found, dry_run))
         return
     for decision in found.decisions:
-        goes = " and ".join(found.goes(decision))
+        goes = " and ".join(found.deleted_parts(decision))
         if decision.parts:
             say(f"keep    {_describe_decision(decision)}{f'; its {goes} part goes' if goes else ''}")
         elif goes:
             say(f"drop    {_describe_decision(decision)}")
-    history = sum(not decision.parts and not found.goes(decision) for decision in found.decisions)
+    history = sum(not decision.parts and not found.deleted_parts(decision) for decision in found.decisions)
     if history:
         say(f"history {history} more, whose data had gone before")
     if found.young:
@@ -795,7 +795,7 @@ def _describe_finding(one: verify.Finding) -> Iterator[str]:
     what = f"object {one.object_id[:12]}" if one.object_id else str(one.path)
     yield f"{one.kind:7} {what}: {one.reason}"
     if one.needed_by:
-        shown = ", ".join(f"{need.part} of {need.manifest[:12]}" for need in one.needed_by[:4])
+        shown = ", ".join(f"{need.part} of {need.checkpoint_id[:12]}" for need in one.needed_by[:4])
         more = len(one.needed_by) - 4
         yield f"        needed by {shown}{f' and {more} more' if more > 0 else ''}"
     if one.repaired_from:

@@ -381,7 +381,7 @@ def verifying(bench: Bench, label: str, folder: Path, size: int) -> None:
     checkpoint_id = repo.checkpoints()[0].id
 
     def act() -> None:
-        if findings := list(verify.verify(repo, [checkpoint_id], repair=False, progress=None)):
+        if findings := list(verify.verify(repo, [checkpoint_id])):
             raise ValueError(f"verify found {findings}")
 
     contenders = [

@@ -1,12 +1,13 @@
 """Checkpoints <-> files that other programs read: safetensors, and ``.pt`` as torch.save writes it.
 
-A file that is imported is hostile. Its claims are held against its size before anything is allocated or hashed, and a
-``.pt`` may name nothing but what plain tensors are made of before torch's own weights-only reader sees it.
+An imported file is treated as hostile. Its claims are checked against its size before anything is allocated or hashed,
+and a ``.pt`` may name only what plain tensors are made of before torch's own weights-only reader sees it.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import pickletools
@@ -18,12 +19,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castore.errors import InvalidFile, NotFound, RefusedPath, StorageError, UnsupportedFile, UnsupportedValue
+from castore.errors import InvalidFile, NotFound, StorageError, UnsupportedFile, UnsupportedValue
 from castore.format.ids import is_object_id
-from castore.format.manifest import Experiment
+from castore.format.manifest import Entry, Experiment
 from castore.format.part_index import MAX_DEPTH
 from castore.repo import Repo, SaveResult
-from castore.storage import fs, safe_paths
+from castore.storage import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ _SAFETENSORS = ".safetensors"
 _INSTEAD = "export to a .pt instead"
 _MAX_HEADER = 90_000_000  # safetensors refuses headers of more than 100 MB
 
-# Of what is imported. A real file's tensors take as much as the file, a little less or, when views overlap, more.
+# Limits for imported files. Real tensors take as much as their file, a little less or, when views overlap, more.
 _MAX_GROWTH = 8
 _MAX_VALUES = 1_000_000
 _MAX_NAME = 1000
@@ -45,7 +46,7 @@ _MAX_PICKLE = 32 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """A file that is complete and durable. ``tensors`` counts names: a tied tensor has several."""
+    """A file that was written completely. ``tensors`` counts names, of which a tied tensor has several."""
 
     id: str
     part: str
@@ -54,63 +55,53 @@ class Exported:
     bytes: int
 
 
-def export(repo: Repo, wanted: str, out: Path, *, part: str = "model", force: bool = False) -> Exported:
-    """Write one part of a checkpoint to a file: safetensors, or what torch.save writes when its name ends in .pt, .pth.
+def export(repo: Repo, selector: str, out: Path, *, part: str = "model", force: bool = False) -> Exported:
+    """Write one part of a checkpoint to a file: as torch.save does if its name ends in .pt or .pth, else safetensors.
 
-    In safetensors nested states become names with dots, and a tied tensor is written for each of its names. The file
-    appears complete or not at all. RefusedPath when it exists (unless ``force``), or is no place to write to;
-    UnsupportedValue naming the key that safetensors can't hold; what :meth:`castore.Repo.load` raises.
+    In safetensors nested states become names with dots, and a tied tensor is written once for each of its names. The
+    file appears complete or not at all, and replaces another only with ``force``. Raise RefusedPath if ``out`` may not
+    be written to, UnsupportedValue naming the key that safetensors can't hold, and what :meth:`castore.Repo.load` does.
     """
-    safe_paths.check_target(out)
-    _check_free(out, force)
-    entry = repo.find(wanted)
-    if entry.manifest.kind != "checkpoint":
-        raise NotFound(f"{entry.id[:12]} is no checkpoint but {entry.manifest.kind}")
+    output_file.check_target(out, replace=force)  # before anything is read
+    entry = _find_checkpoint(repo, selector)
     state = repo.load(entry.id, [part])[part]
-    metadata = {
+    if out.suffix.lower() in PT:
+        count = sum(_is_tensor(value) for _, value in _named_leaves(state))
+        fill = functools.partial(_write_pt, state=state)
+    else:
+        tensors = _named_tensors(state)
+        count = len(tensors)
+        fill = functools.partial(_write_safetensors, tensors=tensors, metadata=_metadata(entry, part))
+    size = output_file.write_with(fill, out, replace=force, durable=repo.config.store.fsync)
+    return Exported(id=entry.id, part=part, path=out, tensors=count, bytes=size)
+
+
+def _find_checkpoint(repo: Repo, selector: str) -> Entry:
+    entry = repo.find(selector)
+    if entry.manifest.kind != "checkpoint":
+        raise NotFound(f"{entry.id[:12]} is not a checkpoint but {entry.manifest.kind}")
+    return entry
+
+
+def _metadata(entry: Entry, part: str) -> dict[str, str]:
+    return {
         "format": "pt",
         "castore_id": entry.id,
         "castore_run": entry.manifest.run,
         "castore_step": str(entry.manifest.step),
         "castore_part": part,
     }
-    as_pt = out.suffix.lower() in PT
-    named = {} if as_pt else _named_tensors(state)
-    descriptor, temp = fs.create_temporary(out.parent)
-    try:
-        fs.close(descriptor, temp)
-        _write_pt(temp, state) if as_pt else _write_safetensors(temp, named, metadata)
-        size = _settle(temp, repo.config.store.fsync)
-        _place(temp, out, force)
-    finally:
-        fs.unlink(temp)
-    if repo.config.store.fsync:
-        fs.sync_directory(out.parent)
-    tensors = sum(_is_tensor(value) for _, value in _named(state)) if as_pt else len(named)
-    return Exported(id=entry.id, part=part, path=out, tensors=tensors, bytes=size)
 
 
-def _check_free(out: Path, force: bool) -> None:
-    found = safe_paths.status(out)
-    if safe_paths.is_folder(found) or not out.name:
-        raise RefusedPath(str(out), "it is a folder")
-    if found is not None and not safe_paths.is_replaceable(found):
-        raise RefusedPath(str(out), "it is no regular file")
-    if found is not None and not force:
-        raise RefusedPath(str(out), "it exists: --force replaces it")
-    if not safe_paths.is_folder(safe_paths.status(Path(os.path.realpath(out.parent)))):
-        raise RefusedPath(str(out), "the folder isn't there")
-
-
-def _named(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a state with its name, nested keys joined by dots. An empty container is a leaf."""
+def _named_leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (name, leaf) for every leaf of a state, nested keys joined by dots. An empty container is a leaf."""
     prefix = f"{key}." if key else ""
     if isinstance(value, dict) and value:
         for name, item in value.items():
-            yield from _named(item, f"{prefix}{name}")
+            yield from _named_leaves(item, f"{prefix}{name}")
     elif isinstance(value, list | tuple) and value:
         for i, item in enumerate(value):
-            yield from _named(item, f"{prefix}{i}")
+            yield from _named_leaves(item, f"{prefix}{i}")
     else:
         yield key, value
 
@@ -120,19 +111,19 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _named_tensors(state: Any) -> dict[str, torch.Tensor]:
-    """What safetensors can hold, by name. UnsupportedValue, naming the first thing that it can't."""
+    """Return the tensors of a state by name. Raise UnsupportedValue naming the first thing safetensors can't hold."""
     from safetensors import SafetensorError
 
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     length = 0
-    for name, value in _named(state):
+    for name, value in _named_leaves(state):
         length += len(name)
         if length > _MAX_HEADER:
             raise UnsupportedValue(name[:200], f"safetensors has no room for such long names: {_INSTEAD}")
         if not _is_tensor(value):
             what = "an empty container" if isinstance(value, dict | list | tuple) else f"a {type(value).__name__}"
             raise UnsupportedValue(name or "this part", f"safetensors holds tensors, not {what}: {_INSTEAD}")
-        if name in found:
+        if name in tensors:
             raise UnsupportedValue(name, f"two tensors have this name once nested keys are joined: {_INSTEAD}")
         if name == "__metadata__":
             raise UnsupportedValue(name, f"safetensors keeps this name for itself: {_INSTEAD}")
@@ -141,12 +132,12 @@ def _named_tensors(state: Any) -> dict[str, torch.Tensor]:
         except SafetensorError:
             dtype = str(value.dtype).removeprefix("torch.")
             raise UnsupportedValue(name, f"safetensors knows no {dtype}: {_INSTEAD}") from None
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def _spec(tensor: torch.Tensor) -> Any:
-    """The tensor's bytes where they lie: the tensor must outlive it."""
+    """Describe a tensor to safetensors by the address of its bytes: the tensor must outlive the description."""
     from safetensors import TensorSpec
 
     return TensorSpec(
@@ -157,11 +148,11 @@ def _spec(tensor: torch.Tensor) -> Any:
     )
 
 
-def _write_safetensors(path: Path, named: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+def _write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     from safetensors import SafetensorError, serialize_file
 
     try:
-        serialize_file({name: _spec(tensor) for name, tensor in named.items()}, path, dict(metadata))
+        serialize_file({name: _spec(tensor) for name, tensor in tensors.items()}, path, dict(metadata))
     except (SafetensorError, OSError) as error:
         raise StorageError("write", str(path), OSError(errno.EIO, str(error))) from error
 
@@ -173,31 +164,6 @@ def _write_pt(path: Path, state: Any) -> None:
         castore.state.tensors.write_pt(state, path)
     except (RuntimeError, OSError) as error:
         raise StorageError("write", str(path), OSError(errno.EIO, str(error).splitlines()[0])) from error
-
-
-def _settle(path: Path, durable: bool) -> int:
-    """Make what a library wrote durable; returns its size."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageError("open", str(path), error) from error
-    try:
-        # safetensors makes its file readable to its owner alone
-        mask = os.umask(0)
-        os.umask(mask)
-        fs.set_mode(path, 0o666 & ~mask, descriptor)
-        if durable:
-            fs.sync(descriptor, path)
-        return os.fstat(descriptor).st_size
-    finally:
-        fs.close(descriptor, path)
-
-
-def _place(temp: Path, out: Path, force: bool) -> None:
-    if force:
-        fs.rename(temp, out)
-    elif not fs.link(temp, out):
-        raise RefusedPath(str(out), "it was made meanwhile: --force replaces it")
 
 
 # -- import ----------------------------------------------------------------------------------------------------------
@@ -217,19 +183,17 @@ def import_file(
 ) -> SaveResult:
     """Store the tensors of a file as part ``model`` of a new checkpoint.
 
-    ``like`` names a checkpoint whose line and configuration the new one takes, and run and step unless given: the
-    caller vouches that they fit. Otherwise the run is ``imported`` and the step 0. UnsupportedFile for what is no such
-    file; InvalidFile for one that is damaged or hostile; UnsupportedValue naming the key of what can't be stored. Then
-    nothing was saved.
+    ``like`` selects a checkpoint whose experiment and configuration the new one takes, and run and step unless given:
+    the caller vouches that they fit. Otherwise the run is ``imported`` and the step 0. Raise UnsupportedFile for any
+    other kind of file, InvalidFile for one that is damaged or hostile, UnsupportedValue naming the key of what can't
+    be stored. Then nothing was saved.
     """
-    model = repo.find(like) if like else None
-    if model and model.manifest.kind != "checkpoint":
-        raise NotFound(f"{model.id[:12]} is no checkpoint but {model.manifest.kind}")
-    pattern = model.manifest if model else None
+    similar = _find_checkpoint(repo, like) if like else None
+    pattern = similar.manifest if similar else None
     state, exported_from = read(path)
     info: dict[str, Any] = {"imported_from": path.name.encode(errors="replace").decode()[:200]}
-    if model:
-        info["like"] = model.id
+    if similar:
+        info["like"] = similar.id
     if exported_from:
         info["exported_from"] = exported_from
     return repo.save(
@@ -248,9 +212,10 @@ def import_file(
 
 
 def read(path: Path) -> tuple[Any, str]:
-    """(the state in a file, the id of the checkpoint that it says it was exported from, or nothing).
+    """Return (the state in a file, the id of the checkpoint it claims to be exported from or an empty string).
 
-    UnsupportedFile, InvalidFile. No code in it is run, and it costs no memory beyond a few times its size.
+    Raise UnsupportedFile or InvalidFile. No code in the file is run, and reading takes at most a few times its size in
+    memory.
     """
     size = _check_readable(path)
     suffix = path.suffix.lower()
@@ -266,20 +231,20 @@ def read(path: Path) -> tuple[Any, str]:
     raise UnsupportedFile(str(path), f"neither {_SAFETENSORS} nor {' nor '.join(PT)}")
 
 
-def _is_here(repo: Repo, own: str) -> bool:
+def _is_here(repo: Repo, checkpoint_id: str) -> bool:
     try:
-        return repo.find(own).manifest.kind == "checkpoint"
+        return repo.find(checkpoint_id).manifest.kind == "checkpoint"
     except NotFound:
         return False
 
 
 def _check_readable(path: Path) -> int:
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise UnsupportedFile(str(path), "no regular file")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsupportedFile(str(path), "not a regular file")
         with open(path, "rb"):
-            return found.st_size
+            return status.st_size
     except OSError as error:
         raise UnsupportedFile(str(path), f"can't be read: {error.strerror}") from error
 
@@ -297,18 +262,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 name: castore.state.tensors.copy_tensor(file.get_tensor(name)) for name in names
             }, file.metadata() or {}
     except Exception as error:  # whatever a parser makes of hostile bytes
-        raise InvalidFile(str(path), f"no valid safetensors file ({_first_line(error)})") from error
+        raise InvalidFile(str(path), f"not a valid safetensors file ({_first_line(error)})") from error
 
 
 def _read_pt(path: Path) -> Any:
     import castore.state.tensors
 
     if not castore.state.tensors.can_read_pt():
-        raise UnsupportedFile(str(path), "reading the .pt of others safely takes torch 2.10 or newer: upgrade it")
+        raise UnsupportedFile(str(path), "reading a .pt safely takes torch 2.10 or newer: upgrade it")
     try:
         return castore.state.tensors.read_pt(path)
     except Exception as error:  # whatever a parser makes of hostile bytes
-        raise InvalidFile(str(path), f"torch can't read it as weights alone ({_first_line(error)})") from error
+        raise InvalidFile(str(path), f"torch can't read it as weights only ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -338,17 +303,17 @@ def _is_allowed(name: str) -> bool:
 
 
 def _check_pt(path: Path, size: int) -> None:
-    """InvalidFile unless it is an uncompressed zip with one small pickle, which names nothing but parts of tensors."""
+    """Raise InvalidFile unless it is an uncompressed zip with one small pickle that names only parts of tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if any(one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 1 for one in members):
-                raise InvalidFile(str(path), "it is compressed or encrypted, as torch.save never does")
-            if sum(one.file_size for one in members) > size:
+            if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
+                raise InvalidFile(str(path), "it is compressed or encrypted, which torch.save never does")
+            if sum(member.file_size for member in members) > size:
                 raise InvalidFile(str(path), "it claims more bytes than it has")
-            pickles = [one for one in members if one.filename.endswith((".pkl", ".pickle"))]
+            pickles = [member for member in members if member.filename.endswith((".pkl", ".pickle"))]
             if len(pickles) != 1 or pickles[0].filename.rpartition("/")[2] != "data.pkl":
-                raise InvalidFile(str(path), "it holds no state alone: it isn't what torch.save writes of one")
+                raise InvalidFile(str(path), "it does not hold one state alone, as torch.save writes it")
             if pickles[0].file_size > _MAX_PICKLE:
                 raise InvalidFile(str(path), f"its values other than tensors take {pickles[0].file_size} bytes")
             data = archive.read(pickles[0])
@@ -358,38 +323,38 @@ def _check_pt(path: Path, size: int) -> None:
 
 
 def _check_pickle(path: Path, data: bytes) -> None:
-    """Reads what the pickle names without doing what it says."""
+    """Raise InvalidFile if the pickle names anything but parts of tensors. It is read without being executed."""
     try:
         for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
             if opcode.name == "GLOBAL" and not _is_allowed(str(argument)):
                 raise InvalidFile(
-                    str(path), f"it asks for {str(argument)[:100].replace(' ', '.')}, no part of a tensor"
+                    str(path), f"it asks for {str(argument)[:100].replace(' ', '.')}, which is not part of a tensor"
                 )
             if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-                raise InvalidFile(str(path), f"its pickle has a {opcode.name}, as torch.save never writes")
+                raise InvalidFile(str(path), f"its pickle has a {opcode.name}, which torch.save never writes")
     except (ValueError, UnicodeError, IndexError, OverflowError) as error:
         raise InvalidFile(str(path), f"its pickle is damaged ({_first_line(error)})") from error
 
 
 def _check_claims(path: Path, state: Any, size: int) -> None:
-    """InvalidFile when little data stands for much: lists in lists in lists, a few bytes seen as a huge tensor."""
+    """Raise InvalidFile if little data stands for much: lists in lists in lists, a few bytes seen as a huge tensor."""
     claimed = count = 0
     views: set[tuple[Any, ...]] = set()
-    waiting: list[tuple[Any, int]] = [(state, 0)]
-    while waiting:
-        value, depth = waiting.pop()
+    pending: list[tuple[Any, int]] = [(state, 0)]
+    while pending:
+        value, depth = pending.pop()
         count += 1
         if isinstance(value, dict):
             if any(isinstance(name, str) and len(name) > _MAX_NAME for name in value):
                 raise InvalidFile(str(path), f"it has a name of more than {_MAX_NAME} characters")
-            waiting += [(item, depth + 1) for item in value.values()]
+            pending += [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list | tuple):
-            waiting += [(item, depth + 1) for item in value]
+            pending += [(item, depth + 1) for item in value]
         elif _is_tensor(value) and not value.is_sparse and not value.is_quantized:
             view = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
             claimed += 0 if view in views else value.nbytes
             views.add(view)
-        if count + len(waiting) > _MAX_VALUES or depth > MAX_DEPTH:
-            raise InvalidFile(str(path), f"more than {_MAX_VALUES} values, or more than {MAX_DEPTH} in one another")
+        if count + len(pending) > _MAX_VALUES or depth > MAX_DEPTH:
+            raise InvalidFile(str(path), f"more than {_MAX_VALUES} values, or more than {MAX_DEPTH} nested")
         if claimed > _MAX_GROWTH * size:
             raise InvalidFile(str(path), f"its tensors claim more than {_MAX_GROWTH} times the bytes that it has")

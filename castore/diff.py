@@ -1,7 +1,7 @@
 """What differs between two checkpoints: what their manifests say, and tensor by tensor.
 
-Tensors that lie in the same chunks at the same place are equal, which the indexes alone tell. Only the others are
-loaded, a batch at a time, and only then is torch needed.
+Tensors in the same place of the same chunks are equal: the indexes alone show that. Only the others are loaded, a batch
+at a time, and only then is torch needed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ABSENT = Absent()
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value, not a tensor, that differs; ABSENT where there is none. Of containers of different types, the types."""
+    """A value, not a tensor, that differs; ABSENT on a side without it. For containers of other types, their types."""
 
     key: str
     before: Any
@@ -44,10 +44,10 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """``before`` and ``after`` are its element type and shape, such as ``float32 [3, 4]``; empty where it isn't.
+    """``before`` and ``after`` are its element type and shape, such as ``float32 [3, 4]``; empty on a side without it.
 
-    ``change``, of one that is changed but not in type or shape: the largest difference of two elements, relative to
-    the largest magnitude in either tensor: 0 to 2. None when that means nothing: NaN, infinity, packed bits.
+    ``change``, if only the elements changed: the largest difference of two elements, relative to the largest magnitude
+    in either tensor, from 0 to 2. None if that is meaningless: with NaN, infinity or packed bits.
     """
 
     key: str
@@ -59,7 +59,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """``problem`` says why tensors and values of a part that both have were not compared; empty when they were."""
+    """``problem`` says why a part that both checkpoints have could not be compared; empty if it was."""
 
     name: str
     state: State | Literal["unknown"]
@@ -70,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """``identity``: run, step and the like; only what differs is listed. Each part is listed, equal ones too."""
+    """What differs. ``identity`` is run, step and the like. ``parts`` lists every part, equal ones too."""
 
     identity: tuple[Value, ...]
     config: tuple[Value, ...]
@@ -80,18 +80,27 @@ class Difference:
 
 
 def diff(repo: Repo, before: Entry, after: Entry) -> Difference:
-    """How ``after`` differs from ``before``. Parts whose data was dropped are not compared, and say so.
+    """Return how ``after`` differs from ``before``. Parts whose data was dropped are not compared, and say so.
 
-    At most a batch of tensors is in memory. ObjectMissing, CorruptObject or CorruptIndex for data that is damaged.
+    At most a batch of tensors is in memory. Raise ObjectMissing, CorruptObject or CorruptIndex for damaged data.
+
+    >>> import tempfile, castore
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     repo = castore.Repo.init(folder)
+    ...     for step in (1, 2):
+    ...         _ = repo.save({"trainer": {"step": step, "seed": 7}}, run="main", step=step)
+    ...     after, before = repo.checkpoints()
+    ...     [part.values for part in diff(repo, before, after).parts]
+    [(Value(key='step', before=1, after=2),)]
     """
     a, b = before.manifest, after.manifest
     with repo.lock():
         parts = tuple(_diff_part(repo, name, before, after) for name in {**a.parts, **b.parts})
     return Difference(
-        identity=tuple(_values(_identity(a), _identity(b))),
-        config=tuple(_values(a.config, b.config)),
-        experiment=tuple(_values(_experiment(a), _experiment(b))),
-        metrics=tuple(_values({"score": score(a), **a.metrics}, {"score": score(b), **b.metrics})),
+        identity=tuple(_differing(_identity(a), _identity(b))),
+        config=tuple(_differing(a.config, b.config)),
+        experiment=tuple(_differing(_experiment(a), _experiment(b))),
+        metrics=tuple(_differing({"score": score(a), **a.metrics}, {"score": score(b), **b.metrics})),
         parts=parts,
     )
 
@@ -106,62 +115,69 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
 
 def _experiment(manifest: Manifest) -> dict[str, Any]:
     experiment = manifest.experiment
-    metrics = {name: f"{one.direction} of {one.low:g} to {one.high:g}" for name, one in experiment.metrics.items()}
-    named = {"model": experiment.model, "evaluation": experiment.evaluation, "metrics": metrics}
-    return {"tokenizer": experiment.tokenizer, "data": experiment.data, **named}
+    return {
+        "tokenizer": experiment.tokenizer,
+        "data": experiment.data,
+        "model": experiment.model,
+        "evaluation": experiment.evaluation,
+        "metrics": {
+            name: f"{metric.direction} of {metric.low:g} to {metric.high:g}"
+            for name, metric in experiment.metrics.items()
+        },
+    }
 
 
-def _values(before: Any, after: Any) -> Iterator[Value]:
-    """The leaves that differ, by key."""
-    kinds, others = dict(_containers(before, "")), dict(_containers(after, ""))
-    for key in kinds:
-        if others.get(key, kinds[key]) is not kinds[key]:
-            yield Value(key, kinds[key], others[key])
-    a, b = _flat(before), _flat(after)
-    for key in {**a, **b}:
-        one, other = a.get(key, ABSENT), b.get(key, ABSENT)
-        if not _same(one, other):
-            yield Value(key, one, other)
+def _differing(before: Any, after: Any) -> Iterator[Value]:
+    """Yield the leaves that differ, by key, after containers whose types differ."""
+    types_before, types_after = dict(_container_types(before, "")), dict(_container_types(after, ""))
+    for key, before_type in types_before.items():
+        if types_after.get(key, before_type) is not before_type:
+            yield Value(key, before_type, types_after[key])
+    leaves_before, leaves_after = _leaves(before), _leaves(after)
+    for key in {**leaves_before, **leaves_after}:
+        value, other = leaves_before.get(key, ABSENT), leaves_after.get(key, ABSENT)
+        if not _is_same(value, other):
+            yield Value(key, value, other)
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    """Every leaf that is no tensor by its path; containers without items are leaves too."""
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Return every leaf but tensors by its key. A container without items is a leaf too."""
     return {key: value for key, value in part_index.leaves(tree) if type(value) is not TensorRef}
 
 
-def _containers(value: Any, key: str) -> Iterator[tuple[str, type]]:
-    """The type of every container that isn't empty."""
-    found = part_index.items(value, key)
-    if found:
+def _container_types(value: Any, key: str) -> Iterator[tuple[str, type]]:
+    """Yield the key and type of every container that isn't empty."""
+    items = part_index.items(value, key)
+    if items:
         yield key, type(value)
-    for name, item in found:
-        yield from _containers(item, name)
+    for item_key, item in items:
+        yield from _container_types(item, item_key)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _is_same(value: Any, other: Any) -> bool:
     # by repr, NaN equals itself and zero differs from minus zero, as they do when they are stored
-    by_text = isinstance(one, float | complex)
-    return type(one) is type(other) and (repr(one) == repr(other) if by_text else bool(one == other))
+    by_text = isinstance(value, float | complex)
+    return type(value) is type(other) and (repr(value) == repr(other) if by_text else bool(value == other))
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _diff_part(repo: Repo, name: str, before: Entry, after: Entry) -> Part:
-    a, b = before.manifest.parts.get(name), after.manifest.parts.get(name)
-    if a is None or b is None:
-        return Part(name, "added" if a is None else "removed")
-    if a.index == b.index:
+    part_before, part_after = before.manifest.parts.get(name), after.manifest.parts.get(name)
+    if part_before is None or part_after is None:
+        return Part(name, "added" if part_before is None else "removed")
+    if part_before.index == part_after.index:
         return Part(name, "equal")
     sides = []
-    for entry, own in ((before, a.index), (after, b.index)):
+    for entry, index_id in ((before, part_before.index), (after, part_after.index)):
         try:
-            sides.append(_Side.open(repo, entry.id, name, own))
+            sides.append(_Side.open(repo, entry.id, name, index_id))
         except ObjectMissing:
             return Part(name, "unknown", problem=f"the data of {entry.id[:12]} is not in the store")
-    tensors = tuple(_tensors(*sides))
-    one, other = (side.index for side in sides)
-    values = tuple(_values(one.tree, other.tree))
+    side_before, side_after = sides
+    tensors = tuple(_diff_tensors(side_before, side_after))
+    values = tuple(_differing(side_before.index.tree, side_after.index.tree))
     changed = values or any(tensor.state != "equal" for tensor in tensors)
     return Part(name, "changed" if changed else "equal", tensors, values)
 
@@ -171,92 +187,97 @@ class _Side:
     """A part of one of the two checkpoints."""
 
     repo: Repo
-    manifest: ObjectId
+    checkpoint_id: ObjectId
     part: str
     index: Index
 
     @classmethod
-    def open(cls, repo: Repo, manifest: ObjectId, part: str, own: ObjectId) -> _Side:
-        with locate_errors(part, manifest):
-            data, _ = fallback.read(repo.store, repo.remotes, own)
-            return cls(repo, manifest, part, part_index.decode(data))
+    def open(cls, repo: Repo, checkpoint_id: ObjectId, part: str, index_id: ObjectId) -> _Side:
+        with locate_errors(part, checkpoint_id):
+            data, _ = fallback.read(repo.store, repo.remotes, index_id)
+            return cls(repo, checkpoint_id, part, part_index.decode(data))
 
     def load(self, numbers: Iterable[int]) -> dict[int, Any]:
+        """Return the tensors of these numbers in the index."""
         import castore.state.tensors
 
         repo = self.repo
-        with locate_errors(self.part, self.manifest):
+        with locate_errors(self.part, self.checkpoint_id):
             return load_tensors(
                 repo.store, self.index, numbers, castore.state.tensors.allocate, repo.threads, repo.remotes
             )
 
 
-def _tensors(one_side: _Side, other_side: _Side) -> Iterator[Tensor]:
-    """Every tensor of either, in the order of the first, then of the second."""
-    a, b = one_side.index, other_side.index
-    before, after = _references(a), _references(b)
-    places = _places(a), _places(b)
-    pending: dict[str, tuple[int, int]] = {}
-    settled: dict[str, Tensor] = {}
-    for key in {**before, **after}:
-        one = a.tensors[before[key]] if key in before else None
-        other = b.tensors[after[key]] if key in after else None
-        if one is None or other is None:
-            settled[key] = Tensor(key, "added" if one is None else "removed", _shown(one), _shown(other))
-        elif (one.dtype, one.shape) != (other.dtype, other.shape):
-            settled[key] = Tensor(key, "changed", _shown(one), _shown(other))
-        elif places[0][before[key]] == places[1][after[key]]:
-            settled[key] = Tensor(key, "equal", _shown(one), _shown(other))
+def _diff_tensors(before: _Side, after: _Side) -> Iterator[Tensor]:
+    """Yield every tensor of either side, in the order of the first, then of the second."""
+    numbers_before, numbers_after = _tensor_numbers(before.index), _tensor_numbers(after.index)
+    places_before, places_after = _places(before.index), _places(after.index)
+    to_load: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, Tensor] = {}
+    keys = {**numbers_before, **numbers_after}
+    for key in keys:
+        number, other_number = numbers_before.get(key), numbers_after.get(key)
+        spec = before.index.tensors[number] if number is not None else None
+        other_spec = after.index.tensors[other_number] if other_number is not None else None
+        shown, other_shown = _shown(spec), _shown(other_spec)
+        if number is None or other_number is None:
+            tensors[key] = Tensor(key, "added" if number is None else "removed", shown, other_shown)
+        elif shown != other_shown:
+            tensors[key] = Tensor(key, "changed", shown, other_shown)
+        elif places_before[number] == places_after[other_number]:
+            tensors[key] = Tensor(key, "equal", shown, other_shown)
         else:
-            pending[key] = before[key], after[key]
-    for key, change, is_equal in _compare(one_side, other_side, pending):
-        shown = _shown(a.tensors[before[key]])
-        settled[key] = Tensor(key, "equal" if is_equal else "changed", shown, shown, None if is_equal else change)
-    return (settled[key] for key in {**before, **after})
+            to_load[key] = number, other_number
+    for key, change, is_equal in _compare(before, after, to_load):
+        shown = _shown(before.index.tensors[numbers_before[key]])
+        tensors[key] = Tensor(key, "equal" if is_equal else "changed", shown, shown, None if is_equal else change)
+    return (tensors[key] for key in keys)
 
 
-def _references(found: Index) -> dict[str, int]:
-    return {key: value.number for key, value in part_index.leaves(found.tree) if type(value) is TensorRef}
+def _tensor_numbers(index: Index) -> dict[str, int]:
+    """Return the number of each tensor in the index, by its key."""
+    return {key: value.number for key, value in part_index.leaves(index.tree) if type(value) is TensorRef}
 
 
-def _places(found: Index) -> list[list[tuple[ObjectId, int, int]]]:
-    """Where the bytes of each tensor are: (chunk, offset in it, length), in order. Equal places hold equal bytes."""
-    extents = [(spec.offset, spec.nbytes) for spec in found.tensors]
+def _places(index: Index) -> list[list[tuple[ObjectId, int, int]]]:
+    """Return where each tensor's bytes are: (chunk, offset in it, length), in order. Equal places hold equal bytes."""
+    extents = [(spec.offset, spec.nbytes) for spec in index.tensors]
     places: list[list[tuple[ObjectId, int, int]]] = [[] for _ in extents]
-    covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in found.chunks])
-    for chunk, pieces in zip(found.chunks, covered, strict=True):
+    covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
+    for chunk, pieces in zip(index.chunks, covered, strict=True):
         for piece in pieces:
             places[piece.tensor].append((chunk.id, piece.at, piece.stop - piece.start))
     return places
 
 
 def _compare(
-    one: _Side, other: _Side, pairs: Mapping[str, tuple[int, int]]
+    before: _Side, after: _Side, pairs: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[str, float | None, bool]]:
-    """(key, largest relative change, whether every bit is equal), by loading both tensors of each pair."""
+    """Load both tensors of each pair of numbers; yield (key, largest relative change, whether all bits are equal)."""
     batch: dict[str, tuple[int, int]] = {}
     size = 0
     for key, pair in pairs.items():
         batch[key] = pair
-        size += one.index.tensors[pair[0]].nbytes
+        size += before.index.tensors[pair[0]].nbytes
         # small tensors share chunks: one by one, each would read the chunk of all again
         if size >= _BATCH_BYTES:
-            yield from _compare_batch(one, other, batch)
+            yield from _compare_batch(before, after, batch)
             batch, size = {}, 0
     if batch:
-        yield from _compare_batch(one, other, batch)
+        yield from _compare_batch(before, after, batch)
 
 
 def _compare_batch(
-    one: _Side, other: _Side, pairs: Mapping[str, tuple[int, int]]
+    before: _Side, after: _Side, pairs: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[str, float | None, bool]]:
-    import castore.state.tensors
+    from castore.state.tensors import equal_bits, relative_change
 
-    before = one.load({number for number, _ in pairs.values()})
-    after = other.load({number for _, number in pairs.values()})
-    for key, (a, b) in pairs.items():
-        is_equal = castore.state.tensors.equal_bits(before[a], after[b])
-        yield key, 0.0 if is_equal else castore.state.tensors.relative_change(before[a], after[b]), is_equal
+    tensors = before.load({number for number, _ in pairs.values()})
+    others = after.load({number for _, number in pairs.values()})
+    for key, (number, other_number) in pairs.items():
+        tensor, other = tensors[number], others[other_number]
+        is_equal = equal_bits(tensor, other)
+        yield key, 0.0 if is_equal else relative_change(tensor, other), is_equal
 
 
 def _shown(spec: TensorSpec | None) -> str:

@@ -1,4 +1,4 @@
-"""Look a repository over and say what may go wrong, and what to do about it."""
+"""Examine a repository: report what may go wrong, and what to do about it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HISTORY = ("config.toml", "manifests", "pins", "bundles", "sessions")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, how it is, and, unless it is ok, what to do."""
+    """One thing that was examined: its state and, unless ``level`` is ``ok``, advice on what to do."""
 
     subject: str
     level: Level
@@ -37,16 +37,24 @@ class Check:
 
 
 def examine(now: datetime, path: str | os.PathLike[str] = ".") -> Iterator[Check]:
-    """Check the repository at or above ``path``, one thing after another. RepoNotFound.
+    """Check the repository at or above ``path``, one thing after another. Raise RepoNotFound.
 
-    Makes a few small files in tmp/ and removes them again; everything else is left as it is.
+    Creates a few small files in tmp/ and removes them again; everything else is left as it is.
+
+    >>> import tempfile, castore
+    >>> from datetime import UTC
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     repo = castore.Repo.init(folder)
+    ...     checks = {check.subject: check for check in examine(datetime.now(UTC), folder)}
+    >>> checks["lock"].text, checks["git"].text
+    ('no other process is at work', 'this is not in a git repository')
     """
     try:
         repo = Repo.open(path)
         yield Check("settings", "ok", f"{repo.root / 'config.toml'} is valid")
     except ConfigError as error:
-        yield Check("settings", "problem", str(error), "correct that line, or remove it for the default")
-        repo = Repo(Path(error.path).parent, Config())  # the rest doesn't depend on it
+        yield Check("settings", "problem", str(error), "correct that line, or remove it to get the default")
+        repo = Repo(Path(error.path).parent, Config())  # the other checks don't depend on the settings
     writable = _permissions(repo.root)
     yield writable
     sections = {
@@ -64,87 +72,88 @@ def examine(now: datetime, path: str | os.PathLike[str] = ".") -> Iterator[Check
         try:
             yield from checks
         except StorageError as error:
-            yield Check(subject, "problem", str(error), "let this user read it, or mend the disk")
+            yield Check(subject, "problem", str(error), "let this user read it, or repair the disk")
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------
 
 
 def _permissions(root: Path) -> Check:
-    """Whether everything that a save writes to can be written to."""
+    """Check that this user can write to every folder a save writes to."""
     for name in ("", "manifests", "objects", "tmp"):
         folder = root / name
         if os.path.lexists(folder) and not folder.is_dir():
-            return Check("permissions", "problem", f"{folder} is not a folder", "move it away: castore makes it anew")
+            advice = "move it away: castore creates the folder again"
+            return Check("permissions", "problem", f"{folder} is not a folder", advice)
         if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            advice = "give this user the right to read and write there, or save elsewhere"
+            advice = "let this user read and write there, or save elsewhere"
             return Check("permissions", "problem", f"this user can't write to {folder}", advice)
     return Check("permissions", "ok", f"this user can write to {root}")
 
 
 def _file_system(repo: Repo, writable: bool) -> Iterator[Check]:
-    kind = _kind(repo.root)
+    kind = _file_system_kind(repo.root)
     if kind in _OVER_THE_NETWORK:
         advice = "let one machine at a time use it, or keep .castore on a local disk with this one as a remote"
-        yield Check("file system", "warning", f"{kind}: locks may hold on one machine only", advice)
+        yield Check("file system", "warning", f"{kind}: locks may work on one machine only", advice)
     elif writable:
-        yield Check("file system", "ok", kind or "of a kind that can't be told")
+        yield Check("file system", "ok", kind or "its kind is unknown on this system")
     if writable:
-        yield from _abilities(repo.root / "tmp")
+        yield from _file_operations(repo.root / "tmp")
 
 
-def _abilities(folder: Path) -> Iterator[Check]:
-    """Try what every save relies on."""
-    made: list[Path] = []
+def _file_operations(folder: Path) -> Iterator[Check]:
+    """Try the operations that every save relies on."""
+    created: list[Path] = []
     try:
         descriptor, path = fs.create_temporary(folder)
-        made.append(path)
+        created.append(path)
         fs.close(descriptor, path)
         linked = path.with_name(path.name + "-link")
-        made.append(linked)
+        created.append(linked)
         try:
             os.link(path, linked)
         except OSError as error:
-            advice = "a manifest gets its name by a hard link: keep .castore on another file system"
-            yield Check("hard links", "problem", f"can't be made in {folder}: {error.strerror}", advice)
+            advice = "castore creates manifests by hard links: keep .castore on another file system"
+            yield Check("hard links", "problem", f"can't be created in {folder}: {error.strerror}", advice)
         else:
-            yield Check("hard links", "ok", "can be made")
+            yield Check("hard links", "ok", "work")
         with fs.lock(path, exclusive=True, timeout=0):
             try:
                 with fs.lock(path, exclusive=True, timeout=0):
-                    advice = "nothing would keep gc from deleting what a save needs: keep .castore on a local disk"
-                    yield Check("locks", "problem", "two can hold an exclusive lock at once", advice)
+                    advice = "gc could delete what a save needs: keep .castore on a local disk"
+                    yield Check("locks", "problem", "two processes can hold an exclusive lock at once", advice)
             except Locked:
                 yield Check("locks", "ok", "exclude each other")
     except StorageError as error:
-        yield Check("file system", "problem", str(error), "free space or mend the disk: no save can succeed")
+        yield Check("file system", "problem", str(error), "free space or repair the disk: no save can succeed")
     finally:
-        for path in made:
+        for path in created:
             fs.unlink(path)
 
 
-def _kind(path: Path) -> str:
-    """The kind of file system that a path is on; empty where that can't be told."""
-    best, kind = "", ""
+def _file_system_kind(path: Path) -> str:
+    """Return the kind of file system that ``path`` is on, such as ``ext4``; empty where the system doesn't say."""
+    longest, kind = "", ""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return ""
     for line in lines:
         fields, _, rest = line.partition(" - ")
-        place = fields.split(" ")[4].encode().decode("unicode_escape")
-        if path.is_relative_to(place) and len(place) >= len(best):
-            best, kind = place, rest.split(" ")[0]
+        mount_point = fields.split(" ")[4].encode().decode("unicode_escape")
+        if path.is_relative_to(mount_point) and len(mount_point) >= len(longest):
+            longest, kind = mount_point, rest.split(" ")[0]
     return kind
 
 
 def _space(repo: Repo) -> Iterator[Check]:
-    """Whether the next checkpoints fit, if they are as large as the largest one so far."""
+    """Check that the next checkpoints fit, if they are as large as the largest one so far."""
     free = shutil.disk_usage(repo.root).free
     manifests = [entry.manifest for entry in repo.checkpoints()]
-    largest = max((sum(part.stored_bytes for part in one.parts.values()) for one in manifests), default=0)
+    largest = max((sum(part.stored_bytes for part in manifest.parts.values()) for manifest in manifests), default=0)
     text = f"{_megabytes(free)} free, the largest checkpoint takes {_megabytes(largest)}"
-    advice = "free some, or collect garbage with a lower --max-size: `castore gc --help`"
+    advice = "free some, or run `castore gc` with a lower --max-size"
     if free < largest:
         yield Check("space", "problem", text, advice)
     else:
@@ -156,12 +165,13 @@ def _lock(repo: Repo) -> Iterator[Check]:
 
 
 def _lock_state(path: Path) -> Check:
+    """Try the exclusive lock, then a shared one: the first that succeeds says how others hold it."""
     states: tuple[tuple[bool, Level, str], ...] = (
-        (True, "ok", "nobody is at work"),
-        (False, "warning", "others save or load"),
+        (True, "ok", "no other process is at work"),
+        (False, "warning", "other processes save or load"),
     )
     if not path.exists():
-        return Check("lock", "ok", "nobody is at work")
+        return Check("lock", "ok", "no other process is at work")
     for exclusive, level, text in states:
         try:
             with fs.lock(path, exclusive=exclusive, timeout=0):
@@ -169,19 +179,19 @@ def _lock_state(path: Path) -> Check:
         except Locked:
             continue
         except StorageError as error:
-            return Check("lock", "problem", str(error), "give this user the right to write there")
-    return Check("lock", "warning", "somebody holds it alone, as gc does" + _holders(path), _WAIT)
+            return Check("lock", "problem", str(error), "let this user write there")
+    return Check("lock", "warning", "an exclusive lock is held, as by gc" + _holders(path), _WAIT)
 
 
-_WAIT = "wait until they are done; one that hangs can be ended without harm"
+_WAIT = "wait until they are done; a process that hangs can be ended without harm"
 
 
 def _holders(path: Path) -> str:
-    """The other processes that hold a lock on a file, where the system tells."""
+    """Return the other processes that hold a lock on a file, in words; empty where the system doesn't say."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         inode = str(path.stat().st_ino)
-        fields = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        pids = sorted({one[4] for one in fields if one[1] == "FLOCK" and one[5].split(":")[-1] == inode})
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        pids = sorted({lock[4] for lock in locks if lock[1] == "FLOCK" and lock[5].split(":")[-1] == inode})
         others = ", ".join(pid for pid in pids if pid != str(os.getpid()))
         return f": process {others}" if others else ""
     return ""
@@ -189,43 +199,46 @@ def _holders(path: Path) -> str:
 
 def _leftovers(repo: Repo) -> Iterator[Check]:
     advices = {
-        "tmp": "of saves that were cut short: delete them while no castore is at work",
-        "trash": "a gc was cut short: the next one deletes them",
-        "quarantine": "damaged objects: look at them or delete them; `castore verify` says what needs them",
+        "tmp": "left by saves that were interrupted: delete them while no castore process is running",
+        "trash": "left by a gc that was interrupted: the next one deletes them",
+        "quarantine": "damaged objects: inspect or delete them; `castore verify` says what needs them",
     }
-    found = {name: folder_usage(repo.root / name) for name in advices}
-    for name, files in found.items():
+    usages = {name: folder_usage(repo.root / name) for name in advices}
+    for name, files in usages.items():
         if files.files:
-            yield Check(f"{name}/", "warning", f"{files.files} files, {_megabytes(files.bytes)}", advices[name])
-    if not any(files.files for files in found.values()):
+            text = f"{_count(files.files, 'file')}, {_megabytes(files.bytes)}"
+            yield Check(f"{name}/", "warning", text, advices[name])
+    if not any(files.files for files in usages.values()):
         yield Check("leftovers", "ok", "none in tmp/, trash/ and quarantine/")
 
 
-# -- what belongs to it ----------------------------------------------------------------------------------------------
+# -- what the repository holds ---------------------------------------------------------------------------------------
 
 
 def _git(root: Path) -> Iterator[Check]:
     if not git.is_inside(root):
-        advice = "run `git init` and commit .castore: manifests are what outlives this machine"
+        advice = "run `git init` and commit .castore: then the manifests outlive this machine"
         yield Check("git", "warning", "this is not in a git repository", advice)
         return
-    missing, tracked = git.uncommitted(root, _HISTORY), git.tracked(root, _DATA)
-    known = git.tracked(root, _HISTORY)
-    if missing is None or tracked is None or known is None:
+    uncommitted, tracked_data = git.uncommitted(root, _HISTORY), git.tracked(root, _DATA)
+    committed = git.tracked(root, _HISTORY)
+    if uncommitted is None or tracked_data is None or committed is None:
         advice = "see what `git status` says here: until it works, gc deletes nothing"
         yield Check("git", "problem", "git fails here, or isn't installed", advice)
         return
     if git.is_ignored(root / "config.toml") or git.is_ignored(root / "manifests" / "any.json"):
-        advice = f"take it out of the ignore file: {FOLDER}/.gitignore already leaves out the data"
+        advice = f"remove it from the ignore file: {FOLDER}/.gitignore already leaves out the data"
         yield Check("git", "problem", f"{root.name} is ignored: no manifest is ever committed", advice)
-    elif missing:
+    elif uncommitted:
         advice = f"run `git add {FOLDER} && git commit`: what isn't committed is lost with this machine"
-        yield Check("git", "warning", f"{len(missing)} files of {FOLDER} are not committed, {missing[0]} say", advice)
+        text = f"{_count(len(uncommitted), 'file')} of {FOLDER} not committed, such as {uncommitted[0]}"
+        yield Check("git", "warning", text, advice)
     else:
-        yield Check("git", "ok", f"{len(known)} files of {FOLDER} are committed")
-    if tracked:
+        yield Check("git", "ok", f"{_count(len(committed), 'file')} of {FOLDER} committed")
+    if tracked_data:
         advice = f"run `git rm -r --cached --ignore-unmatch {' '.join(f'{FOLDER}/{name}' for name in _DATA)}`"
-        yield Check("git", "problem", f"git tracks {len(tracked)} files of data, {tracked[0]} say", advice)
+        text = f"git tracks {_count(len(tracked_data), 'data file')}, such as {tracked_data[0]}"
+        yield Check("git", "problem", text, advice)
 
 
 def _remotes(repo: Repo) -> Iterator[Check]:
@@ -247,10 +260,10 @@ def _manifests(repo: Repo, now: datetime) -> Iterator[Check]:
     if not listing.broken:
         yield Check("manifests", "ok", f"{len(listing.entries)}, all of them valid")
 
-    future = [one for one in listing.entries if datetime.fromisoformat(one.manifest.created) > now + _AHEAD]
+    future = [entry for entry in listing.entries if datetime.fromisoformat(entry.manifest.created) > now + _AHEAD]
     if future:
-        advice = "set the clock that is wrong; until then these count as the newest"
-        text = f"{len(future)} manifests were created more than a day from now, {future[0].id[:12]} say"
+        advice = "correct the clock that is wrong; until that time these count as the newest"
+        text = f"{_count(len(future), 'manifest')} created more than a day from now, such as {future[0].id[:12]}"
         yield Check("clock", "warning", text, advice)
 
 
@@ -258,25 +271,29 @@ _AHEAD = timedelta(days=1)
 
 
 def _gc(repo: Repo) -> Iterator[Check]:
-    """Whether all can be read that gc must know of, in the work tree and in git."""
+    """Check that gc can read everything it must know of, in the work tree and in git."""
     try:
         catalog.roots(repo.catalog)
     except (RootsUnreadable, CorruptionError) as error:
         reason = error.reason if isinstance(error, RootsUnreadable) else error
-        advice = "mend that, in the work tree or in whatever branch, tag or stash it is: until then no data goes"
+        advice = "repair that, in the work tree or the branch, tag or stash it is in: until then gc deletes nothing"
         yield Check("gc", "problem", f"gc would refuse: {reason}", advice)
     else:
         yield Check("gc", "ok", "can tell what is still needed")
+
+
+def _bundles(repo: Repo) -> Iterator[Check]:
+    records, broken = repo.catalog.records()
+    for record in broken:
+        advice = "restore it from git's history, or remove it: without it, that bundle's data can't be fetched"
+        yield Check("bundles", "problem", f"{record.path}: {record.reason}", advice)
+    if records and not broken:
+        yield Check("bundles", "ok", f"{_count(len(records), 'record')} of bundles in GitHub's cache")
 
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _bundles(repo: Repo) -> Iterator[Check]:
-    records, broken = repo.catalog.records()
-    for one in broken:
-        advice = "take it from git's history, or remove it: without it, what that bundle holds can't be had"
-        yield Check("bundles", "problem", f"{one.path}: {one.reason}", advice)
-    if records and not broken:
-        yield Check("bundles", "ok", f"{len(records)} records of what was handed on to GitHub's cache")
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -47,8 +47,8 @@ def saved(repo: Repo, model: Any, **options: Any) -> str:
 def test_every_element_type_that_safetensors_knows_is_exact(repo: Repo, tmp_path: Path) -> None:
     model = {dtype: tensor_of(dtype) for dtype in KNOWN}
     model |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "int_scalar": torch.tensor(3)}
-    own = saved(repo, model)
-    found = convert.export(repo, own, tmp_path / "out.safetensors")
+    checkpoint_id = saved(repo, model)
+    found = convert.export(repo, checkpoint_id, tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         again = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert again.keys() == model.keys()
@@ -60,12 +60,12 @@ def test_every_element_type_that_safetensors_knows_is_exact(repo: Repo, tmp_path
 
 
 def test_the_header_says_where_it_is_from(repo: Repo, tmp_path: Path) -> None:
-    own = saved(repo, {"a": torch.ones(1)})
-    convert.export(repo, own[:8], tmp_path / "out.safetensors")
+    checkpoint_id = saved(repo, {"a": torch.ones(1)})
+    convert.export(repo, checkpoint_id[:8], tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert file.metadata() == {
             "format": "pt",
-            "castore_id": own,
+            "castore_id": checkpoint_id,
             "castore_run": "main",
             "castore_step": "7",
             "castore_part": "model",
@@ -74,8 +74,10 @@ def test_the_header_says_where_it_is_from(repo: Repo, tmp_path: Path) -> None:
 
 def test_nested_states_become_names_with_dots_and_tied_tensors_are_written_for_each(repo: Repo, tmp_path: Path) -> None:
     shared = torch.arange(6.0)
-    own = saved(repo, {"layers": [{"w": shared}, OrderedDict(b=torch.ones(2))], "head": shared, "3": {4: shared}})
-    convert.export(repo, own, tmp_path / "out.safetensors")
+    checkpoint_id = saved(
+        repo, {"layers": [{"w": shared}, OrderedDict(b=torch.ones(2))], "head": shared, "3": {4: shared}}
+    )
+    convert.export(repo, checkpoint_id, tmp_path / "out.safetensors")
     found = load_file(tmp_path / "out.safetensors")
     assert sorted(found) == ["3.4", "head", "layers.0.w", "layers.1.b"]
     assert found["head"].equal(shared)
@@ -99,20 +101,20 @@ def test_nested_states_become_names_with_dots_and_tied_tensors_are_written_for_e
 def test_what_safetensors_cannot_hold_is_an_error_that_names_the_key(
     repo: Repo, tmp_path: Path, model: Any, key: str, says: str
 ) -> None:
-    own = saved(repo, model)
+    checkpoint_id = saved(repo, model)
     with pytest.raises(errors.UnsupportedValue, match=says) as caught:
-        convert.export(repo, own, tmp_path / "out.safetensors")
+        convert.export(repo, checkpoint_id, tmp_path / "out.safetensors")
     assert caught.value.key == key
     assert [path.name for path in tmp_path.iterdir()] == [".castore"]
     if key != "__metadata__":
-        convert.export(repo, own, tmp_path / "out.pt")
+        convert.export(repo, checkpoint_id, tmp_path / "out.pt")
 
 
 def test_a_pt_is_the_plain_state(repo: Repo, tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     model = {"layers": [{"w": shared}], "head": shared, "step": 3, "betas": (0.9, None)}
-    own = saved(repo, model)
-    found = convert.export(repo, own, tmp_path / "out.pt")
+    checkpoint_id = saved(repo, model)
+    found = convert.export(repo, checkpoint_id, tmp_path / "out.pt")
     again = torch.load(tmp_path / "out.pt", weights_only=True)
     assert exact(again) == exact(model)
     assert again["head"].data_ptr() == again["layers"][0]["w"].data_ptr()
@@ -120,24 +122,26 @@ def test_a_pt_is_the_plain_state(repo: Repo, tmp_path: Path) -> None:
 
 
 def test_another_part_can_be_exported_and_one_that_is_not_there_is_told(repo: Repo, tmp_path: Path) -> None:
-    own = repo.save({"model": {"a": torch.ones(1)}, "optimizer": {"m": torch.zeros(2)}}, run="main", step=1).id
-    convert.export(repo, own, tmp_path / "o.safetensors", part="optimizer")
+    checkpoint_id = repo.save(
+        {"model": {"a": torch.ones(1)}, "optimizer": {"m": torch.zeros(2)}}, run="main", step=1
+    ).id
+    convert.export(repo, checkpoint_id, tmp_path / "o.safetensors", part="optimizer")
     assert list(load_file(tmp_path / "o.safetensors")) == ["m"]
     with pytest.raises(errors.NotFound, match="no part 'trainer'"):
-        convert.export(repo, own, tmp_path / "t.safetensors", part="trainer")
+        convert.export(repo, checkpoint_id, tmp_path / "t.safetensors", part="trainer")
     assert not (tmp_path / "t.safetensors").exists()
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_the_file_is_written_aside_and_only_replaces_when_asked_to(repo: Repo, tmp_path: Path, suffix: str) -> None:
-    own = saved(repo, {"a": torch.ones(5)})
+    checkpoint_id = saved(repo, {"a": torch.ones(5)})
     out = tmp_path / f"out.{suffix}"
     out.write_text("mine")
     with pytest.raises(errors.RefusedPath, match="it exists: --force replaces it"):
-        convert.export(repo, own, out)
+        convert.export(repo, checkpoint_id, out)
     assert out.read_text() == "mine"
     before = os.open(out, os.O_RDONLY)
-    convert.export(repo, own, out, force=True)
+    convert.export(repo, checkpoint_id, out, force=True)
     assert os.read(before, 9) == b"mine"  # renamed over, not written into
     os.close(before)
     mask = os.umask(0)
@@ -146,11 +150,19 @@ def test_the_file_is_written_aside_and_only_replaces_when_asked_to(repo: Repo, t
     assert sorted(path.name for path in tmp_path.iterdir()) == [".castore", f"out.{suffix}"]
 
 
+def test_the_umask_of_the_process_is_left_alone(repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that creates a file meanwhile would create one that everybody may write to."""
+    checkpoint_id = saved(repo, {"a": torch.ones(5)})
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail(f"the umask was set to {mask}"))
+    convert.export(repo, checkpoint_id, tmp_path / "out.safetensors")
+    convert.export(repo, checkpoint_id, tmp_path / "out.pt")
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_links_git_and_castore_are_no_places_to_export_to(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
-    own = saved(repo, {"a": torch.ones(5)})
+    checkpoint_id = saved(repo, {"a": torch.ones(5)})
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "link").symlink_to("victim")
     (tmp_path / ".git").mkdir()
@@ -162,27 +174,27 @@ def test_links_git_and_castore_are_no_places_to_export_to(
                ".castore/objects/x", "plain", "plain/../.git/x", "nowhere/x", "."]  # fmt: skip
     for target in targets:
         with pytest.raises(errors.RefusedPath):
-            convert.export(repo, own, Path(target), force=force)
+            convert.export(repo, checkpoint_id, Path(target), force=force)
     assert (tmp_path / "victim").read_text() == "mine"
     assert os.listdir(".git") == os.listdir("plain") == []
 
 
 def test_a_full_disk_leaves_nothing_behind(repo: Repo, tmp_path: Path, start: Callable[..., Any]) -> None:
-    own = saved(repo, {"a": torch.randn(1_000_000)})
+    checkpoint_id = saved(repo, {"a": torch.randn(1_000_000)})
     for suffix in ("safetensors", "pt"):
-        process = start(_export_with_little_room, tmp_path, own, f"out.{suffix}")
+        process = start(_export_with_little_room, tmp_path, checkpoint_id, f"out.{suffix}")
         process.join()
         assert process.exitcode == 0
     assert [path.name for path in tmp_path.iterdir()] == [".castore"]
 
 
-def _export_with_little_room(root: Path, own: str, name: str) -> None:
+def _export_with_little_room(root: Path, checkpoint_id: str, name: str) -> None:
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     with pytest.raises(errors.StorageError):
-        convert.export(Repo.open(root), own, root / name)
+        convert.export(Repo.open(root), checkpoint_id, root / name)
 
 
 # -- import ----------------------------------------------------------------------------------------------------------
@@ -192,12 +204,12 @@ def _export_with_little_room(root: Path, own: str, name: str) -> None:
 def test_what_was_exported_comes_back(repo: Repo, tmp_path: Path, suffix: str) -> None:
     model = {f"layer.{dtype}": tensor_of(dtype) for dtype in KNOWN} | {"empty": torch.empty(2, 0)}
     model["layer.big"] = torch.randn(100_000)
-    own = saved(repo, model)
+    checkpoint_id = saved(repo, model)
     out = tmp_path / f"out{suffix}"
     if suffix == ".pth":
         torch.save(model, out)
     else:
-        convert.export(repo, own, out)
+        convert.export(repo, checkpoint_id, out)
     found = convert.import_file(repo, out, run="again", step=3, tags=["t"], note="n", metrics={"val_loss": 2.3})
     assert exact(dict(sorted(repo.load(found.id)["model"].items()))) == exact(dict(sorted(model.items())))
     assert list(found.manifest.parts) == ["model"]
@@ -206,7 +218,7 @@ def test_what_was_exported_comes_back(repo: Repo, tmp_path: Path, suffix: str) -
     # large tensors are not stored again; small ones share chunks, and the order in the file is its own
     assert found.new_bytes < 10_000
     if suffix == ".safetensors":
-        assert found.manifest.info["exported_from"] == found.manifest.parent == own
+        assert found.manifest.info["exported_from"] == found.manifest.parent == checkpoint_id
 
 
 def test_a_nested_pt_with_plain_values_is_kept_as_it_is(repo: Repo, tmp_path: Path) -> None:
@@ -220,13 +232,13 @@ def test_a_nested_pt_with_plain_values_is_kept_as_it_is(repo: Repo, tmp_path: Pa
 
 def test_like_takes_line_settings_run_and_step(repo: Repo, tmp_path: Path) -> None:
     line = Experiment(model={"n": 3}, tokenizer="t", data="d")
-    own = saved(repo, {"a": torch.ones(2)}, experiment=line, config={"lr": 0.1}, metrics={"val_loss": 3.0})
+    checkpoint_id = saved(repo, {"a": torch.ones(2)}, experiment=line, config={"lr": 0.1}, metrics={"val_loss": 3.0})
     save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
-    found = convert.import_file(repo, tmp_path / "x.safetensors", like=own[:9], metrics={"val_loss": 2.0})
+    found = convert.import_file(repo, tmp_path / "x.safetensors", like=checkpoint_id[:9], metrics={"val_loss": 2.0})
     made = found.manifest
     assert (made.experiment, made.config, made.run, made.step) == (line, {"lr": 0.1}, "main", 7)
     assert repo.resolve("best", line, parts=["model"]).require().id == found.id
-    assert made.info["like"] == own
+    assert made.info["like"] == checkpoint_id
     with pytest.raises(errors.UnknownId):
         convert.import_file(repo, tmp_path / "x.safetensors", like="0123")
 
@@ -337,7 +349,7 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "evaluates": (lambda: pickle.dumps(Runs(eval, "open('pwned', 'w')"), 2), "eval"),
     "bytearray of any size": (lambda: pickle.dumps(Runs(bytearray, 10**12), 2), "bytearray"),
     "laughs": (laughs, "more than 1000000 values"),
-    "inside itself": (inside_itself, "more than 100 in one another"),
+    "inside itself": (inside_itself, "more than 100 nested"),
     "a name repeated": (lambda: pickle.dumps({"x" * 2000: [0] * 1000}, 2), "a name of more than"),
     "cut": (lambda: pickle.dumps({"a": 1}, 2)[:-3], "pickle"),
     "no pickle": (lambda: b"\xff" * 10, "pickle"),
@@ -391,7 +403,7 @@ def test_a_compressed_or_lying_zip_is_refused(repo: Repo, tmp_path: Path) -> Non
     with pytest.raises(errors.InvalidFile):
         convert.import_file(repo, lying)
     archive(tmp_path / "script.pt", pickled, **{"code/__torch__.py": b"", "constants.pkl": pickled})
-    with pytest.raises(errors.InvalidFile, match="no state alone"):
+    with pytest.raises(errors.InvalidFile, match="one state alone"):
         convert.import_file(repo, tmp_path / "script.pt")
     assert nothing_was_saved(repo)
 
@@ -406,7 +418,11 @@ def test_another_kind_of_file_is_told(repo: Repo, tmp_path: Path, name: str) -> 
 def test_what_is_no_file_is_not_waited_for(repo: Repo, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "folder.pt").mkdir()
-    for name, says in (("pipe.pt", "no regular file"), ("folder.pt", "no regular file"), ("gone.pt", "No such file")):
+    for name, says in (
+        ("pipe.pt", "not a regular file"),
+        ("folder.pt", "not a regular file"),
+        ("gone.pt", "No such file"),
+    ):
         with pytest.raises(errors.UnsupportedFile, match=says):
             convert.import_file(repo, tmp_path / name)
 

@@ -82,7 +82,9 @@ def hold(root: str, exclusive: bool, ready: Any, done: Any) -> None:
         done.wait(60)
 
 
-@pytest.mark.parametrize(("exclusive", "says"), [(True, "as gc does"), (False, "others save or load")])
+@pytest.mark.parametrize(
+    ("exclusive", "says"), [(True, "an exclusive lock is held, as by gc"), (False, "other processes save or load")]
+)
 def test_who_holds_the_lock_is_told(repo: Repo, start: Callable[..., Any], exclusive: bool, says: str) -> None:
     import multiprocessing
 
@@ -105,7 +107,7 @@ def test_leftovers_are_told_with_their_size(repo: Repo, name: str) -> None:
     (repo.root / name).mkdir(exist_ok=True)
     (repo.root / name / "x").write_bytes(bytes(2_000_000))
     check = found(repo)[f"{name}/"]
-    assert (check.level, check.text) == ("warning", "1 files, 2.0 MB")
+    assert (check.level, check.text) == ("warning", "1 file, 2.0 MB")
 
 
 def test_outside_of_git_is_a_warning(repo: Repo) -> None:
@@ -116,7 +118,7 @@ def test_uncommitted_manifests_are_a_warning(committed: Repo) -> None:
     committed.save(parts(2), run="ci", step=2)
     check = found(committed)["git"]
     assert check.level == "warning"
-    assert "1 files of .castore are not committed, .castore/manifests/ci/000000002-" in check.text
+    assert "1 file of .castore not committed, such as .castore/manifests/ci/000000002-" in check.text
 
 
 def test_an_ignored_repository_is_a_problem(repo: Repo) -> None:

@@ -40,12 +40,12 @@ def save(repo: Repo, step: int, loss: float, **options: Any) -> str:
     return repo.save(parts(step), run="main", step=step, metrics={"val_loss": loss}, **options).id
 
 
-def where(repo: Repo, own: str) -> dict[str, str]:
-    return {name: state.where for name, state in repo.part_states(repo.catalog.find(own)).items()}
+def where(repo: Repo, checkpoint_id: str) -> dict[str, str]:
+    return {name: state.where for name, state in repo.part_states(repo.catalog.find(checkpoint_id)).items()}
 
 
-def path_of(repo: Repo, own: str) -> Path:
-    return repo.catalog.root / repo.catalog.find(own).manifest.file_name(ObjectId(own))
+def path_of(repo: Repo, checkpoint_id: str) -> Path:
+    return repo.catalog.root / repo.catalog.find(checkpoint_id).manifest.file_name(ObjectId(checkpoint_id))
 
 
 def objects(repo: Repo) -> set[str]:
@@ -60,7 +60,7 @@ GONE = {"model": "missing", "optimizer": "missing", "trainer": "missing"}
 def test_what_is_kept_loads_bit_exact_and_the_rest_is_history(repo: Repo) -> None:
     ids = [save(repo, step, 10 - step) for step in range(6)]
     plan = castore.collect_garbage(repo, Policy(keep=3, keep_latest=1, keep_optimizer=1))
-    assert [where(repo, own) for own in ids] == [GONE, GONE, GONE, WEIGHTS, WEIGHTS, WHOLE]
+    assert [where(repo, checkpoint_id) for checkpoint_id in ids] == [GONE, GONE, GONE, WEIGHTS, WEIGHTS, WHOLE]
     assert exact(repo.load(ids[5])) == exact(parts(5))
     assert exact(repo.load(ids[3], parts=["model"])) == exact({"model": parts(3)["model"]})
     assert len(repo.checkpoints()) == 6
@@ -233,50 +233,50 @@ PLACES = [
 @pytest.mark.parametrize("place", [*PLACES, nowhere])
 def test_a_manifest_counts_wherever_git_has_it(repo: Repo, git: Git, place: Callable[[Git, Path], None]) -> None:
     line = castore.Experiment(data="other")
-    own = save(repo, 1, 5.0, experiment=line)
+    checkpoint_id = save(repo, 1, 5.0, experiment=line)
     save(repo, 2, 1.0)
-    path = path_of(repo, own)
+    path = path_of(repo, checkpoint_id)
     data = path.read_bytes()
     place(git, path)
-    assert own not in [entry.id for entry in repo.checkpoints()]
+    assert checkpoint_id not in [entry.id for entry in repo.checkpoints()]
     castore.collect_garbage(repo, ONE, grace=timedelta())
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-    assert where(repo, own) == (GONE if place is nowhere else WHOLE)
+    assert where(repo, checkpoint_id) == (GONE if place is nowhere else WHOLE)
 
 
 def test_a_pin_counts_on_any_branch(repo: Repo, git: Git) -> None:
-    own = save(repo, 1, 5.0)
+    checkpoint_id = save(repo, 1, 5.0)
     save(repo, 2, 1.0)
     git("checkout", "-qb", "side")
-    repo.catalog.pin(ObjectId(own))
+    repo.catalog.pin(ObjectId(checkpoint_id))
     git("add", ".castore/pins")
     git("commit", "-qm", "pin")
     git("checkout", "-q", "main")
     assert repo.catalog.pins() == frozenset()
     castore.collect_garbage(repo, ONE)
-    assert where(repo, own) == WHOLE
+    assert where(repo, checkpoint_id) == WHOLE
     git("branch", "-qD", "side")
     castore.collect_garbage(repo, ONE)
-    assert where(repo, own) == GONE
+    assert where(repo, checkpoint_id) == GONE
 
 
 def test_claims_on_another_branch_never_make_anything_of_the_work_tree_go(repo: Repo, git: Git) -> None:
     mine = [save(repo, step, 5.0 - step) for step in range(3)]
     boasts = [save(repo, 100 + i, 0.0) for i in range(5)]
     git("checkout", "-qb", "pull-request")
-    for own in boasts:
-        git("add", str(path_of(repo, own)))
+    for checkpoint_id in boasts:
+        git("add", str(path_of(repo, checkpoint_id)))
     git("commit", "-qm", "best ever")
     git("checkout", "-q", "main")
     castore.collect_garbage(repo, Policy(keep=2, keep_latest=1))
-    assert [where(repo, own)["model"] for own in mine] == ["missing", "local", "local"]
+    assert [where(repo, checkpoint_id)["model"] for checkpoint_id in mine] == ["missing", "local", "local"]
 
 
 def test_what_nobody_refers_to_waits_for_its_time(repo: Repo) -> None:
     kept = save(repo, 2, 1.0)
-    own = save(repo, 1, 5.0)
-    path_of(repo, own).unlink()
+    checkpoint_id = save(repo, 1, 5.0)
+    path_of(repo, checkpoint_id).unlink()
     plan = castore.collect_garbage(repo)
     assert (len(plan.delete), plan.young > 0) == (0, True)
     two_days_ago = time.time() - 2 * 86400
@@ -303,8 +303,8 @@ def test_what_killed_processes_left_in_tmp_goes_and_what_is_fresh_stays(repo: Re
 def test_the_environment_of_a_hook_leads_gc_to_no_other_repository(
     repo: Repo, git: Git, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
-    path = path_of(repo, own)
+    checkpoint_id = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
+    path = path_of(repo, checkpoint_id)
     data = path.read_bytes()
     on_branch(git, path)
     save(repo, 2, 1.0)
@@ -315,7 +315,7 @@ def test_the_environment_of_a_hook_leads_gc_to_no_other_repository(
     monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "else" / "index"))
     castore.collect_garbage(repo, ONE, grace=timedelta())
     path.write_bytes(data)
-    assert where(repo, own) == WHOLE
+    assert where(repo, checkpoint_id) == WHOLE
 
 
 def test_a_repository_that_only_the_environment_knows_is_no_reason_to_delete(
@@ -334,7 +334,7 @@ def test_the_name_of_a_folder_is_no_pattern(tmp_path: Path, name: str) -> None:
     run = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com"]
     subprocess.run([*run, "init", "-q", "-b", "main"], cwd=tmp_path, check=True)
     subprocess.run([*run, "commit", "-qm", "x", "--allow-empty"], cwd=tmp_path, check=True)
-    own = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
+    checkpoint_id = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
     subprocess.run([*run, "checkout", "-qb", "side"], cwd=tmp_path, check=True)
     subprocess.run([*run, "add", "."], cwd=tmp_path, check=True)
     subprocess.run([*run, "commit", "-qm", "side"], cwd=tmp_path, check=True)
@@ -342,15 +342,15 @@ def test_the_name_of_a_folder_is_no_pattern(tmp_path: Path, name: str) -> None:
     repo = Repo.init(tmp_path / name)
     save(repo, 2, 1.0)
     castore.collect_garbage(repo, ONE, grace=timedelta())
-    assert own in [
+    assert checkpoint_id in [
         one.entry.id for one in castore.collect_garbage(repo, ONE, dry_run=True).decisions if len(one.parts) == 3
     ]
     assert repo.store.stored()
 
 
 def test_a_link_to_a_repository_is_as_good_as_the_repository(repo: Repo, git: Git, tmp_path: Path) -> None:
-    own = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
-    path = path_of(repo, own)
+    checkpoint_id = save(repo, 1, 5.0, experiment=castore.Experiment(data="other"))
+    path = path_of(repo, checkpoint_id)
     data = path.read_bytes()
     on_branch(git, path)
     save(repo, 2, 1.0)
@@ -359,7 +359,7 @@ def test_a_link_to_a_repository_is_as_good_as_the_repository(repo: Repo, git: Gi
     (elsewhere / ".castore").symlink_to(repo.root)
     castore.collect_garbage(Repo.open(elsewhere), ONE, grace=timedelta())
     path.write_bytes(data)
-    assert where(repo, own) == WHOLE
+    assert where(repo, checkpoint_id) == WHOLE
 
 
 def test_foreign_pins_and_files_take_no_room_from_the_work_tree(repo: Repo, git: Git) -> None:
@@ -369,13 +369,13 @@ def test_foreign_pins_and_files_take_no_room_from_the_work_tree(repo: Repo, git:
     before = {one.entry.id: one.parts for one in castore.collect_garbage(repo, policy, dry_run=True).decisions}
     assert () in before.values()
     git("checkout", "-qb", "side")
-    for own in ids[:2]:
-        repo.catalog.pin(ObjectId(own))
+    for checkpoint_id in ids[:2]:
+        repo.catalog.pin(ObjectId(checkpoint_id))
     git("add", ".castore/pins")
     git("commit", "-qm", "pins")
     git("checkout", "-q", "main")
     after = {one.entry.id: one.parts for one in castore.collect_garbage(repo, policy, dry_run=True).decisions}
-    assert all(set(after[own]) >= set(before[own]) for own in before)
+    assert all(set(after[checkpoint_id]) >= set(before[checkpoint_id]) for checkpoint_id in before)
     assert after[ObjectId(ids[0])] == ("model", "optimizer", "trainer")
 
 
@@ -467,26 +467,26 @@ def test_git_that_is_not_there_is_no_reason_to_delete(
 
 
 def test_a_shallow_clone_is_as_good_as_a_full_one(repo: Repo, git: Git, tmp_path: Path) -> None:
-    own = save(repo, 1, 5.0)
+    checkpoint_id = save(repo, 1, 5.0)
     git("add", ".castore")
     git("commit", "-qm", "one")
     git("clone", "-q", "--depth", "1", f"file://{repo.root.parent}", str(tmp_path / "clone"))
     clone = Repo.open(tmp_path / "clone")
     shutil.copytree(repo.root / "objects", clone.root / "objects")
     castore.collect_garbage(clone, ONE)
-    assert exact(clone.load(own)) == exact(parts(1))
+    assert exact(clone.load(checkpoint_id)) == exact(parts(1))
 
 
 # -- the trash, and others at work -----------------------------------------------------------------------------------
 
 
 def test_a_load_takes_back_from_the_trash_what_it_wants(repo: Repo) -> None:
-    own = save(repo, 1, 5.0)
+    checkpoint_id = save(repo, 1, 5.0)
     repo.store.discard(sorted(repo.store.stored()))
-    assert where(repo, own) == GONE
-    assert exact(repo.load(own)) == exact(parts(1))
+    assert where(repo, checkpoint_id) == GONE
+    assert exact(repo.load(checkpoint_id)) == exact(parts(1))
     repo.store.empty_trash()
-    assert exact(repo.load(own)) == exact(parts(1))
+    assert exact(repo.load(checkpoint_id)) == exact(parts(1))
 
 
 def test_a_save_takes_back_from_the_trash_what_it_needs(repo: Repo) -> None:
@@ -507,15 +507,15 @@ def test_a_gc_cut_short_takes_nothing_along_that_is_kept_by_now(repo: Repo, monk
     monkeypatch.undo()
     repo.catalog.pin(ObjectId(ids[0]))
     castore.collect_garbage(Repo.open(repo.root.parent), ONE)
-    assert [where(repo, own) for own in ids] == [WHOLE, GONE, WHOLE]
+    assert [where(repo, checkpoint_id) for checkpoint_id in ids] == [WHOLE, GONE, WHOLE]
 
 
 def test_chunks_stay_while_the_index_that_lists_them_is_in_quarantine(repo: Repo) -> None:
-    own = save(repo, 1, 5.0)
-    path = repo.store.path(repo.catalog.find(own).manifest.parts["model"].index)
+    checkpoint_id = save(repo, 1, 5.0)
+    path = repo.store.path(repo.catalog.find(checkpoint_id).manifest.parts["model"].index)
     path.write_bytes(path.read_bytes() + b"?")
     with pytest.raises(errors.CorruptObject):
-        repo.load(own)
+        repo.load(checkpoint_id)
     assert not path.exists()
     before = objects(repo)
     with pytest.raises(errors.CorruptObject, match="in quarantine"):
@@ -561,12 +561,12 @@ def test_a_gc_that_is_cut_short_leaves_no_half_part(repo: Repo, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         castore.collect_garbage(repo, ONE)
     monkeypatch.undo()
-    for own in ids:
-        for part, state in repo.part_states(repo.catalog.find(own)).items():
+    for checkpoint_id in ids:
+        for part, state in repo.part_states(repo.catalog.find(checkpoint_id)).items():
             # all or nothing: an index goes before what it lists
             assert state.where == "local" or state.reason == "its data is not in the store", part
     castore.collect_garbage(repo, ONE)
-    assert [where(repo, own) for own in ids] == [GONE, GONE, WHOLE]
+    assert [where(repo, checkpoint_id) for checkpoint_id in ids] == [GONE, GONE, WHOLE]
     assert not any(repo.store.trash.iterdir())
 
 
@@ -629,29 +629,29 @@ class Model(RuleBasedStateMachine):
     @rule(target=saved, seed=st.integers(0, 4), loss=st.sampled_from([0.5, 1.0, 2.0]), experiment=st.sampled_from("ab"))
     def save(self, seed: int, loss: float, experiment: str) -> str:
         self.step += 1
-        own = self.repo.save(
+        checkpoint_id = self.repo.save(
             parts(seed),
             run="r",
             step=self.step,
             metrics={"val_loss": loss},
             experiment=castore.Experiment(data=experiment),
         ).id
-        self.state[own] = parts(seed)
-        self.promised[own] = tuple(parts(seed))
-        return own
+        self.state[checkpoint_id] = parts(seed)
+        self.promised[checkpoint_id] = tuple(parts(seed))
+        return checkpoint_id
 
-    @rule(own=saved)
-    def pin(self, own: str) -> None:
-        self.repo.catalog.pin(ObjectId(own))
+    @rule(checkpoint_id=saved)
+    def pin(self, checkpoint_id: str) -> None:
+        self.repo.catalog.pin(ObjectId(checkpoint_id))
 
-    @rule(own=saved)
-    def unpin(self, own: str) -> None:
-        self.repo.catalog.unpin(ObjectId(own))
+    @rule(checkpoint_id=saved)
+    def unpin(self, checkpoint_id: str) -> None:
+        self.repo.catalog.unpin(ObjectId(checkpoint_id))
 
-    @rule(target=saved, own=consumes(saved))
-    def forget(self, own: str) -> Any:
-        self.repo.catalog.forget(self.repo.catalog.find(own))
-        self.promised.pop(own)
+    @rule(target=saved, checkpoint_id=consumes(saved))
+    def forget(self, checkpoint_id: str) -> Any:
+        self.repo.catalog.forget(self.repo.catalog.find(checkpoint_id))
+        self.promised.pop(checkpoint_id)
         return multiple()
 
     @rule(
@@ -666,7 +666,8 @@ class Model(RuleBasedStateMachine):
         kept = {decision.entry.id: decision.parts for decision in plan.decisions}
         assert kept.keys() == self.promised.keys()
         self.promised = {
-            own: tuple(part for part in self.promised[own] if part in kept[ObjectId(own)]) for own in self.promised
+            checkpoint_id: tuple(part for part in self.promised[checkpoint_id] if part in kept[ObjectId(checkpoint_id)])
+            for checkpoint_id in self.promised
         }
 
     @rule()
@@ -675,9 +676,9 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def everything_promised_loads(self) -> None:
-        for own, names in getattr(self, "promised", {}).items():
-            wanted = {name: self.state[own][name] for name in names}
-            assert exact(self.repo.load(own, parts=names)) == exact(wanted)
+        for checkpoint_id, names in getattr(self, "promised", {}).items():
+            wanted = {name: self.state[checkpoint_id][name] for name in names}
+            assert exact(self.repo.load(checkpoint_id, parts=names)) == exact(wanted)
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):

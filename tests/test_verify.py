@@ -27,12 +27,12 @@ def save(repo: Repo, step: int = 1, **fields: Any) -> ObjectId:
     return repo.save(state, run="ci", step=step, metrics={"val_loss": 10.0 / step}, **fields).id
 
 
-def index_of(repo: Repo, own: ObjectId, part: str = "model") -> ObjectId:
-    return repo.find(own).manifest.parts[part].index
+def index_of(repo: Repo, checkpoint_id: ObjectId, part: str = "model") -> ObjectId:
+    return repo.find(checkpoint_id).manifest.parts[part].index
 
 
-def chunks_of(repo: Repo, own: ObjectId, part: str = "model") -> list[ObjectId]:
-    return [chunk.id for chunk in part_index.decode_chunks(repo.store.read(index_of(repo, own, part)))]
+def chunks_of(repo: Repo, checkpoint_id: ObjectId, part: str = "model") -> list[ObjectId]:
+    return [chunk.id for chunk in part_index.decode_chunks(repo.store.read(index_of(repo, checkpoint_id, part)))]
 
 
 def flip(path: Path) -> None:
@@ -69,18 +69,19 @@ def test_a_whole_store_has_no_finding_and_every_byte_is_counted(repo: Repo) -> N
 def test_every_damaged_object_is_found_with_all_that_need_it(repo: Repo) -> None:
     one = save(repo, 1)
     other = repo.save(parts(1), run="other", step=7).id
-    for own in repo.store.stored():
-        path = repo.store.path(own)
+    for stored_id in repo.store.stored():
+        path = repo.store.path(stored_id)
         before = path.read_bytes()
         flip(path)
-        (finding,) = [one for one in found(repo) if one.object_id == own]
+        (finding,) = [one for one in found(repo) if one.object_id == stored_id]
         assert (finding.kind, finding.path) == ("damaged", path)
-        needed = {(need.manifest, need.part) for need in finding.needed_by}
+        needed = {(need.checkpoint_id, need.part) for need in finding.needed_by}
         expected = {
             (manifest, part)
             for manifest in (one, other)
             for part in repo.find(manifest).manifest.parts
-            if path.write_bytes(before) and own in {index_of(repo, manifest, part), *chunks_of(repo, manifest, part)}
+            if path.write_bytes(before)
+            and stored_id in {index_of(repo, manifest, part), *chunks_of(repo, manifest, part)}
         }
         assert needed == expected
         assert needed
@@ -101,31 +102,31 @@ def test_any_change_of_a_file_is_damage(repo: Repo, damage: str) -> None:
 
 
 def test_looking_changes_nothing_whatever_it_finds(repo: Repo) -> None:
-    own = save(repo, 1)
-    flip(repo.store.path(chunks_of(repo, own)[0]))
-    flip(repo.store.path(index_of(repo, own, "trainer")))
-    repo.store.discard([index_of(repo, own, "optimizer")])
+    checkpoint_id = save(repo, 1)
+    flip(repo.store.path(chunks_of(repo, checkpoint_id)[0]))
+    flip(repo.store.path(index_of(repo, checkpoint_id, "trainer")))
+    repo.store.discard([index_of(repo, checkpoint_id, "optimizer")])
     (repo.root / "objects" / "stray").write_text("x")
     (repo.catalog.root / "ci" / "000000001-0123456789ab.json").write_text("{}")
     before = tree(repo.root)
     kinds = sorted(one.kind for one in found(repo))
     assert kinds == ["damaged", "damaged", "manifest", "stray"]
-    assert len(found(repo, own)) == 3
+    assert len(found(repo, checkpoint_id)) == 3
     with pytest.raises(CastoreError):
         found(repo, "latest")
     with pytest.raises(ObjectMissing):
-        repo.store.read(index_of(repo, own, "optimizer"), mend=False)
+        repo.store.read(index_of(repo, checkpoint_id, "optimizer"), mend=False)
     assert tree(repo.root) == before
 
 
 def test_an_index_without_a_chunk_is_a_finding_and_a_part_without_its_index_is_not(repo: Repo) -> None:
-    own = save(repo)
-    chunk = chunks_of(repo, own)[1]
+    checkpoint_id = save(repo)
+    chunk = chunks_of(repo, checkpoint_id)[1]
     repo.store.path(chunk).unlink()
     (finding,) = found(repo)
-    assert (finding.kind, finding.object_id, finding.needed_by) == ("missing", chunk, (Need(own, "model"),))
+    assert (finding.kind, finding.object_id, finding.needed_by) == ("missing", chunk, (Need(checkpoint_id, "model"),))
     for part in ("model", "optimizer", "trainer"):
-        repo.store.path(index_of(repo, own, part)).unlink()
+        repo.store.path(index_of(repo, checkpoint_id, part)).unlink()
     assert found(repo) == []
 
 
@@ -138,11 +139,15 @@ def test_what_gc_drops_is_no_finding(repo: Repo) -> None:
 
 
 def test_a_model_that_is_gone_beside_its_optimizer_is_inconsistent(repo: Repo) -> None:
-    own = save(repo)
-    model = index_of(repo, own)
+    checkpoint_id = save(repo)
+    model = index_of(repo, checkpoint_id)
     repo.store.path(model).unlink()
     (finding,) = found(repo)
-    assert (finding.kind, finding.object_id, finding.needed_by) == ("inconsistent", model, (Need(own, "model"),))
+    assert (finding.kind, finding.object_id, finding.needed_by) == (
+        "inconsistent",
+        model,
+        (Need(checkpoint_id, "model"),),
+    )
     assert "optimizer and trainer" in finding.reason
 
 
@@ -156,21 +161,25 @@ def test_an_equal_part_of_another_checkpoint_is_no_inconsistency(repo: Repo) -> 
 
 
 def test_an_index_that_damage_took_away_was_not_dropped(repo: Repo) -> None:
-    own = save(repo)
-    lost = index_of(repo, own, "optimizer")
+    checkpoint_id = save(repo)
+    lost = index_of(repo, checkpoint_id, "optimizer")
     flip(repo.store.path(lost))
     assert [one.repaired_from for one in found(repo, repair=True)] == [""]
     (finding,) = found(repo)
-    assert (finding.kind, finding.object_id, finding.needed_by) == ("missing", lost, (Need(own, "optimizer"),))
+    assert (finding.kind, finding.object_id, finding.needed_by) == (
+        "missing",
+        lost,
+        (Need(checkpoint_id, "optimizer"),),
+    )
     assert "quarantine" in finding.reason
 
 
 def test_an_index_that_describes_no_part_is_damaged(repo: Repo) -> None:
-    own = save(repo)
+    checkpoint_id = save(repo)
     with repo.store.writer() as writer:
         bad = writer.put(b"\xc1 no index")
         writer.commit()
-    entry = repo.find(own)
+    entry = repo.find(checkpoint_id)
     part = entry.manifest.parts["model"]
     changed = {name: getattr(entry.manifest, name) for name in entry.manifest.__struct_fields__}
     changed["parts"] = {"model": type(part)(index=bad, bytes=1, stored_bytes=1)}
@@ -180,8 +189,8 @@ def test_an_index_that_describes_no_part_is_damaged(repo: Repo) -> None:
 
 
 def test_an_index_that_lies_about_a_length_is_found(repo: Repo) -> None:
-    own = save(repo)
-    true = part_index.decode(repo.store.read(index_of(repo, own)))
+    checkpoint_id = save(repo)
+    true = part_index.decode(repo.store.read(index_of(repo, checkpoint_id)))
     first = true.chunks[0]
     lying = part_index.encode(
         part_index.Index((part_index.ChunkRef(first.id, first.length + 64), *true.chunks[1:]), true.tensors, true.tree)
@@ -189,7 +198,7 @@ def test_an_index_that_lies_about_a_length_is_found(repo: Repo) -> None:
     with repo.store.writer() as writer:
         bad = writer.put(lying)
         writer.commit()
-    entry = repo.find(own)
+    entry = repo.find(checkpoint_id)
     part = entry.manifest.parts["model"]
     changed = {name: getattr(entry.manifest, name) for name in entry.manifest.__struct_fields__}
     changed["parts"] = {"model": type(part)(index=bad, bytes=1, stored_bytes=1)}
@@ -200,8 +209,8 @@ def test_an_index_that_lies_about_a_length_is_found(repo: Repo) -> None:
 
 
 def test_files_that_are_no_objects_are_strays_and_harmless(repo: Repo) -> None:
-    own = save(repo)
-    chunk = chunks_of(repo, own)[0]
+    checkpoint_id = save(repo)
+    chunk = chunks_of(repo, checkpoint_id)[0]
     folder = repo.root / "objects"
     (folder / "README").write_text("x")
     (folder / chunk[:2] / "notes.txt").write_text("x")
@@ -218,29 +227,29 @@ def test_files_that_are_no_objects_are_strays_and_harmless(repo: Repo) -> None:
 
 
 def test_for_one_checkpoint_the_rest_of_the_store_is_not_looked_at(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = save(repo)
+    checkpoint_id = save(repo)
     for where, name in ((repo.store, "stored"), (repo.store, "strays"), (repo.catalog, "listing")):
         monkeypatch.setattr(where, name, lambda: pytest.fail("everything was looked at"))
-    assert found(repo, own) == []
-    repo.store.path(chunks_of(repo, own)[0]).unlink()
-    assert [one.kind for one in found(repo, own)] == ["missing"]
+    assert found(repo, checkpoint_id) == []
+    repo.store.path(chunks_of(repo, checkpoint_id)[0]).unlink()
+    assert [one.kind for one in found(repo, checkpoint_id)] == ["missing"]
 
 
 def test_objects_that_cannot_be_looked_for_are_unreadable(repo: Repo) -> None:
-    own = save(repo)
-    chunk = chunks_of(repo, own)[0]
+    checkpoint_id = save(repo)
+    chunk = chunks_of(repo, checkpoint_id)[0]
     shutil.rmtree(repo.store.path(chunk).parent)
     repo.store.path(chunk).parent.write_text("a file where a folder was")
-    assert ("unreadable", chunk) in {(one.kind, one.object_id) for one in found(repo, own)}
+    assert ("unreadable", chunk) in {(one.kind, one.object_id) for one in found(repo, checkpoint_id)}
 
 
 def test_a_pipe_under_the_name_of_an_object_is_not_waited_for(repo: Repo) -> None:
-    own = save(repo)
-    model, chunk = index_of(repo, own), chunks_of(repo, own)[0]
+    checkpoint_id = save(repo)
+    model, chunk = index_of(repo, checkpoint_id), chunks_of(repo, checkpoint_id)[0]
     for one in (model, chunk):
         repo.store.path(one).unlink()
         os.mkfifo(repo.store.path(one))
-    assert {(one.kind, one.object_id) for one in found(repo, own)} == {("damaged", model)}
+    assert {(one.kind, one.object_id) for one in found(repo, checkpoint_id)} == {("damaged", model)}
     assert {(one.kind, one.object_id) for one in found(repo)} == {("damaged", model), ("damaged", chunk)}
     repo.store.path(model).unlink()
     assert sorted(one.kind for one in found(repo)) == ["damaged", "inconsistent"]
@@ -249,14 +258,14 @@ def test_a_pipe_under_the_name_of_an_object_is_not_waited_for(repo: Repo) -> Non
 @pytest.mark.parametrize("what", ["pipe", "folder", "link"])
 @pytest.mark.parametrize("part", ["index", "chunk", "unneeded"])
 def test_what_stands_in_the_place_of_an_object_is_damage_and_makes_room(repo: Repo, what: str, part: str) -> None:
-    own = save(repo)
-    ids = {"index": index_of(repo, own), "chunk": chunks_of(repo, own)[0]}
+    checkpoint_id = save(repo)
+    ids = {"index": index_of(repo, checkpoint_id), "chunk": chunks_of(repo, checkpoint_id)[0]}
     repo = with_remote(repo)
     damaged = ids.get(part, ObjectId(ids["chunk"][:2] + "0" * 62))
     path = repo.store.path(damaged)
     path.unlink(missing_ok=True)
     {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink(__file__, path)}[what](path)
-    for ask in ([], [own] if part != "unneeded" else []):
+    for ask in ([], [checkpoint_id] if part != "unneeded" else []):
         (finding,) = found(repo, *ask)
         assert (finding.kind, finding.object_id, finding.is_harmless) == ("damaged", damaged, False)
         assert bool(finding.needed_by) == (part != "unneeded")
@@ -267,8 +276,8 @@ def test_what_stands_in_the_place_of_an_object_is_damage_and_makes_room(repo: Re
 
 
 def test_bytes_of_indexes_count_where_there_is_nothing_else(repo: Repo) -> None:
-    own = repo.save({"trainer": {"seed": 1}}, run="ci", step=1).id
-    size = repo.store.stored_size(index_of(repo, own, "trainer"))
+    checkpoint_id = repo.save({"trainer": {"seed": 1}}, run="ci", step=1).id
+    size = repo.store.stored_size(index_of(repo, checkpoint_id, "trainer"))
     told: list[tuple[int, int]] = []
     assert found(repo, progress=lambda done, total: told.append((done, total))) == []
     assert told == [(size, size)]
@@ -277,8 +286,8 @@ def test_bytes_of_indexes_count_where_there_is_nothing_else(repo: Repo) -> None:
 def test_reading_is_never_far_ahead_of_whoever_takes_the_findings(repo: Repo) -> None:
     repo.save({"trainer": {}, "model": {str(i): parts(i)["model"]["big"] for i in range(30)}}, run="ci", step=1)
     indexes = {part.index for entry in repo.checkpoints() for part in entry.manifest.parts.values()}
-    for own in repo.store.stored().keys() - indexes:
-        flip(repo.store.path(own))
+    for stored_id in repo.store.stored().keys() - indexes:
+        flip(repo.store.path(stored_id))
     reading = verify(repo, repair=True)
     next(reading)
     time.sleep(0.5)
@@ -337,51 +346,54 @@ def test_an_unknown_id_is_an_error(repo: Repo) -> None:
 
 
 def test_repair_fetches_what_is_damaged_or_missing(repo: Repo) -> None:
-    own = save(repo)
+    checkpoint_id = save(repo)
     repo = with_remote(repo)
-    damaged, missing = chunks_of(repo, own)[:2]
+    damaged, missing = chunks_of(repo, checkpoint_id)[:2]
     flip(repo.store.path(damaged))
-    flip(repo.store.path(index_of(repo, own, "optimizer")))
+    flip(repo.store.path(index_of(repo, checkpoint_id, "optimizer")))
     repo.store.path(missing).unlink()
     assert [one.repaired_from for one in found(repo)] == ["", "", ""]
     findings = found(repo, repair=True)
     assert {(one.kind, one.object_id, one.repaired_from) for one in findings} == {
         ("damaged", damaged, "shared"),
-        ("damaged", index_of(repo, own, "optimizer"), "shared"),
+        ("damaged", index_of(repo, checkpoint_id, "optimizer"), "shared"),
         ("missing", missing, "shared"),
     }
     assert all(one.is_harmless for one in findings)
     assert found(repo) == []
-    assert {name[:64] for name in os.listdir(repo.store.quarantine)} == {damaged, index_of(repo, own, "optimizer")}
+    assert {name[:64] for name in os.listdir(repo.store.quarantine)} == {
+        damaged,
+        index_of(repo, checkpoint_id, "optimizer"),
+    }
     (repo.root.parent / "shared").rename(repo.root.parent / "gone")
-    assert exact(repo.load(own)["model"]) == exact(parts(1)["model"])
+    assert exact(repo.load(checkpoint_id)["model"]) == exact(parts(1)["model"])
 
 
 def test_repair_brings_back_a_chosen_checkpoint_that_was_dropped(repo: Repo) -> None:
-    own = save(repo)
+    checkpoint_id = save(repo)
     repo = with_remote(repo)
     shutil.rmtree(repo.store.objects)
     repo.store.objects.mkdir()
-    assert all(one.repaired_from == "shared" for one in found(repo, own, repair=True))
-    assert found(repo, own) == []
+    assert all(one.repaired_from == "shared" for one in found(repo, checkpoint_id, repair=True))
+    assert found(repo, checkpoint_id) == []
 
 
 def test_repair_keeps_no_index_whose_chunks_nobody_has(repo: Repo) -> None:
-    own = save(repo)
+    checkpoint_id = save(repo)
     repo = with_remote(repo)
-    lost = chunks_of(repo, own)[0]
-    model = index_of(repo, own)
+    lost = chunks_of(repo, checkpoint_id)[0]
+    model = index_of(repo, checkpoint_id)
     shutil.rmtree(repo.store.objects)
     repo.store.objects.mkdir()
     (repo.root.parent / "shared" / "objects" / lost[:2] / lost).unlink()
-    left = {one.object_id for one in found(repo, own, repair=True) if not one.is_harmless}
+    left = {one.object_id for one in found(repo, checkpoint_id, repair=True) if not one.is_harmless}
     assert left == {lost, model}
     assert not repo.store.has(model)
 
 
 def test_repair_without_a_remote_moves_the_damage_to_quarantine(repo: Repo) -> None:
-    own = save(repo)
-    chunk = chunks_of(repo, own)[0]
+    checkpoint_id = save(repo)
+    chunk = chunks_of(repo, checkpoint_id)[0]
     flip(repo.store.path(chunk))
     (finding,) = found(repo, repair=True)
     assert (finding.kind, finding.is_harmless) == ("damaged", False)
@@ -391,9 +403,9 @@ def test_repair_without_a_remote_moves_the_damage_to_quarantine(repo: Repo) -> N
 
 
 def test_a_bad_copy_in_a_remote_repairs_nothing(repo: Repo) -> None:
-    own = save(repo)
+    checkpoint_id = save(repo)
     repo = with_remote(repo)
-    chunk = chunks_of(repo, own)[0]
+    chunk = chunks_of(repo, checkpoint_id)[0]
     flip(repo.store.path(chunk))
     flip(repo.root.parent / "shared" / "objects" / chunk[:2] / chunk)
     (finding,) = found(repo, repair=True)
@@ -402,21 +414,21 @@ def test_a_bad_copy_in_a_remote_repairs_nothing(repo: Repo) -> None:
 
 
 def test_repair_takes_back_what_is_still_in_the_trash(repo: Repo) -> None:
-    own = save(repo)
-    taken = [index_of(repo, own), *chunks_of(repo, own)]
+    checkpoint_id = save(repo)
+    taken = [index_of(repo, checkpoint_id), *chunks_of(repo, checkpoint_id)]
     repo.store.discard(taken)
-    assert {one.object_id for one in found(repo, own)} == {taken[0]}
-    findings = found(repo, own, repair=True)
+    assert {one.object_id for one in found(repo, checkpoint_id)} == {taken[0]}
+    findings = found(repo, checkpoint_id, repair=True)
     assert {(one.object_id, one.repaired_from) for one in findings} == {(one, "trash/") for one in taken}
-    assert exact(repo.load(own)["model"]) == exact(parts(1)["model"])
+    assert exact(repo.load(checkpoint_id)["model"]) == exact(parts(1)["model"])
 
 
 # -- at work beside others -------------------------------------------------------------------------------------------
 
 
 def test_gc_waits_and_saves_go_on_while_it_reads(repo: Repo) -> None:
-    own = save(repo)
-    flip(repo.store.path(chunks_of(repo, own)[0]))
+    checkpoint_id = save(repo)
+    flip(repo.store.path(chunks_of(repo, checkpoint_id)[0]))
     reading = verify(repo)
     next(reading)
     with pytest.raises(Locked):
@@ -477,8 +489,8 @@ def test_verify_needs_neither_torch_nor_numpy_for_data_that_is_no_numbers(repo: 
 
 def test_an_id_names_the_plain_bytes(repo: Repo) -> None:
     """What verify relies on: an object under another's id is damage, though it is whole."""
-    own = save(repo)
-    first, second = chunks_of(repo, own)[:2]
+    checkpoint_id = save(repo)
+    first, second = chunks_of(repo, checkpoint_id)[:2]
     shutil.copy(repo.store.path(second), repo.store.path(first))
     (finding,) = found(repo)
     assert finding.object_id == first

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from castore.errors import CastoreError, RefusedPath
+from castore.errors import CastoreError
 from castore.format import manifest
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Experiment
@@ -28,7 +28,7 @@ from castore.policy.retention import Decision, Policy
 from castore.policy.scoring import newest_first, rank, score
 from castore.repo import Repo
 from castore.stats import Stats, plan_gc, stats
-from castore.storage import fs, safe_paths
+from castore.storage import fs, output_file
 
 _MAX_SESSION_BYTES = 1 << 20
 
@@ -326,26 +326,10 @@ def compare_environments(
 
 
 def check_target(out: Path) -> None:
-    """RefusedPath unless a report may be written there: nothing is there yet, or a regular file."""
-    safe_paths.check_target(out)
-    found = safe_paths.status(out)
-    if safe_paths.is_folder(found) or not out.name:
-        raise RefusedPath(str(out), "it is a folder")
-    if found is not None and not stat.S_ISREG(found.st_mode):
-        raise RefusedPath(str(out), "it is no regular file")
-    if not safe_paths.is_folder(safe_paths.status(Path(os.path.realpath(out.parent)))):
-        raise RefusedPath(str(out), "the folder isn't there")
+    """Raise RefusedPath unless a report may be written there: nothing is there yet, or a regular file."""
+    output_file.check_target(out, replace=True)
 
 
 def write_report(out: Path, data: bytes) -> None:
     """Write ``data`` to a file that appears, or is replaced, complete or not at all. RefusedPath, StorageError."""
-    check_target(out)
-    descriptor, temp = fs.create_temporary(out.parent)
-    try:
-        try:
-            fs.write(descriptor, temp, [data])
-        finally:
-            fs.close(descriptor, temp)
-        fs.rename(temp, out)
-    finally:
-        fs.unlink(temp)
+    output_file.write(out, data, replace=True, durable=False)

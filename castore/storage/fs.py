@@ -43,16 +43,19 @@ def _reporting(action: str, path: Path) -> Iterator[None]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def create_temporary(directory: Path) -> tuple[int, Path]:
-    """A new, empty file with a name no other process or thread uses, opened for writing. The caller closes it."""
+def create_temporary(directory: Path, mode: int = 0o644) -> tuple[int, Path]:
+    """A new, empty file with a name no other process or thread uses, opened for writing. The caller closes it.
+
+    ``mode`` is its permissions, less what the umask takes away.
+    """
     path = directory / f"{os.getpid()}-{time.time_ns():x}-{next(_serial)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with _reporting("create", path):
         try:
-            return os.open(path, flags, 0o644), path
+            return os.open(path, flags, mode), path
         except FileNotFoundError:  # git doesn't keep the folder in a clone
             os.makedirs(directory, exist_ok=True)
-            return os.open(path, flags, 0o644), path
+            return os.open(path, flags, mode), path
 
 
 def write(descriptor: int, path: Path, buffers: Sequence[Buffer]) -> int:

@@ -1,8 +1,8 @@
-"""Any file or folder -> a manifest of kind ``files``; :mod:`castore.checkout` is the way back.
+"""Any file or folder -> a manifest of kind ``files``; :mod:`castore.trees.checkout` is the way back.
 
-The part ``files`` is one stream: the files, sorted by path, back to back. It is cut where its content says so (FastCDC:
-Xia et al. 2016), so that an edit changes the chunks around it and no others. Its tree has, for each path below the name
-of what was added, ``{"mode", "data"}`` for a file, ``{"link"}`` for a symbolic link and ``{"mode"}`` for a folder.
+The part ``files`` is one stream: the files, sorted by path, back to back. Its content decides where it is cut (FastCDC:
+Xia et al. 2016), so that an edit changes the chunks around it and no others. Its tree maps each path, beginning
+with the name that was added, to ``{"mode", "data"}`` for a file, ``{"link"}`` for a link, ``{"mode"}`` for a folder.
 
 A few chunks are in memory at a time, whatever the size of the files.
 """
@@ -14,13 +14,11 @@ import os
 import re
 import stat
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -29,29 +27,30 @@ from castore.format import manifest, part_index
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Manifest, Part
 from castore.format.part_index import ChunkRef, Index, TensorRef, TensorSpec
+from castore.parallel import map_ahead
+from castore.progress import Progress, ignore_progress
 from castore.repo import Repo
 from castore.storage import safe_paths
-from castore.storage.object_store import Writer
+from castore.storage.object_store import Writer, Written
 
 PART = "files"
 KIND: manifest.Kind = "files"
 
-# Whoever cuts otherwise shares no chunks with what is stored. An edit costs the chunk it is in, at times the next one.
+# Other bounds would share no chunks with what is stored. An edit costs the chunk it is in, at times the next one too.
 _SMALLEST, _AVERAGE, _LARGEST = 256 << 10, 1 << 20, 4 << 20
 _BUFFER = 16 << 20  # of the stream in memory; FastCDC has to see _LARGEST bytes to cut
-MODE = 0o777  # neither set-user-id nor set-group-id nor sticky: they would be rights that the data gives itself
+MODE = 0o777  # without set-user-id, set-group-id and sticky: data must not give itself rights
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
 Cut = Callable[[memoryview, int, int, int], Iterable[Any]]
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+"""``fastcdc.fastcdc``: (data, smallest, average, largest chunk in bytes) -> objects with ``offset`` and ``length``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """What :func:`add` stored. ``skipped`` are folders that were passed over, as they are never checked out."""
+    """What :func:`add_tree` stored. ``bytes`` is the size of all files, ``new_bytes`` what the new objects take.
+
+    ``skipped`` are the folders left out because they are never checked out: .git and .castore.
+    """
 
     id: ObjectId
     manifest: Manifest
@@ -63,10 +62,6 @@ class Added:
     new_objects: int
     new_bytes: int
     skipped: tuple[str, ...]
-
-
-def no_progress(_done: int, _total: int) -> None:
-    """For whoever doesn't want to know."""
 
 
 def find_files(repo: Repo, wanted: str) -> Entry:
@@ -98,45 +93,30 @@ def add_tree(
     tags: Sequence[str] = (),
     note: str = "",
     created: datetime | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = ignore_progress,
 ) -> Added:
-    """Store a file, or a folder with all that is in it, under run ``name`` (that of the path unless given).
+    """Store a file, or a folder with everything in it, under run ``name``, by default the name of the path.
 
-    When this returns it survives a power cut. UnsupportedFile, naming it, for what could not be checked out exactly as
-    it is; FileChanged when a file is written to meanwhile; StorageError when one can't be read; PackageMissing without
-    fastcdc. Then nothing became visible.
+    When this returns, the data survives a power cut. Raise UnsupportedFile naming what could not be checked out exactly
+    as it is, FileChanged if a file is written to while it is read, StorageError if one can't be read, PackageMissing
+    without fastcdc. Then nothing became visible.
     """
     cut = _cutter()
     tree = _scan(path)
-    draft = Manifest(
-        kind=KIND,
-        run=_run_name(tree.top) if name is None else name,
-        step=0,
-        created=manifest.timestamp(created or datetime.now(UTC)),
-        parts={PART: Part(index=ObjectId("0" * 64), bytes=tree.bytes, stored_bytes=0)},
-        tags=sorted(set(tags)),
-        note=note,
-        info={"files": len(tree.files), "folders": len(tree.folders), "links": len(tree.links), "name": tree.top},
-    )
+    draft = _draft(tree, name, tags, note, created or datetime.now(UTC))
     manifest.encode(draft)  # what can't be recorded fails before gigabytes are read
     with repo.lock():
-        with repo.store.writer() as writer, contextlib.closing(_Stream(tree.files)) as stream:
-            chunks = _put(writer, _cut(stream.readinto, cut), repo.threads, tree.bytes, progress)
-            own = writer.put(
-                part_index.encode(Index(chunks, tuple(stream.tensors), _describe(tree, stream.modes)), PART)
-            )
-            written = writer.commit()
-        stored = sum(repo.store.stored_size(one) or 0 for one in {own, *(chunk.id for chunk in chunks)})
-        final = msgspec.structs.replace(draft, parts={PART: Part(index=own, bytes=stream.done, stored_bytes=stored)})
-        own_id, manifest_path = repo.catalog.add(final)
+        part, written = _store(repo, tree, cut, progress)
+        final = msgspec.structs.replace(draft, parts={PART: part})
+        manifest_id, manifest_path = repo.catalog.add(final)
     return Added(
-        id=own_id,
+        id=manifest_id,
         manifest=final,
         path=manifest_path,
         files=len(tree.files),
         folders=len(tree.folders),
         links=len(tree.links),
-        bytes=stream.done,
+        bytes=part.bytes,
         new_objects=written.objects,
         new_bytes=written.bytes,
         skipped=tuple(tree.skipped),
@@ -145,7 +125,7 @@ def add_tree(
 
 @dataclass(slots=True)
 class _Tree:
-    """What is to be added, by path below the folder that holds it. Folders come with their permissions."""
+    """What to add, by paths that begin with ``top``. ``folders`` have their permissions, ``links`` their targets."""
 
     top: str
     files: list[tuple[str, Path]] = field(default_factory=list)
@@ -156,22 +136,22 @@ class _Tree:
 
 
 def _scan(start: Path) -> _Tree:
+    """Look through ``start`` without reading a file. Raise UnsupportedFile, FileChanged or StorageError."""
     try:
-        found = os.lstat(start)
-        if stat.S_ISLNK(found.st_mode):
-            raise UnsupportedFile(str(start), "a symbolic link: give what it leads to")
+        if stat.S_ISLNK(os.lstat(start).st_mode):
+            raise UnsupportedFile(str(start), "a symbolic link: add what it leads to")
         start = Path(os.path.realpath(start))
     except OSError as error:
         raise UnsupportedFile(str(start), f"can't be added: {error.strerror}") from error
     tree = _Tree(start.name)
     if not tree.top or safe_paths.is_reserved(tree.top):
         raise UnsupportedFile(str(start), "can't be added as a whole: add what is in it")
-    waiting = [(tree.top, start)]
-    while waiting:
-        name, path = waiting.pop()
-        folder = _note(tree, name, path)
-        if folder:
-            waiting += [(f"{name}/{one}", path / one) for one in _names_in(path)]
+    pending = [(tree.top, start)]
+    while pending:
+        name, path = pending.pop()
+        is_kept_folder = _enter(tree, name, path)
+        if is_kept_folder:
+            pending += [(f"{name}/{child}", path / child) for child in _names_in(path)]
     tree.files.sort()
     tree.skipped.sort()
     return tree
@@ -184,10 +164,10 @@ def _names_in(folder: Path) -> list[str]:
         raise StorageError("read", str(folder), error) from error
 
 
-def _note(tree: _Tree, name: str, path: Path) -> bool:
-    """Enter what is at ``path`` into the tree; whether it is a folder whose content belongs there too."""
-    found = safe_paths.status(path)
-    if found is None:
+def _enter(tree: _Tree, name: str, path: Path) -> bool:
+    """Enter what is at ``path`` into the tree, and return whether it is a folder whose content belongs there too."""
+    status = safe_paths.status(path)
+    if status is None:
         raise FileChanged(str(path))
     try:
         name.encode()
@@ -195,12 +175,12 @@ def _note(tree: _Tree, name: str, path: Path) -> bool:
         raise UnsupportedFile(ascii(os.fspath(path)), "its name is not valid UTF-8: rename it") from None
     if safe_paths.is_reserved(path.name):
         tree.skipped.append(name)
-    elif stat.S_ISREG(found.st_mode):
+    elif stat.S_ISREG(status.st_mode):
         tree.files.append((name, path))
-        tree.bytes += found.st_size
-    elif stat.S_ISDIR(found.st_mode):
-        tree.folders[name] = stat.S_IMODE(found.st_mode) & MODE
-    elif stat.S_ISLNK(found.st_mode):
+        tree.bytes += status.st_size
+    elif stat.S_ISDIR(status.st_mode):
+        tree.folders[name] = stat.S_IMODE(status.st_mode) & MODE
+    elif stat.S_ISLNK(status.st_mode):
         tree.links[name] = _link_target(name, path)
     else:
         raise UnsupportedFile(str(path), "neither file, folder nor link: remove it, or add what is beside it")
@@ -216,48 +196,74 @@ def _link_target(name: str, path: Path) -> str:
     except UnicodeEncodeError:
         raise UnsupportedFile(str(path), "a link whose target is not valid UTF-8") from None
     if reason := safe_paths.why_not_link(name, target):
-        raise UnsupportedFile(str(path), f"{reason}, which is never checked out: replace it by what it leads to")
+        raise UnsupportedFile(str(path), f"{reason}, which is never checked out: replace it with what it leads to")
     return target
 
 
+def _draft(tree: _Tree, name: str | None, tags: Sequence[str], note: str, created: datetime) -> Manifest:
+    """Return the manifest of a tree, but for its index."""
+    return Manifest(
+        kind=KIND,
+        run=_run_name(tree.top) if name is None else name,
+        step=0,
+        created=manifest.timestamp(created),
+        parts={PART: Part(index=ObjectId("0" * 64), bytes=tree.bytes, stored_bytes=0)},
+        tags=sorted(set(tags)),
+        note=note,
+        info={"files": len(tree.files), "folders": len(tree.folders), "links": len(tree.links), "name": tree.top},
+    )
+
+
+def _store(repo: Repo, tree: _Tree, cut: Cut, progress: Progress) -> tuple[Part, Written]:
+    """Store the files and their index; the caller holds the lock."""
+    with repo.store.writer() as writer, contextlib.closing(_Stream(tree.files)) as stream:
+        chunks = _put(writer, _cut(stream.readinto, cut), repo.threads, tree.bytes, progress)
+        index = Index(chunks, tuple(stream.tensors), _describe(tree, stream.modes))
+        index_id = writer.put(part_index.encode(index, PART))
+        written = writer.commit()
+    object_ids = {index_id, *(chunk.id for chunk in chunks)}
+    stored_bytes = sum(repo.store.stored_size(object_id) or 0 for object_id in object_ids)
+    return Part(index=index_id, bytes=stream.done, stored_bytes=stored_bytes), written
+
+
 class _Stream:
-    """The files one after another. Notes of each the tensor that it is in the stream, and its permissions."""
+    """The files one after another, as one file to read. Collects for each file its tensor and its permissions."""
 
     def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
         self.tensors: list[TensorSpec] = []
         self.modes: list[int] = []
         self.done = 0
-        self._left = iter(files)
+        self._remaining = iter(files)
         self._path = Path()
         self._descriptor = -1
         self._before: os.stat_result | None = None
         self._start = 0
 
-    def readinto(self, into: memoryview) -> int:
-        """As of a file; 0 at the end of the last file."""
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill at most ``buffer``, like a file's method, and return the number of bytes; 0 after the last file."""
         while True:
             if self._before is None and not self._open_next():
                 return 0
-            with self._reporting():
-                count = os.readv(self._descriptor, [into])
+            with self._locating_errors():
+                count = os.readv(self._descriptor, [buffer])
             self.done += count
             if count:
                 return count
             self._finish()
 
     def close(self) -> None:
-        """Give back what is open when reading ends early."""
+        """Close the file that is open when reading ends early."""
         if self._before is not None:
             self._before = None
             os.close(self._descriptor)
 
     def _open_next(self) -> bool:
-        following = next(self._left, None)
+        following = next(self._remaining, None)
         if following is None:
             return False
-        self._path = following[1]
-        with self._reporting():
-            # without blocking: what was a file may be a pipe by now
+        _, self._path = following
+        with self._locating_errors():
+            # without blocking: the file may have become a pipe by now
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         self._before = os.fstat(self._descriptor)
         self._start = self.done
@@ -276,7 +282,7 @@ class _Stream:
         self.modes.append(stat.S_IMODE(before.st_mode) & MODE)
 
     @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
+    def _locating_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -284,6 +290,7 @@ class _Stream:
 
 
 def _cutter() -> Cut:
+    """Return the function that cuts. Raise PackageMissing."""
     try:
         # without its compiled half the package says on standard output that it is slow, where programs read JSON
         with contextlib.redirect_stdout(sys.stderr):
@@ -295,10 +302,10 @@ def _cutter() -> Cut:
 
 
 def _cut(readinto: Callable[[memoryview], int], cut: Cut) -> Iterator[bytes]:
-    """The stream in chunks.
+    """Yield the stream in chunks.
 
-    The package's own way with files is to map them into memory whole, one at a time, so it is fed a buffer here. A cut
-    depends on the bytes since the cut before it, _LARGEST at most: those must be in the buffer, or the end of all.
+    The package itself would map whole files into memory, one at a time, so it is given a buffer here. A cut depends on
+    the bytes after the cut before it, _LARGEST at most: all of them, or the end of the stream, must be in the buffer.
     """
     buffer = memoryview(bytearray(_BUFFER))
     filled, ended = 0, False
@@ -318,38 +325,27 @@ def _cut(readinto: Callable[[memoryview], int], cut: Cut) -> Iterator[bytes]:
 
 
 def _put(writer: Writer, chunks: Iterable[bytes], threads: int, total: int, progress: Progress) -> tuple[ChunkRef, ...]:
+    def put(data: bytes) -> ChunkRef:
+        return ChunkRef(writer.put(data), len(data))
+
     refs = []
     done = 0
-    for ref in ahead(lambda data: ChunkRef(writer.put(data), len(data)), chunks, threads):
+    for ref in map_ahead(put, chunks, threads):
         refs.append(ref)
         done += ref.length
         progress(done, total)
     return tuple(refs)
 
 
-def ahead(function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int) -> Iterator[_Result]:
-    """``function`` of each item, in order, computed by threads that are a few items ahead."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="castore")
-    waiting: deque[Future[_Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _describe(tree: _Tree, modes: Sequence[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {name: {"mode": mode} for name, mode in tree.folders.items()}
-    found |= {name: {"link": target} for name, target in tree.links.items()}
+    """Return the tree of the index: a dict from every path to what is there."""
+    nodes: dict[str, Any] = {name: {"mode": mode} for name, mode in tree.folders.items()}
+    nodes |= {name: {"link": target} for name, target in tree.links.items()}
     for number, (name, _) in enumerate(tree.files):
-        found[name] = {"mode": modes[number], "data": TensorRef(number)}
-    return dict(sorted(found.items()))
+        nodes[name] = {"mode": modes[number], "data": TensorRef(number)}
+    return dict(sorted(nodes.items()))
 
 
 def _run_name(top: str) -> str:
-    """``top`` as the name of a run, which has fewer characters to choose from."""
+    """Return ``top`` with what a run's name can't hold replaced by dashes."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", top).lstrip("._-")[:64] or "files"

@@ -1,8 +1,8 @@
 """A manifest of kind ``files`` -> files and folders on the disk.
 
-The tree comes from an index, which is as hostile as whoever wrote its manifest. All of it is judged before anything is
-written (:mod:`castore.paths`): no path leads out of the folder, through a link, or into ``.git`` or ``.castore``; no
-link leads out of the tree. A few chunks are in memory at a time, whatever the size of the files.
+The tree comes from an index, which is as hostile as the author of its manifest. All of it is checked before anything is
+written (:mod:`castore.storage.safe_paths`): no path leads out of the folder, through a link, or into ``.git`` or
+``.castore``; no link leads out of the tree. A few chunks are in memory at a time, whatever the size of the files.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +20,23 @@ from castore.errors import CorruptIndex, NotFound, RefusedPath, StorageError, Un
 from castore.format import chunking, part_index
 from castore.format.ids import ObjectId
 from castore.format.part_index import ChunkRef, Index, TensorRef, TensorSpec
+from castore.parallel import map_ahead
+from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback
 from castore.repo import Repo
 from castore.state.parts import locate_errors
-from castore.storage import fs, safe_paths
-from castore.trees.add import MODE, PART, Progress, ahead, find_files, no_progress
+from castore.storage import fs, output_file, safe_paths
+from castore.storage.output_file import OutputFile
+from castore.trees.add import MODE, PART, find_files
 
-_FINISHERS = 8  # what syncs waits for the disk, not for the processor
+_FINISHERS = 8  # a thread that syncs waits for the disk, not for the processor
 _IN_FLIGHT = 64
+_NO_TREE = "the index does not describe a tree of files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedOut:
-    """What :func:`check_out` wrote. ``paths`` are the uppermost ones."""
+    """What :func:`check_out` wrote. ``paths`` are the topmost files, folders and links; ``bytes`` is over all files."""
 
     id: ObjectId
     paths: tuple[Path, ...]
@@ -46,35 +48,36 @@ class CheckedOut:
 
 def check_out(
     repo: Repo,
-    wanted: str,
+    selector: str,
     folder: Path,
     *,
     force: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = ignore_progress,
 ) -> CheckedOut:
-    """Write what was added as ``wanted`` into ``folder``, under the name it had; every byte is verified.
+    """Write the files that ``selector`` names into ``folder``, under the name they were added by, and verify each byte.
 
-    Each file appears complete or not at all, with the permissions it had. UnsafePath or CorruptIndex for a tree that
-    could write elsewhere, RefusedPath for a folder that is no place to write to or where something is in the way
-    (``force`` replaces files and links, never folders): then nothing was written. ObjectMissing, CorruptObject.
+    Each file appears complete or not at all, with the permissions it had. Raise UnsafePath or CorruptIndex for a tree
+    that could write elsewhere, and RefusedPath if ``folder`` may not be written to or something is in the way
+    (``force`` replaces files and links, never folders): then nothing was written. Raise ObjectMissing or CorruptObject
+    for data that is missing or damaged.
     """
     safe_paths.check_target(folder)
-    entry = find_files(repo, wanted)
+    entry = find_files(repo, selector)
     if PART not in entry.manifest.parts:
         raise NotFound(f"{entry.id[:12]} has no part {PART!r}")
-    own = entry.manifest.parts[PART].index
+    index_id = entry.manifest.parts[PART].index
     with repo.lock(), locate_errors(PART, entry.id):
-        data, frame = fallback.read(repo.store, repo.remotes, own)
-        found = part_index.decode(data)
-        tree = _read_tree(found)
+        data, frame = fallback.read(repo.store, repo.remotes, index_id)
+        index = part_index.decode(data)
+        tree = _read_tree(index)
         _check_disk(tree, folder, force)
-        _Checkout(repo, folder, tree, force).write(found, progress)
+        _Checkout(repo, folder, tree, force).run(index, progress)
         # last: an index without its chunks would be taken for damage
         if frame is not None:
-            repo.store.adopt(own, frame, memoryview(bytearray(len(data))))
+            repo.store.adopt(index_id, frame, memoryview(bytearray(len(data))))
     return CheckedOut(
         id=entry.id,
-        paths=tuple(folder / name for name in tree.everything() if "/" not in name),
+        paths=tuple(folder / name for name in tree.paths() if "/" not in name),
         files=len(tree.files),
         folders=len(tree.folders),
         links=len(tree.links),
@@ -84,43 +87,45 @@ def check_out(
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    number: int
     path: str
     mode: int
     size: int
 
 
 @dataclass(slots=True)
-class _Stored:
-    """A tree that is safe to write: folders come before what is in them, and every file is a tensor of its own."""
+class _Tree:
+    """A tree that is safe to write: each folder comes before what is in it, each file is a tensor of its own.
+
+    ``files`` are by the number of their tensor, ``folders`` have their permissions, ``links`` the text they hold.
+    """
 
     files: dict[int, _File] = field(default_factory=dict)
     folders: dict[str, int] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
     bytes: int = 0
 
-    def everything(self) -> list[str]:
+    def paths(self) -> list[str]:
         return sorted([*self.folders, *self.links, *(file.path for file in self.files.values())])
 
 
-def _read_tree(found: Index) -> _Stored:
-    """CorruptIndex or UnsafePath unless the index describes a tree that can do no harm."""
-    if type(found.tree) is not dict:
-        raise CorruptIndex("the index describes no tree of files")
-    tree = _Stored()
-    for path in sorted(found.tree, key=str):
+def _read_tree(index: Index) -> _Tree:
+    """Return the tree that the index describes. Raise CorruptIndex or UnsafePath if it could do any harm."""
+    if type(index.tree) is not dict:
+        raise CorruptIndex(_NO_TREE)
+    tree = _Tree()
+    for path in sorted(index.tree, key=str):
         if type(path) is not str:
-            raise CorruptIndex("the index describes no tree of files: a path is a number")
+            raise CorruptIndex(f"{_NO_TREE}: a path is a number")
         if reason := safe_paths.why_not_member(path):
             raise UnsafePath(path, reason)
         parent = path.rpartition("/")[0]
         if parent and parent not in tree.folders:
-            raise UnsafePath(path, "which lies in no folder of the tree")
-        _read_node(tree, path, found.tree[path], found.tensors)
+            raise UnsafePath(path, "which is not in a folder of the tree")
+        _read_node(tree, path, index.tree[path], index.tensors)
     return tree
 
 
-def _read_node(tree: _Stored, path: str, node: Any, tensors: Sequence[TensorSpec]) -> None:
+def _read_node(tree: _Tree, path: str, node: Any, tensors: Sequence[TensorSpec]) -> None:
     match node:
         case {"link": str(target), **rest} if not rest:
             if reason := safe_paths.why_not_link(path, target):
@@ -132,34 +137,23 @@ def _read_node(tree: _Stored, path: str, node: Any, tensors: Sequence[TensorSpec
             spec = tensors[number]
             # a file twice would let a small index fill any disk
             if spec.dtype != "uint8" or len(spec.shape) != 1 or number in tree.files:
-                raise CorruptIndex(f"the index describes no tree of files: {path[:200]!r} has no data of its own")
-            tree.files[number] = _File(number, path, mode & MODE, spec.nbytes)
+                raise CorruptIndex(f"{_NO_TREE}: {path[:200]!r} has no data of its own")
+            tree.files[number] = _File(path, mode & MODE, spec.nbytes)
             tree.bytes += spec.nbytes
         case _:
-            raise CorruptIndex(f"the index describes no tree of files: {path[:200]!r} is neither file, folder nor link")
+            raise CorruptIndex(f"{_NO_TREE}: {path[:200]!r} is neither file, folder nor link")
 
 
-def _check_disk(tree: _Stored, folder: Path, force: bool) -> None:
-    """Make ``folder``; RefusedPath or StorageError when the tree can't go there as it is."""
+def _check_disk(tree: _Tree, folder: Path, force: bool) -> None:
+    """Create ``folder``. Raise RefusedPath or StorageError if something there, or too little space, is in the way."""
     fs.make_directory(folder)
     if not safe_paths.is_folder(safe_paths.status(folder)):
-        raise RefusedPath(str(folder), "it is no folder")
-    here = {path: safe_paths.status(folder / path) for path in _reachable(tree, folder)}
-    taken = []
-    for path, status in here.items():
-        if path in tree.folders:
-            if status is not None and not safe_paths.is_folder(status):
-                raise RefusedPath(str(folder / path), "it is no folder there, and links are not followed")
-        elif safe_paths.is_folder(status):
-            raise RefusedPath(str(folder / path), "it is a folder there")
-        elif status is not None and not safe_paths.is_replaceable(status):
-            raise RefusedPath(str(folder / path), "it is neither a file nor a link there")
-        elif status is not None:
-            taken.append(path)
-    if taken and not force:
-        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
-        raise RefusedPath(str(folder / taken[0]), f"it exists{more}: --force replaces files")
-    if pairs := safe_paths.colliding(tree.everything()):
+        raise RefusedPath(str(folder), "it is not a folder")
+    occupied = _occupied(tree, folder)
+    if occupied and not force:
+        more = f" and {len(occupied) - 1} more" if len(occupied) > 1 else ""
+        raise RefusedPath(str(folder / occupied[0]), f"it exists{more}: --force replaces files")
+    if pairs := safe_paths.colliding(tree.paths()):
         _check_collisions(folder, pairs)
     free = shutil.disk_usage(folder).free
     if tree.bytes > free:
@@ -167,10 +161,27 @@ def _check_disk(tree: _Stored, folder: Path, force: bool) -> None:
         raise StorageError("check out to", str(folder), error)
 
 
-def _reachable(tree: _Stored, folder: Path) -> Iterator[str]:
-    """The paths of the tree whose folders exist and are real ones: nothing can be in the way of the others."""
+def _occupied(tree: _Tree, folder: Path) -> list[str]:
+    """Return the paths where files or links would be replaced. Raise RefusedPath for what is never replaced."""
+    occupied = []
+    for path in _reachable(tree, folder):
+        status = safe_paths.status(folder / path)
+        if path in tree.folders:
+            if status is not None and not safe_paths.is_folder(status):
+                raise RefusedPath(str(folder / path), "it is not a folder there, and links are not followed")
+        elif safe_paths.is_folder(status):
+            raise RefusedPath(str(folder / path), "it is a folder there")
+        elif status is not None and not safe_paths.is_replaceable(status):
+            raise RefusedPath(str(folder / path), "it is neither a file nor a link there")
+        elif status is not None:
+            occupied.append(path)
+    return occupied
+
+
+def _reachable(tree: _Tree, folder: Path) -> Iterator[str]:
+    """Yield the paths whose parent folders exist and are not links: nothing can be in the way of the others."""
     absent: set[str] = set()
-    for path in tree.everything():
+    for path in tree.paths():
         if path.rpartition("/")[0] in absent:
             absent.add(path)
             continue
@@ -180,132 +191,103 @@ def _reachable(tree: _Stored, folder: Path) -> Iterator[str]:
 
 
 def _check_collisions(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
-    """RefusedPath when two paths of the tree are one here, where the second would overwrite the first.
+    """Raise RefusedPath if this file system takes both paths of a pair for one: the second would replace the first.
 
     The file system itself is asked, with an empty file of the same name.
     """
     scratch = folder / f".{os.getpid()}-names"
     fs.make_directory(scratch)
     try:
-        for one, other in pairs:
-            names = [scratch / path.replace("/", "-")[-200:] for path in (one, other)]
+        for first, second in pairs:
+            names = [scratch / path.replace("/", "-")[-200:] for path in (first, second)]
             descriptor, temp = fs.create_temporary(scratch)
             fs.close(descriptor, temp)
             fs.rename(temp, names[0])
             same = safe_paths.status(names[1]) is not None
             fs.unlink(names[0])
             if same:
-                raise RefusedPath(str(folder / other), f"here it is the same file as {one}")
+                raise RefusedPath(str(folder / second), f"here it is the same file as {first}")
     finally:
         fs.remove_directory(scratch)
 
 
 class _Checkout:
-    """One checkout in progress."""
+    """One checkout in progress: folders, then the files in them, then links, and the folders' permissions last."""
 
-    def __init__(self, repo: Repo, folder: Path, tree: _Stored, force: bool) -> None:
+    def __init__(self, repo: Repo, folder: Path, tree: _Tree, force: bool) -> None:
         self._repo = repo
         self._folder = folder
         self._tree = tree
         self._force = force
         self._durable = repo.config.store.fsync
-        self._made: dict[Path, int] = {}
+        self._unfinished: set[OutputFile] = set()
 
-    def write(self, found: Index, progress: Progress) -> None:
-        for path, mode in self._tree.folders.items():
-            if fs.make_directory(self._folder / path):
-                self._made[self._folder / path] = mode
-        self._write_files(found, progress)
+    def run(self, index: Index, progress: Progress) -> None:
+        new_folders = self._make_folders()
+        try:
+            self._write_files(index, progress)
+        finally:
+            for output in self._unfinished:
+                output.discard()
         for path, target in self._tree.links.items():
-            self._link(self._folder / path, target)
+            output_file.write_link(self._folder / path, target, replace=self._force)
         if self._durable:
             for name in ("", *self._tree.folders):
                 fs.sync_directory(self._folder / name)
         # last and from the bottom up: one may forbid writing
-        for made, mode in reversed(self._made.items()):
-            fs.set_mode(made, mode)
+        for new, mode in reversed(new_folders.items()):
+            fs.set_mode(new, mode)
 
-    def _write_files(self, found: Index, progress: Progress) -> None:
-        finishing: deque[Future[None]] = deque()
-        with (
-            ThreadPoolExecutor(_FINISHERS, thread_name_prefix="castore-finish") as finishers,
-            contextlib.closing(self._written(found, progress)) as written,
-        ):
-            for file, descriptor, temp in written:
-                finishing.append(finishers.submit(self._finish, file, descriptor, temp))
-                if len(finishing) > _IN_FLIGHT:
-                    finishing.popleft().result()
-            for future in finishing:
-                future.result()
+    def _make_folders(self) -> dict[Path, int]:
+        """Create the folders of the tree and return those that were not there, with the permissions they will get."""
+        paths = {self._folder / path: mode for path, mode in self._tree.folders.items()}
+        return {path: mode for path, mode in paths.items() if fs.make_directory(path)}
 
-    def _written(self, found: Index, progress: Progress) -> Generator[tuple[_File, int, Path], None, None]:
-        """Each file once all its bytes are in a temporary one beside it, which is open still."""
+    def _write_files(self, index: Index, progress: Progress) -> None:
+        with contextlib.closing(self._written_files(index, progress)) as written:
+            for _ in map_ahead(self._finish, written, _FINISHERS, ahead=_IN_FLIGHT, name="castore-finish"):
+                pass
+
+    def _written_files(self, index: Index, progress: Progress) -> Generator[OutputFile, None, None]:
+        """Yield each file once all of its bytes are written; it has no name yet."""
         for file in self._tree.files.values():
             if not file.size:
-                yield file, *self._create(file)
-        descriptor, temp = -1, Path()
-        try:
-            done = 0
-            for data, pieces in self._chunks(found):
-                for piece in pieces:
-                    file = self._tree.files[piece.tensor]
-                    if piece.start == 0:
-                        descriptor, temp = self._create(file)
-                    length = piece.stop - piece.start
-                    fs.write(descriptor, temp, [data[piece.at : piece.at + length]])
-                    if piece.stop == file.size:
-                        finished, descriptor = descriptor, -1
-                        yield file, finished, temp
-                    done += length
-                progress(done, self._tree.bytes)
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-                fs.unlink(temp)
+                yield self._create(file)
+        outputs: dict[int, OutputFile] = {}
+        done = 0
+        for data, pieces in self._read_chunks(index):
+            for piece in pieces:
+                file = self._tree.files[piece.tensor]
+                if piece.start == 0:
+                    outputs[piece.tensor] = self._create(file)
+                length = piece.stop - piece.start
+                outputs[piece.tensor].write([data[piece.at : piece.at + length]])
+                if piece.stop == file.size:
+                    yield outputs.pop(piece.tensor)
+                done += length
+            progress(done, self._tree.bytes)
 
-    def _chunks(self, found: Index) -> Iterator[tuple[memoryview, list[chunking.Piece]]]:
-        """The chunks that hold bytes of files, in order. A tensor that is no file of the tree isn't read."""
-        extents = [(spec.offset, spec.nbytes if i in self._tree.files else 0) for i, spec in enumerate(found.tensors)]
-        covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in found.chunks])
+    def _read_chunks(self, index: Index) -> Iterator[tuple[memoryview, list[chunking.Piece]]]:
+        """Yield the chunks that hold bytes of files, in order. A tensor that is not a file of the tree isn't read."""
+        extents = [
+            (spec.offset, spec.nbytes if number in self._tree.files else 0) for number, spec in enumerate(index.tensors)
+        ]
+        covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
 
         def read(item: tuple[ChunkRef, list[chunking.Piece]]) -> tuple[memoryview, list[chunking.Piece]]:
-            data = memoryview(bytearray(item[0].length))
-            fallback.read_into(self._repo.store, self._repo.remotes, item[0].id, data)
-            return data, item[1]
+            chunk, pieces = item
+            data = memoryview(bytearray(chunk.length))
+            fallback.read_into(self._repo.store, self._repo.remotes, chunk.id, data)
+            return data, pieces
 
-        wanted = [(chunk, pieces) for chunk, pieces in zip(found.chunks, covered, strict=True) if pieces]
-        return ahead(read, wanted, self._repo.threads)
+        needed = [(chunk, pieces) for chunk, pieces in zip(index.chunks, covered, strict=True) if pieces]
+        return map_ahead(read, needed, self._repo.threads)
 
-    def _create(self, file: _File) -> tuple[int, Path]:
-        descriptor, temp = fs.create_temporary((self._folder / file.path).parent)
-        # before there is anything to read in it
-        fs.set_mode(temp, file.mode, descriptor)
-        return descriptor, temp
+    def _create(self, file: _File) -> OutputFile:
+        output = OutputFile(self._folder / file.path, file.mode)
+        self._unfinished.add(output)
+        return output
 
-    def _finish(self, file: _File, descriptor: int, temp: Path) -> None:
-        target = self._folder / file.path
-        try:
-            try:
-                if self._durable:
-                    fs.sync(descriptor, temp)
-            finally:
-                fs.close(descriptor, temp)
-            self._place(temp, target)
-        finally:
-            fs.unlink(temp)
-
-    def _place(self, temp: Path, target: Path) -> None:
-        if self._force:
-            fs.rename(temp, target)
-        elif not fs.link(temp, target):
-            raise RefusedPath(str(target), "it was made meanwhile: --force replaces files")
-
-    def _link(self, path: Path, text: str) -> None:
-        if not self._force:
-            fs.symlink(text, path)
-            return
-        descriptor, temp = fs.create_temporary(path.parent)
-        fs.close(descriptor, temp)
-        fs.unlink(temp)
-        fs.symlink(text, temp)
-        fs.rename(temp, path)
+    def _finish(self, output: OutputFile) -> None:
+        self._unfinished.remove(output)
+        output.finish(replace=self._force, durable=self._durable)

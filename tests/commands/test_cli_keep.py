@@ -118,7 +118,7 @@ def test_verify_prints_findings_as_data(project: Project) -> None:
     assert found["findings"] == [
         {
             "kind": "missing", "reason": "not in the store", "path": str(path), "object_id": chunk, "harmless": False,
-            "needed_by": [{"manifest": own, "part": "model"}], "repaired_from": "",
+            "needed_by": [{"checkpoint_id": own, "part": "model"}], "repaired_from": "",
         }
     ]  # fmt: skip
 
@@ -337,7 +337,7 @@ def test_doctor_finds_no_problem_in_a_healthy_project(project: Project) -> None:
     found = project.json("doctor")
     assert found["ok"] is True
     assert {check["level"] for check in found["checks"]} <= {"ok", "warning"}
-    assert re.search(r"^ok +git: \d+ files of .castore are committed$", project.run("doctor"), re.MULTILINE)
+    assert re.search(r"^ok +git: \d+ files of .castore committed$", project.run("doctor"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("trouble", ["settings", "manifest", "ignored", "tracked"])

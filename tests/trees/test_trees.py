@@ -241,7 +241,7 @@ def test_a_socket_is_an_error_that_names_it(repo: Repo, tmp_path: Path) -> None:
 
 def test_a_path_that_is_missing_or_a_link_is_an_error(repo: Repo, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(".")
-    for name, says in (("nowhere", "No such file"), ("link", "give what it leads to")):
+    for name, says in (("nowhere", "No such file"), ("link", "add what it leads to")):
         with pytest.raises(errors.UnsupportedFile, match=says):
             add_tree(repo, tmp_path / name)
     with pytest.raises(errors.UnsupportedFile, match="as a whole"):
@@ -343,7 +343,7 @@ def test_folders_are_never_replaced_and_links_never_followed(
         (lambda out: (out / "stuff" / "run.sh").mkdir(parents=True), "run.sh: it is a folder"),
         (lambda out: (out / "stuff").symlink_to(tmp_path / "elsewhere"), "links are not followed"),
         (lambda out: ((out / "stuff").mkdir(), (out / "stuff" / "deep").symlink_to(".")), "links are not followed"),
-        (lambda out: (out / "stuff").write_text("a file"), "stuff: it is no folder"),
+        (lambda out: (out / "stuff").write_text("a file"), "stuff: it is not a folder"),
     ]
     (tmp_path / "elsewhere").mkdir()
     for i, (make, says) in enumerate(obstacles):
@@ -375,8 +375,8 @@ def test_the_target_is_no_link_and_not_inside_git(repo: Repo, tmp_path: Path, mo
 
 def test_a_damaged_or_missing_chunk_leaves_no_half_file(repo: Repo, source: Path, tmp_path: Path) -> None:
     added = add_tree(repo, source)
-    own = added.manifest.parts["files"].index
-    chunks = part_index.decode(repo.store.read(own)).chunks
+    index_id = added.manifest.parts["files"].index
+    chunks = part_index.decode(repo.store.read(index_id)).chunks
     damaged = repo.store.path(chunks[3].id)
     good = damaged.read_bytes()
     for make, kind in (
@@ -414,14 +414,14 @@ def save_tree(repo: Repo, tree: Any, content: bytes = b"hello", tensors: int = 1
     )
     with repo.store.writer() as writer:
         chunks = (ChunkRef(writer.put(content), len(content)),)
-        own = writer.put(part_index.encode(Index(chunks, specs, tree)))
+        index_id = writer.put(part_index.encode(Index(chunks, specs, tree)))
         writer.commit()
     made = Manifest(
         kind="files",
         run="evil",
         step=0,
         created=f"2026-01-01T00:00:00.{len(repo.catalog.listing().entries):06d}Z",
-        parts={"files": Part(index=own, bytes=1, stored_bytes=1)},
+        parts={"files": Part(index=index_id, bytes=1, stored_bytes=1)},
     )
     return repo.catalog.add(made)[0]
 
@@ -479,7 +479,7 @@ NO_TREES: list[Any] = [
 @pytest.mark.parametrize("tree", NO_TREES, ids=str)
 def test_what_is_no_tree_is_refused(repo: Repo, tmp_path: Path, tree: Any) -> None:
     hostile = save_tree(repo, tree)
-    with pytest.raises(errors.CorruptIndex, match="describes no tree"):
+    with pytest.raises(errors.CorruptIndex, match="does not describe a tree"):
         checkout.check_out(repo, hostile, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -514,14 +514,14 @@ def test_more_than_the_disk_holds_is_refused_before_anything_is_written(repo: Re
         zeros = ChunkRef(writer.put(bytes(64 << 20)), 64 << 20)
         count = 1_000_000
         specs = (TensorSpec("uint8", (count * (64 << 20),), 0),)
-        own = writer.put(part_index.encode(Index((zeros,) * count, specs, {"bomb": FILE})))
+        index_id = writer.put(part_index.encode(Index((zeros,) * count, specs, {"bomb": FILE})))
         writer.commit()
     made = Manifest(
         kind="files",
         run="evil",
         step=0,
         created="2026-01-01T00:00:00.000000Z",
-        parts={"files": Part(index=own, bytes=1, stored_bytes=1)},
+        parts={"files": Part(index=index_id, bytes=1, stored_bytes=1)},
     )
     hostile = repo.catalog.add(made)[0]
     with pytest.raises(errors.StorageError, match="are free"):
