@@ -92,8 +92,8 @@ def test_gc_is_planned_once(told: Repo, monkeypatch: pytest.MonkeyPatch) -> None
         plans.append(options)
         return original(*arguments, **options)
 
-    original = gc.plan_collection
-    monkeypatch.setattr(gc, "plan_collection", plan)
+    original = gc.plan_garbage
+    monkeypatch.setattr(gc, "plan_garbage", plan)
     report = collect_report(told, NOW)
     assert len(plans) == 1
     assert report.store == stats.stats(told, NOW)
