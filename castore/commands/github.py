@@ -15,7 +15,7 @@ import typer
 import castore
 from castore.commands.console import Display, JsonOption, fields_of, print_json, say, warn
 from castore.commands.inspect import describe_match
-from castore.commands.keep import with_changes
+from castore.commands.keep import KeepOptimizerOption, KeepOption, MaxSizeOption, with_changes
 from castore.text import format_number, format_size
 
 if TYPE_CHECKING:
@@ -77,11 +77,9 @@ def _describe_restored(restored: Restored) -> Iterator[str]:
 
 @app.command("save", epilog="Example: castore ci save --keep 10 --commit")
 def ci_save(
-    keep: Annotated[int | None, typer.Option(min=0, help="As in `castore gc`.", show_default=False)] = None,
-    keep_optimizer: Annotated[int | None, typer.Option(min=0, help="As in `castore gc`.", show_default=False)] = None,
-    max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="As in `castore gc`.", show_default=False)
-    ] = None,
+    keep: KeepOption = None,
+    keep_optimizer: KeepOptimizerOption = None,
+    max_size: MaxSizeOption = None,
     commit: Annotated[bool, typer.Option("--commit", help="Commit what is staged, and push the branch.")] = False,
     message: Annotated[str, typer.Option(help="Message of the commit.", show_default="run, step and loss")] = "",
     as_json: JsonOption = False,

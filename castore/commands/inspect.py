@@ -268,31 +268,30 @@ def stats(as_json: JsonOption = False) -> None:
     """
     from castore.stats import stats
 
-    found = stats(castore.Repo.open(), datetime.now(UTC))
+    totals = stats(castore.Repo.open(), datetime.now(UTC))
     if as_json:
-        print_json(_stats_json(found))
+        print_json(_stats_json(totals))
         return
-    say(*_describe_stats(found))
+    say(*_describe_stats(totals))
     heads = ("count", "raw", "stored", "sharing", "compression")
-    for head, groups in (("part", found.by_part), ("run", found.by_run)):
+    for head, groups in (("part", totals.by_part), ("run", totals.by_run)):
         if groups:
             say("")
             print_table((head, *heads), [_usage_row(name, usage) for name, usage in sorted(groups.items())])
 
 
-def _describe_stats(found: Stats) -> Iterator[str]:
-    total = found.total
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.manifests.items())) or "none"
-    states = ", ".join(f"{count} {state}" for state, count in sorted(found.availability.items()))
+def _describe_stats(totals: Stats) -> Iterator[str]:
+    total = totals.total
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(totals.manifests.items())) or "none"
+    states = ", ".join(f"{count} {state}" for state, count in sorted(totals.availability.items()))
     yield f"manifests   {kinds}{f'; checkpoints: {states}' if states else ''}"
     yield f"raw         {format_size(total.raw)} in {total.parts} parts"
     yield f"sharing     saves {format_size(total.saved_by_sharing)}"
     yield f"compression saves {format_size(total.saved_by_compression)}"
-    yield f"stored      {format_size(total.stored)}, and {format_size(found.unneeded)} that no manifest here needs"
-    yield (
-        f"gc          {found.gc.problem or f'would delete {found.gc.objects} objects, {format_size(found.gc.bytes)}'}"
-    )
-    for name, folder in found.folders.items():
+    yield f"stored      {format_size(total.stored)}, and {format_size(totals.unneeded)} that no manifest here needs"
+    freed = totals.gc.problem or f"would delete {totals.gc.objects} objects, {format_size(totals.gc.bytes)}"
+    yield f"gc          {freed}"
+    for name, folder in totals.folders.items():
         yield f"{name + '/':11} {folder.files} files, {format_size(folder.bytes)}"
 
 
@@ -301,16 +300,16 @@ def _usage_row(name: str, usage: Usage) -> tuple[str, ...]:
     return (name, str(usage.parts), *map(format_size, sizes))
 
 
-def _stats_json(found: Stats) -> dict[str, Any]:
+def _stats_json(totals: Stats) -> dict[str, Any]:
     groups: dict[str, Any] = {
-        name: {group: _usage_json(usage) for group, usage in getattr(found, name).items()}
+        name: {group: _usage_json(usage) for group, usage in getattr(totals, name).items()}
         for name in ("by_part", "by_run")
     }
     return {
-        **dataclasses.asdict(found),
+        **dataclasses.asdict(totals),
         **groups,
-        "total": _usage_json(found.total),
-        "unneeded": found.unneeded,
+        "total": _usage_json(totals.total),
+        "unneeded": totals.unneeded,
     }
 
 

@@ -20,30 +20,35 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
+KeepOption = Annotated[
+    int | None, typer.Option(min=0, help="How many of the best to keep in each experiment.", show_default=False)
+]
+KeepLatestOption = Annotated[
+    int | None, typer.Option(min=0, help="How many of the newest to keep beside them.", show_default=False)
+]
+KeepOptimizerOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="How many of the newest to keep with all that resuming needs.", show_default=False),
+]
+MaxSizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Then delete the worst until the rest fits, such as 20GB.", show_default=False),
+]
+GraceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME", help="Keep objects younger than this although unneeded, such as 1d.", show_default=False
+    ),
+]
+
+
 @app.command(epilog="Example: castore gc --keep 10 --dry-run")
 def gc(
-    keep: Annotated[
-        int | None, typer.Option(min=0, help="How many of the best to keep in each experiment.", show_default=False)
-    ] = None,
-    keep_latest: Annotated[
-        int | None, typer.Option(min=0, help="How many of the newest to keep beside them.", show_default=False)
-    ] = None,
-    keep_optimizer: Annotated[
-        int | None,
-        typer.Option(min=0, help="How many of the newest to keep with all that resuming needs.", show_default=False),
-    ] = None,
-    max_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Then delete the worst until the rest fits, such as 20GB.", show_default=False
-        ),
-    ] = None,
-    grace: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME", help="Keep objects younger than this although unneeded, such as 1d.", show_default=False
-        ),
-    ] = None,
+    keep: KeepOption = None,
+    keep_latest: KeepLatestOption = None,
+    keep_optimizer: KeepOptimizerOption = None,
+    max_size: MaxSizeOption = None,
+    grace: GraceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -15,18 +15,21 @@ from castore.text import format_size
 app = typer.Typer()
 
 
+OutOption = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="File to write; - for standard output.",
+        show_default="report.html; - for md and json",
+    ),
+]
+
+
 @app.command(epilog="Example: castore report -o report.html")
 def report(
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="File to write; - for standard output.",
-            show_default="report.html; - for md and json",
-        ),
-    ] = None,
+    out: OutOption = None,
     run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
     form: Annotated[
         Literal["html", "md", "json"], typer.Option("--format", help="A page, text for a job's summary, or JSON.")
@@ -48,14 +51,14 @@ def report(
     if form == "html":
         html.charts_script()  # what can go wrong before anything is read
     with Display("making the report", "spinner"):
-        found = collect.collect_report(repo, datetime.now(UTC), run)
-        text = html.page(found) if form == "html" else collect.as_markdown(found) if form == "md" else ""
-    warn(*(f"{damaged.path}: {damaged.reason}" for damaged in found.broken))
+        collected = collect.collect_report(repo, datetime.now(UTC), run)
+        text = html.page(collected) if form == "html" else collect.as_markdown(collected) if form == "md" else ""
+    warn(*(f"{damaged.path}: {damaged.reason}" for damaged in collected.broken))
     if out == "-":
-        print_json(collect.as_json(found)) if form == "json" else print_raw(text)
+        print_json(collect.as_json(collected)) if form == "json" else print_raw(text)
         return
-    data = text.encode() if text else manifest.canonical(collect.as_json(found))
+    data = text.encode() if text else manifest.canonical(collect.as_json(collected))
     collect.write_report(Path(out), data)
-    say(f"wrote   {out}: {len(found.checkpoints):,} checkpoints, {format_size(len(data))}")
-    if not found.checkpoints:
+    say(f"wrote   {out}: {len(collected.checkpoints):,} checkpoints, {format_size(len(data))}")
+    if not collected.checkpoints:
         say(f"        no checkpoint{f' of run {run}' if run else ''} yet: `castore train` makes the first one")

@@ -21,22 +21,22 @@ def test_verify_of_a_whole_store_says_how_much_it_read(history: Project) -> None
 
 
 def test_verify_exits_5_and_names_what_is_damaged_and_who_needs_it(history_copy: Project) -> None:
-    own, chunk = by_step(history_copy, 3), chunks_of(history_copy, 3)[0]
+    checkpoint_id, chunk = by_step(history_copy, 3), chunks_of(history_copy, 3)[0]
     flip(repo_of(history_copy).store.path(chunk))
     before = tree(history_copy.root)
     out, err = history_copy.start("verify").communicate()
     assert out.splitlines()[0].startswith(f"damaged object {chunk[:12]}: ")
-    assert f"needed by model of {own[:12]}" in out
+    assert f"needed by model of {checkpoint_id[:12]}" in out
     assert "1 finding, 1 to repair" in out
     assert err == ""
     history_copy.run("verify", code=5)
-    history_copy.run("verify", own, code=5)
+    history_copy.run("verify", checkpoint_id, code=5)
     history_copy.run("verify", by_step(history_copy, 1))
     assert tree(history_copy.root) == before
 
 
 def test_verify_prints_findings_as_data(history_copy: Project) -> None:
-    own, chunk = by_step(history_copy, 3), chunks_of(history_copy, 3)[0]
+    checkpoint_id, chunk = by_step(history_copy, 3), chunks_of(history_copy, 3)[0]
     path = repo_of(history_copy).store.path(chunk)
     path.unlink()
     process = history_copy.start("verify", "--json")
@@ -46,7 +46,7 @@ def test_verify_prints_findings_as_data(history_copy: Project) -> None:
     assert found["findings"] == [
         {
             "kind": "missing", "reason": "not in the store", "path": str(path), "object_id": chunk, "harmless": False,
-            "needed_by": [{"manifest": own, "part": "model"}], "repaired_from": "",
+            "needed_by": [{"manifest": checkpoint_id, "part": "model"}], "repaired_from": "",
         }
     ]  # fmt: skip
 

@@ -31,7 +31,7 @@ def test_text_from_a_manifest_reaches_the_terminal_as_text_alone(trained_copy: P
     repo = Repo.open(trained_copy.root)
     line = Experiment(model={"n_embd": evil, evil: 1}, tokenizer=evil)
     metrics = {"val_loss": 0.001, evil: 1.0}
-    own = repo.save(
+    checkpoint_id = repo.save(
         {"model": {}},
         run="evil",
         step=9,
@@ -41,12 +41,14 @@ def test_text_from_a_manifest_reaches_the_terminal_as_text_alone(trained_copy: P
         note=evil,
         config={evil: [evil]},
     ).id
-    shown = trained_copy.run("log") + trained_copy.run("show", own) + trained_copy.run("resolve", own)
-    shown += trained_copy.train("--resume", own, code=3)
+    shown = (
+        trained_copy.run("log") + trained_copy.run("show", checkpoint_id) + trained_copy.run("resolve", checkpoint_id)
+    )
+    shown += trained_copy.train("--resume", checkpoint_id, code=3)
     shown += trained_copy.start("train", "--data-dir", "texts", *TINY, "--session-iters", "1").communicate()[0]
     assert "gone" in shown
-    shown += trained_copy.run("show", own, "--json")
-    found = trained_copy.json("show", own)
+    shown += trained_copy.run("show", checkpoint_id, "--json")
+    found = trained_copy.json("show", checkpoint_id)
     assert (found["note"], found["config"], found["experiment"]["tokenizer"]) == (evil, {evil: [evil]}, evil)
     assert all(one.isprintable() for one in shown.replace("\n", ""))
     assert "\nmatch   deadbeef" not in shown

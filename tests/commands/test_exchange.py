@@ -42,9 +42,11 @@ def test_export_writes_what_other_programs_read(weights: Project) -> None:
 
 def test_import_makes_a_checkpoint_that_compares_and_exports_again(weights: Project) -> None:
     weights.call("export", "best", "a.safetensors")
-    own = weights.json("resolve")["match"]["id"]
-    out = weights.call("import", "a.safetensors", "--like", own[:8], "--metric", "val_loss=1.5", "--metric", "x=2",
-                      "--step", "9", "--tag", "theirs", "--note", "from afar")  # fmt: skip
+    checkpoint_id = weights.json("resolve")["match"]["id"]
+    out = weights.call(
+        "import", "a.safetensors", "--like", checkpoint_id[:8], "--metric", "val_loss=1.5", "--metric", "x=2",
+        "--step", "9", "--tag", "theirs", "--note", "from afar",
+    )  # fmt: skip
     made = re.match(r"saved ([0-9a-f]{64}): step 9 of run main, ", out)
     assert made
     shown = weights.json("show", made[1])
@@ -68,9 +70,9 @@ def test_import_without_a_model_to_follow(weights: Project) -> None:
 def test_a_session_goes_on_from_imported_weights(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.train()
-    own = project.json("resolve")["match"]["id"]
-    project.run("export", own, "w.safetensors")
-    made = project.json("import", "w.safetensors", "--like", own)["id"]
+    checkpoint_id = project.json("resolve")["match"]["id"]
+    project.run("export", checkpoint_id, "w.safetensors")
+    made = project.json("import", "w.safetensors", "--like", checkpoint_id)["id"]
     out = project.train("--resume", made)
     assert f"resume  {made[:12]}, step 4 of run main" in out
     assert "only the weights" in out
@@ -141,10 +143,15 @@ def test_a_folder_is_added_and_comes_back(empty: Project) -> None:
     out = empty.call("add", "texts", "--name", "books", "--tag", "t", "--note", "n").splitlines()
     assert out[0] == "skipped texts/.git, which is never checked out"
     assert re.match(r"added   [0-9a-f]{12}, books: 7 files, 2 folders, 1 link, \d+\.\d kB, .* new$", out[1])
-    (own,) = empty.json("log", "--kind", "files")
-    assert (own["run"], own["tags"], own["note"], own["availability"]) == ("books", ["t"], "n", "full")
+    (checkpoint_id,) = empty.json("log", "--kind", "files")
+    assert (checkpoint_id["run"], checkpoint_id["tags"], checkpoint_id["note"], checkpoint_id["availability"]) == (
+        "books",
+        ["t"],
+        "n",
+        "full",
+    )
     (empty.root / "texts" / ".git").rmdir()
-    out = empty.call("checkout", own["id"][:6], "back")
+    out = empty.call("checkout", checkpoint_id["id"][:6], "back")
     assert out.startswith("wrote   back/texts: 7 files, 2 folders, 1 link, ")
     different = subprocess.run(["diff", "-r", "--no-dereference", "texts", "back/texts"], cwd=empty.root)
     assert different.returncode == 0
@@ -187,14 +194,14 @@ def test_checkout_overwrites_only_when_told_to(empty: Project) -> None:
 
 def test_checkout_never_replaces_a_pipe(empty: Project) -> None:
     (empty.root / "file").write_text("x")
-    own = empty.json("add", "file")["id"]
+    checkpoint_id = empty.json("add", "file")["id"]
     (empty.root / "file").unlink()
     os.mkfifo(empty.root / "file")
-    assert "neither a file nor a link" in empty.call("checkout", own, "--force", code=2)
+    assert "neither a file nor a link" in empty.call("checkout", checkpoint_id, "--force", code=2)
     assert (empty.root / "file").is_fifo()
     (empty.root / "file").unlink()
     (empty.root / "file").symlink_to("texts/0.txt")
-    empty.call("checkout", own, "--force")
+    empty.call("checkout", checkpoint_id, "--force")
     assert (empty.root / "file").read_text() == "x"
     assert "bottles" in (empty.root / "texts" / "0.txt").read_text()
 
@@ -208,15 +215,15 @@ def test_checkout_of_nothing_says_so(empty: Project) -> None:
 
 
 def test_missing_and_damaged_data_have_exit_codes_of_their_own(empty: Project) -> None:
-    own = empty.json("add", "texts")["id"]
+    checkpoint_id = empty.json("add", "texts")["id"]
     repo = Repo.open(empty.root)
-    part = repo.catalog.find(own).manifest.parts["files"]
+    part = repo.catalog.find(checkpoint_id).manifest.parts["files"]
     chunk = repo.store.path(part_index.decode(repo.store.read(part.index)).chunks[0].id)
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    assert f"(part 'files' of checkpoint {own[:12]})" in empty.run("checkout", own, "out", code=5)
+    assert f"(part 'files' of checkpoint {checkpoint_id[:12]})" in empty.run("checkout", checkpoint_id, "out", code=5)
     chunk.write_bytes(b"")
-    assert "`castore verify --repair`" in empty.run("checkout", own, "out", code=5)
-    assert "is missing" in empty.run("checkout", own, "out", code=4)
+    assert "`castore verify --repair`" in empty.run("checkout", checkpoint_id, "out", code=5)
+    assert "is missing" in empty.run("checkout", checkpoint_id, "out", code=4)
     assert [path for path in (empty.root / "out").rglob("*") if path.is_file()] == []
 
 

@@ -68,9 +68,9 @@ def test_log_draws_which_was_resumed_from_which(history: Project) -> None:
 
 
 def test_log_draws_what_was_asked_for_and_says_where_it_comes_from(history: Project) -> None:
-    own, parent = by_step(history, 4)[:12], by_step(history, 1)[:12]
+    checkpoint_id, parent = by_step(history, 4)[:12], by_step(history, 1)[:12]
     assert history.call("log", "--graph", "--run", "side") == (
-        f"* {own}  side, step 4  val loss 1.0000  full  from {parent}, which isn't listed\n"
+        f"* {checkpoint_id}  side, step 4  val loss 1.0000  full  from {parent}, which isn't listed\n"
     )
     assert history.json("log", "--graph") == history.json("log")
 
@@ -91,11 +91,19 @@ def test_data_in_a_remote_is_available_and_fetched_when_it_is_loaded(history_cop
 
 
 def test_show_prints_the_whole_manifest(trained: Project) -> None:
-    own = trained.json("log")[0]["id"]
-    out = trained.call("show", own[:10])
-    for text in (own, "a first try", "val_loss", "optimizer", "n_embd: 16", "learning_rate: 0.002", "resolution"):
+    checkpoint_id = trained.json("log")[0]["id"]
+    out = trained.call("show", checkpoint_id[:10])
+    for text in (
+        checkpoint_id,
+        "a first try",
+        "val_loss",
+        "optimizer",
+        "n_embd: 16",
+        "learning_rate: 0.002",
+        "resolution",
+    ):
         assert text in out
-    assert trained.json("show", own)["experiment"]["model"]["n_embd"] == 16
+    assert trained.json("show", checkpoint_id)["experiment"]["model"]["n_embd"] == 16
 
 
 def test_an_unknown_id_exits_3(trained: Project) -> None:
@@ -103,8 +111,8 @@ def test_an_unknown_id_exits_3(trained: Project) -> None:
 
 
 def test_show_begins_with_the_kind(empty: Project) -> None:
-    own = empty.json("add", "texts")["id"]
-    assert empty.call("show", own).startswith(f"files      {own}\n")
+    checkpoint_id = empty.json("add", "texts")["id"]
+    assert empty.call("show", checkpoint_id).startswith(f"files      {checkpoint_id}\n")
 
 
 def test_resolve_says_which_and_why_no_other(trained_copy: Project) -> None:
@@ -152,9 +160,9 @@ def test_a_name_of_nothing_exits_3(eight: Project, wanted: str, says: str) -> No
 
 
 def test_a_near_miss_and_an_ambiguous_name_are_told_what_fits(eight: Project) -> None:
-    own = eight.json("log")[0]["id"]
-    wrong = own[:7] + ("0" if own[7] != "0" else "1")
-    assert f"did you mean {own[:8]}" in eight.call("show", wrong, code=3)
+    checkpoint_id = eight.json("log")[0]["id"]
+    wrong = checkpoint_id[:7] + ("0" if checkpoint_id[7] != "0" else "1")
+    assert f"did you mean {checkpoint_id[:8]}" in eight.call("show", wrong, code=3)
     ids = [entry["id"] for entry in eight.json("log")]
     shared = next((digit for digit in "0123456789abcdef" if sum(one.startswith(digit) for one in ids) > 1), None)
     if shared:  # eight ids of sixteen digits nearly always share one

@@ -219,23 +219,23 @@ def test_forget_takes_force_where_there_is_no_other_copy(eight: Project) -> None
 
 def test_a_pinned_checkpoint_is_not_forgotten(eight: Project) -> None:
     commit(eight)
-    own = eight.json("pin", "best")["id"]
-    assert f"`castore unpin {own[:12]}` first" in eight.call("forget", own, "--force", code=2)
-    eight.call("unpin", own)
-    eight.call("forget", own)
+    checkpoint_id = eight.json("pin", "best")["id"]
+    assert f"`castore unpin {checkpoint_id[:12]}` first" in eight.call("forget", checkpoint_id, "--force", code=2)
+    eight.call("unpin", checkpoint_id)
+    eight.call("forget", checkpoint_id)
 
 
 def test_a_pin_is_taken_back_when_its_manifest_is_gone(eight: Project) -> None:
-    own = eight.json("pin", "best")["id"]
+    checkpoint_id = eight.json("pin", "best")["id"]
     pins = eight.root / ".castore" / "pins"
-    twin = own[:20] + ("0" if own[20] != "0" else "1") + own[21:]
+    twin = checkpoint_id[:20] + ("0" if checkpoint_id[20] != "0" else "1") + checkpoint_id[21:]
     (pins / twin).touch()
-    next((eight.root / ".castore" / "manifests" / "a").glob(f"*-{own[:12]}.json")).unlink()
-    assert "give more digits" in eight.call("unpin", own[:12], code=3)
+    next((eight.root / ".castore" / "manifests" / "a").glob(f"*-{checkpoint_id[:12]}.json")).unlink()
+    assert "give more digits" in eight.call("unpin", checkpoint_id[:12], code=3)
     eight.call("unpin", twin)
-    assert eight.json("unpin", own[:12]) == {"id": own}
+    assert eight.json("unpin", checkpoint_id[:12]) == {"id": checkpoint_id}
     assert list(pins.iterdir()) == []
-    assert "no checkpoint" in eight.call("unpin", own[:12], code=3)
+    assert "no checkpoint" in eight.call("unpin", checkpoint_id[:12], code=3)
 
 
 def test_a_pin_keeps_all_parts_until_it_is_taken_back(history_copy: Project) -> None:

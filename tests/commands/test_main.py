@@ -38,9 +38,9 @@ def test_help_names_every_command_and_exit_code(project: Project) -> None:
     assert re.fullmatch(r"castore \d+\.\d+\.\d+\n", project.run("--version"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "ci restore", "ci save"])
 def test_every_command_has_help_with_an_example_and_json(project: Project, command: str) -> None:
-    out = project.call(command, "--help")
+    out = project.call(*command.split(), "--help")
     assert f"Example: castore {command}" in out
     assert "--json" in out
 

@@ -234,17 +234,21 @@ def data_line(out: str) -> str:
 def test_the_second_session_says_that_it_reuses_the_data(tmp_path: Path) -> None:
     project = Project(tmp_path)
     assert data_line(project.train()) == "prepared now: these texts, so split and tokenized, are new here"
-    (own,) = project.json("log", "--kind", "dataset")
-    assert (own["kind"], own["run"], own["availability"]) == ("dataset", "datasets", "full")
-    assert data_line(project.train()) == f"prepared before: {own['id'][:12]}"
+    (checkpoint_id,) = project.json("log", "--kind", "dataset")
+    assert (checkpoint_id["kind"], checkpoint_id["run"], checkpoint_id["availability"]) == (
+        "dataset",
+        "datasets",
+        "full",
+    )
+    assert data_line(project.train()) == f"prepared before: {checkpoint_id['id'][:12]}"
     assert data_line(project.train("--run", "other", "--resume", "none")).startswith("prepared before: ")
     assert {entry["kind"] for entry in project.json("log")} == {"checkpoint"}
     assert len(project.json("log", "--kind", "all")) == len(project.json("log")) + 1
     for path in (project.root / ".castore" / "objects").rglob("*"):
-        if path.is_file() and path.name == project.json("show", own["id"])["parts"]["data"]["index"]:
+        if path.is_file() and path.name == project.json("show", checkpoint_id["id"])["parts"]["data"]["index"]:
             path.unlink()
-    assert data_line(project.train()).startswith(f"prepared now: {own['id'][:12]} can't be had: ")
-    assert data_line(project.train()) == f"prepared before: {own['id'][:12]}"
+    assert data_line(project.train()).startswith(f"prepared now: {checkpoint_id['id'][:12]} can't be had: ")
+    assert data_line(project.train()) == f"prepared before: {checkpoint_id['id'][:12]}"
 
 
 @pytest.mark.parametrize("tokenizer", [[], ["--tokenizer", "bpe", "--vocab-size", "300"]])
@@ -279,12 +283,12 @@ def test_two_sessions_prepare_at_once(tmp_path: Path) -> None:
 def test_old_prepared_data_is_collected_and_prepared_again(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.train()
-    (own,) = project.json("log", "--kind", "dataset")
+    (checkpoint_id,) = project.json("log", "--kind", "dataset")
     config = project.root / ".castore" / "config.toml"
     config.write_text('[retention]\ndata_ttl = "0.0001s"\nauto_gc = false\n')
     deleted = project.json("gc", "--grace", "0")["deleted"]
-    assert own["parts"]["data"]["index"] in deleted
+    assert checkpoint_id["parts"]["data"]["index"] in deleted
     (gone,) = project.json("log", "--kind", "dataset")
     assert gone["availability"] == "history"
-    assert data_line(project.train()) == f"prepared now: {own['id'][:12]} is older than data_ttl = 0.0001s"
+    assert data_line(project.train()) == f"prepared now: {checkpoint_id['id'][:12]} is older than data_ttl = 0.0001s"
     assert len(project.json("log", "--kind", "dataset")) == 2
