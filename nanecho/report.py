@@ -7,7 +7,7 @@ from nanecho import events
 
 
 def describe(event: events.Event) -> list[str]:
-    """An event in words, as lines."""
+    """Return an event as lines of text; none for events that only a progress bar shows."""
     match event:
         case events.Prepared(corpus, parameters, device, reused, reason):
             return [
@@ -36,34 +36,35 @@ def describe(event: events.Event) -> list[str]:
 
 
 def _describe_begin(event: events.Began) -> list[str]:
-    lines = [f"WARNING {one.path}: {one.reason}" for one in (event.resolution.damaged if event.resolution else ())]
-    lines += [f"no      {text}" for text in (event.resolution.explain_rejections() if event.resolution else ())]
+    lines = []
+    if event.resolution:
+        lines += [f"WARNING {damaged.path}: {damaged.reason}" for damaged in event.resolution.damaged]
+        lines += [f"no      {reason}" for reason in event.resolution.explain_rejections()]
     if not event.match:
         return [*lines, f"fresh   starting at step 0: {event.fresh}"]
-    loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
-    want = event.resolution.selector if event.resolution else ""
+    why = event.resolution.selector[:24] if event.resolution else ""
     if event.instead_of:
         best = f"{event.instead_of.id[:12]}, step {event.instead_of.step:,}"
-        lines.append(f"note    {best}, is the best, but from it this session was trained before: going on from its end")
-        want = "its furthest descendant"
-    lines.append(f"resume  {event.match.id[:12]}, step {event.step:,} of run {event.match.run}{loss} ({want[:24]})")
-    lines += [f"differs {text}" for text in event.match.differences]
+        lines.append(f"note    an earlier session already trained from the best, {best}: continuing where it ended")
+        why = "the furthest descendant of the best"
+    loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
+    lines.append(f"resume  {event.match.id[:12]}, step {event.step:,} of run {event.match.run}{loss} ({why})")
+    lines += [f"differs {difference}" for difference in event.match.differences]
     if event.weights_only:
-        lines.append("WARNING only the weights can be had: the optimizer starts anew, so the loss may jump")
+        lines.append("WARNING only the weights are available: the optimizer starts from zero, so the loss may jump")
     if event.later_step:
-        lines.append(
-            f"note    step {event.later_step:,} was reached, with a worse result: --resume latest goes on there"
-        )
+        step = f"{event.later_step:,}"
+        lines.append(f"note    step {step} was reached, with a worse result: --resume latest continues from there")
     return lines
 
 
 def describe_summary(summary: events.Summary) -> list[str]:
-    """What a session did, as lines."""
-    was = "" if summary.start_loss is None else f"{summary.start_loss:.4f} -> "
-    loss = "" if summary.final_loss is None else f"; validation loss {was}{summary.final_loss:.4f}"
+    """Return what a session did, as lines of text."""
+    start = "" if summary.start_loss is None else f"{summary.start_loss:.4f} -> "
+    loss = "" if summary.final_loss is None else f"; validation loss {start}{summary.final_loss:.4f}"
     steps = f"step {summary.start_step:,} -> {summary.final_step:,} in {summary.seconds:.0f} s"
     speed = f"{summary.tokens_per_second:,.0f} tokens/s"
     lines = [f"done    {steps}{loss}; {speed}; {summary.connection_density:.1%} connected; {summary.stopped}"]
     if summary.stopped == "session-iters":
-        lines.append("        run the same command again to go on from the best checkpoint")
+        lines.append("        run the same command again to continue from the best checkpoint")
     return lines

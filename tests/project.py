@@ -1,13 +1,18 @@
-"""A project with the installed program, as a user has it: real processes in a real git repository."""
+"""A project with the installed program, as a user has it: a real git repository, and real processes or this one."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PROGRAM = str(Path(sys.executable).with_name("castore"))
 
@@ -16,6 +21,9 @@ OPTIONS = """
     --session-iters 4 --eval-every 2 --save-every 2 --min-improvement 0 --log-every 1
 """
 TINY = OPTIONS.split()
+
+# they change what a process is left with: signal handlers, torch's settings
+OWN_PROCESS = {"train", "demo", "ci"}
 
 
 class Project:
@@ -38,6 +46,13 @@ class Project:
             if name not in ("COLUMNS", "FORCE_COLOR", "CI") and not name.startswith(("GITHUB_", "ACTIONS_"))
         } | {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100"}
 
+    def copy(self, root: Path) -> Project:
+        """The same project in another folder."""
+        shutil.copytree(self.root, root, symlinks=True)
+        project = Project.__new__(Project)
+        project.root, project.environment = root, self.environment
+        return project
+
     def git(self, *arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
         return subprocess.run(
@@ -49,17 +64,43 @@ class Project:
         return subprocess.Popen([PROGRAM, *arguments], text=True, env=self.environment, **options)
 
     def run(self, *arguments: str, code: int = 0, **options: Any) -> str:
-        """What the program prints on standard output, or on standard error when it is to fail."""
+        """What the program prints on standard output, or on standard error when it is to fail. In a process."""
         process = self.start(*arguments, **options)
         out, err = process.communicate()
         assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
         return err if code else out
 
+    def call(self, *arguments: str, code: int = 0, cwd: Path | None = None) -> str:
+        """What :meth:`run` returns, without a process: quick, for what a command prints."""
+        from castore.__main__ import main
+
+        assert "--help" in arguments or not OWN_PROCESS & set(arguments[:1])
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+        thresholds = gc.get_threshold()
+        with (
+            contextlib.chdir(cwd or self.root),
+            mock.patch.dict(os.environ, self.environment, clear=True),
+            mock.patch.object(sys, "argv", ["castore", *arguments]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                main()
+            except SystemExit as end:
+                returned = end.code or 0
+            finally:
+                gc.set_threshold(*thresholds)
+        texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+        assert returned == code, f"exit {returned}\n{texts[0]}\n{texts[1]}"
+        return texts[1] if code else texts[0]
+
     def train(self, *arguments: str, code: int = 0) -> str:
         return self.run("train", "--data-dir", "texts", *TINY, *arguments, code=code)
 
     def json(self, *arguments: str, code: int = 0) -> Any:
-        return json.loads(self.run(*arguments, "--json", code=code))
+        """What a command prints with --json."""
+        start = self.run if OWN_PROCESS & set(arguments[:1]) else self.call
+        return json.loads(start(*arguments, "--json", code=code))
 
     def training(self, *arguments: str) -> subprocess.Popen[str]:
         """A session far too long to end by itself, at a moment at which it has saved something."""

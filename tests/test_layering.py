@@ -31,7 +31,10 @@ LAYERS = [
      "castore.convert"],
     ["castore.report", "castore.github", "castore.trees"],
     ["castore"],  # the public names, which load the rest on first use
+    ["castore.commands"],
     ["nanecho"],
+    ["nanecho.commands"],
+    ["castore.__main__"],
     ["cli"],
 ]  # fmt: skip
 # the only modules that import a package: what it wraps may be replaced or missing
@@ -46,9 +49,11 @@ OWNERS = {
     "plotext": ["castore.report.curves"],
     "matplotlib": ["castore.report.curves"],
     "torch": ["castore.torch", "castore.state.tensors"],
-    "typer": [],
-    "rich": [],
+    "typer": ["castore.commands", "castore.__main__", "nanecho.commands"],
+    "rich": ["castore.commands.console", "nanecho.commands"],
 }
+# what nanecho may import beside castore's public names, in its commands alone
+COMMANDS_USE = ("castore.commands.console", "castore.report.curves")
 HEAVY = {"torch", "numpy"}
 HOLDS_TENSORS = {"castore.torch", "castore.state.tensors"}
 
@@ -149,23 +154,38 @@ def test_the_doors_of_folders_import_nothing() -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES if "nanecho" in path.parts], ids=name_of)
 def test_nanecho_uses_public_names_of_castore_only(path: Path) -> None:
     public = {f"castore.{name}" for name in castore.__all__}
+    further = COMMANDS_USE if name_of(path) == "nanecho.commands" else ()
     for imported, _ in imports(path):
-        if within(imported, "castore"):
+        if within(imported, "castore") and not any(within(imported, module) for module in further):
             parent = imported.rpartition(".")[0]
             allowed = imported == "castore" or imported in public or "castore.torch" in (imported, parent)
             assert allowed or parent in ("castore.errors", "castore.text"), f"{imported} is not public"
 
 
-@pytest.mark.parametrize("path", CASTORE, ids=name_of)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_what_is_wrapped_is_imported_by_its_wrapper_alone(path: Path) -> None:
     own = name_of(path)
     for imported, _ in imports(path, typing_only=False):
-        owners = OWNERS.get(imported.split(".")[0], [own])
-        assert own in owners, f"{own} imports {imported}, which is for {owners}"
+        package = imported.split(".")[0]
+        if path in CASTORE or package in ("typer", "rich"):
+            owners = OWNERS.get(package, [own])
+            assert any(within(own, owner) for owner in owners), f"{own} imports {imported}, which is for {owners}"
+
+
+def test_nothing_imports_the_program_but_its_two_doors() -> None:
+    tops = {"castore.__main__", "cli"}
+    importers = {
+        (name, module_of(imported)) for name, path in NAMES.items() for imported, _ in imports(path)
+        if module_of(imported) in tops
+    }  # fmt: skip
+    assert importers == {("cli", "castore.__main__")}
 
 
 # loaded by those alone who train or hold tensors
-LIGHT = [path for path in MODULES if "nanecho" not in path.parts and name_of(path) not in HOLDS_TENSORS]
+LIGHT = [
+    path for name, path in NAMES.items()
+    if name not in HOLDS_TENSORS and (not within(name, "nanecho") or name == "nanecho.commands")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=name_of)
@@ -173,9 +193,10 @@ def test_torch_and_numpy_are_imported_where_they_are_used(path: Path) -> None:
     assert [one for one, at_import in imports(path) if at_import and one.split(".")[0] in HEAVY] == []
 
 
-@pytest.mark.parametrize("module", ["castore", "castore.state.parts", "cli"])
+@pytest.mark.parametrize("module", ["castore", "castore.state.parts", "castore.__main__", "cli"])
 def test_importing_loads_neither_torch_nor_numpy(module: str) -> None:
-    script = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'zstandard'}} & set(sys.modules)))"
+    heavy = {"torch", "numpy", "zstandard", "rich"}
+    script = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
 

@@ -17,19 +17,19 @@ from castore.report.curves import Curve
 from nanecho import demo
 
 SMALL = """
-import cli
+from castore.__main__ import main
 from nanecho import demo
 demo.QUICK = demo.Size(seeds=1, sessions=2, iters=4, points=2)
-cli.main()
+main()
 """
 REPLAY = """
 import sys
-import cli
 import msgspec
+from castore.__main__ import main
 from nanecho import demo
 result = msgspec.json.decode(sys.argv.pop(), type=demo.Result)
 demo.run = lambda *_: iter([result])
-cli.main()
+main()
 """
 
 

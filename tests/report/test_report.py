@@ -396,8 +396,8 @@ def test_what_cannot_be_read_is_said(project: Project) -> None:
 def test_making_a_report_loads_neither_torch_nor_numpy(project: Project) -> None:
     report_data.Story(Repo.open(project.root)).session("main", None, 100, 50)
     script = (
-        "import sys; sys.argv = ['castore', 'report']; import cli\n"
-        "cli.app(standalone_mode=False); print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+        "import sys; sys.argv = ['castore', 'report']; from castore.__main__ import app\n"
+        "app(standalone_mode=False); print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=project.root, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

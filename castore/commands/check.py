@@ -1,0 +1,89 @@
+"""What tells whether all is well: `castore verify` and `doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import castore
+from castore.commands.console import Display, JsonOption, plural, print_json, say
+from castore.text import format_size
+
+if TYPE_CHECKING:
+    from castore.verify import Finding
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: castore verify --repair")
+def verify(
+    selectors: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID]...", help="Only what these need, all of it.", show_default="everything"),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Quarantine what is damaged and fetch it again from a remote.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read everything in the store again, and check it.
+
+    Exits with 5 when something is wrong that was not repaired. Stray files among the objects are listed, but are
+    harmless and don't count. Without --repair nothing is moved or changed.
+    """
+    from castore.verify import verify
+
+    repo = castore.Repo.open()
+    with Display("verify", "bytes") as display:
+        findings = list(verify(repo, selectors, repair=repair, progress=display))
+    wrong = sum(not finding.is_harmless for finding in findings)
+    if as_json:
+        print_json({"ok": not wrong, "bytes": display.done, "findings": [_finding_json(item) for item in findings]})
+    else:
+        for finding in findings:
+            say(*_describe_finding(finding))
+        result = f"{plural(len(findings), 'finding')}, {wrong} to repair" if findings else "all is well"
+        say(f"verify  {format_size(display.done)} read: {result}")
+    if wrong:
+        sys.exit(5)
+
+
+def _finding_json(finding: Finding) -> dict[str, Any]:
+    return {**dataclasses.asdict(finding), "path": str(finding.path), "harmless": finding.is_harmless}
+
+
+def _describe_finding(finding: Finding) -> Iterator[str]:
+    what = f"object {finding.object_id[:12]}" if finding.object_id else str(finding.path)
+    yield f"{finding.kind:7} {what}: {finding.reason}"
+    if finding.needed_by:
+        shown = ", ".join(f"{need.part} of {need.checkpoint_id[:12]}" for need in finding.needed_by[:4])
+        more = len(finding.needed_by) - 4
+        yield f"        needed by {shown}{f' and {more} more' if more > 0 else ''}"
+    if finding.repaired_from:
+        yield f"        repaired: a good copy came from {finding.repaired_from}"
+
+
+@app.command(epilog="Example: castore doctor")
+def doctor(as_json: JsonOption = False) -> None:
+    """Check the repository, and say what to do.
+
+    Everything that is not ok comes with advice. Exits with 1 when there is a problem; a warning is not a problem.
+    """
+    from castore.doctor import examine
+
+    checks = list(examine(datetime.now(UTC)))
+    problems = sum(check.level == "problem" for check in checks)
+    if as_json:
+        print_json({"ok": not problems, "checks": [dataclasses.asdict(check) for check in checks]})
+    else:
+        for check in checks:
+            say(f"{check.level:8}{check.subject}: {check.text}")
+            if check.level != "ok":
+                say(f"        {check.advice}")
+    if problems:
+        sys.exit(1)

@@ -1,0 +1,169 @@
+"""What runs inside a job of GitHub Actions: `castore ci restore` and `ci save`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import castore
+from castore.commands.console import Display, JsonOption, fields_of, print_json, say, warn
+from castore.commands.inspect import describe_match
+from castore.commands.keep import KeepOptimizerOption, KeepOption, MaxSizeOption, with_changes
+from castore.text import format_number, format_size
+
+if TYPE_CHECKING:
+    from castore.github.sessions import HandedOn, Restored, Traffic
+    from castore.remotes.github_cache import GitHubCache
+
+app = typer.Typer(
+    help="Hand progress from one job of GitHub Actions to the next, through its cache.", no_args_is_help=True
+)
+
+
+@app.command("restore", epilog="Example: castore ci restore --resume best")
+def ci_restore(
+    resume: Annotated[
+        str, typer.Option(metavar="WHAT", help="best, latest, an id, RUN:best, RUN:latest or none.")
+    ] = "best",
+    allow_fresh: Annotated[
+        bool, typer.Option("--allow-fresh", help="No error when there are checkpoints but none is available.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch what the next session starts from.
+
+    Runs inside an action, as GitHub gives no other step access to the cache: `uses: OWNER/castore@v1` with
+    `mode: restore`. The job's summary says what was done.
+    """
+    from castore.github import sessions
+
+    with _job("restore") as (repo, cache), Display("restore", "bytes") as display:
+        restored = sessions.restore(repo, cache, resume, allow_fresh=allow_fresh, progress=display)
+    match = restored.match
+    _append("GITHUB_STEP_SUMMARY", sessions.restored_markdown(restored))
+    _append_outputs(
+        {
+            "match": match.id if match else "",
+            "run": match.run if match else "",
+            "step": match.step if match else 0,
+            "fresh": json.dumps(match is None),
+            "downloaded-bytes": restored.traffic.downloaded,
+        }
+    )
+    if as_json:
+        print_json({**fields_of(restored), "further": [entry.id for entry in restored.further]})
+        return
+    if restored.resolution:
+        warn(*(f"{damaged.path}: {damaged.reason}" for damaged in restored.resolution.damaged))
+    say(*_describe_restored(restored))
+
+
+def _describe_restored(restored: Restored) -> Iterator[str]:
+    for reason in restored.resolution.explain_rejections() if restored.resolution else ():
+        yield f"no      {reason}"
+    yield describe_match(restored.match) if restored.match else f"fresh   {restored.fresh}"
+    for further in restored.further:
+        step = further.manifest.step
+        yield f"also    {further.id[:12]}, step {step:,}: an earlier session trained from the match up to there"
+    yield f"moved   {_describe_traffic(restored.traffic)}"
+
+
+@app.command("save", epilog="Example: castore ci save --keep 10 --commit")
+def ci_save(
+    keep: KeepOption = None,
+    keep_optimizer: KeepOptimizerOption = None,
+    max_size: MaxSizeOption = None,
+    commit: Annotated[bool, typer.Option("--commit", help="Commit what is staged, and push the branch.")] = False,
+    message: Annotated[str, typer.Option(help="Message of the commit.", show_default="run, step and loss")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Upload what the next session needs, and record it in git.
+
+    Collects garbage, uploads what the cache lacks of the kept checkpoints as one bundle, and, once a look-up has
+    confirmed the bundle, stages its record and the manifests.
+    """
+    from castore.github import sessions
+
+    with _job("save") as (repo, cache), Display("save", "bytes") as display:
+        policy = with_changes(repo.policy, {"keep": keep, "keep_optimizer": keep_optimizer}, max_size)
+        ref = os.environ.get("GITHUB_REF", "")
+        saved = sessions.save(repo, cache, policy, commit=commit, message=message, ref=ref, progress=display)
+    _append("GITHUB_STEP_SUMMARY", sessions.handed_on_markdown(saved))
+    _append_outputs(
+        {
+            "bundle": saved.records[0].bundle if saved.records else "",
+            "uploaded-bytes": saved.traffic.uploaded,
+            "commit": saved.commit or "",
+        }
+    )
+    if as_json:
+        print_json({name: value for name, value in fields_of(saved).items() if name != "plan"})
+    elif saved.skipped:
+        say(f"skipped {saved.skipped}: nothing was saved")
+    else:
+        say(*_describe_saved(saved))
+    if saved.left_out:
+        sys.exit(5)
+
+
+def _describe_saved(saved: HandedOn) -> Iterator[str]:
+    if session := saved.session:
+        steps = f"step {session.start_step:,} -> {session.final_step:,}"
+        losses = f"{format_number(session.start_loss)} -> {format_number(session.final_loss)}"
+        yield f"session {session.run}: {steps}, validation loss {losses}, {session.checkpoints} checkpoints"
+    if saved.records:
+        record = saved.records[0]
+        yield f"bundle  {record.bundle[:12]}: {record.objects} objects, {format_size(record.bytes)}; confirmed"
+    else:
+        yield "bundle  none: the cache has everything that is kept"
+    for checkpoint_id, reason in saved.left_out:
+        yield f"WARNING {checkpoint_id[:12]} was left out: {reason}"
+    if saved.not_collected:
+        yield f"WARNING no garbage was collected: {saved.not_collected}"
+    yield f"git     {len(saved.files)} files, {f'pushed as {saved.commit[:12]}' if saved.commit else 'staged'}"
+    yield f"moved   {_describe_traffic(saved.traffic)}"
+
+
+def _describe_traffic(traffic: Traffic) -> str:
+    up, down = format_size(traffic.uploaded), format_size(traffic.downloaded)
+    return f"{up} up, {down} down, {traffic.requests} requests to the cache"
+
+
+@contextmanager
+def _job(mode: str) -> Iterator[tuple[castore.Repo, GitHubCache]]:
+    """Open the repository and this job's cache; an error is also written to the job's summary."""
+    from castore.github import sessions
+    from castore.remotes.github_cache import CacheService
+
+    service = CacheService.of_job(os.environ)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without waiting for the network: the store survives it
+    try:
+        repo = castore.Repo.open()
+        cache, broken = sessions.connect(repo, service)
+        warn(*(f"{record.path}: {record.reason}" for record in broken))
+        yield repo, cache
+    except castore.CastoreError as error:
+        _append("GITHUB_STEP_SUMMARY", sessions.refused_markdown(f"{mode}: {error}"))
+        raise
+
+
+def _append(variable: str, text: str) -> None:
+    """Append to the file that a variable of the job names. Failing to is no reason to fail: the work is done."""
+    path = os.environ.get(variable)
+    if path:
+        try:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError as error:
+            warn(f"can't write {variable}: {error.strerror}")
+
+
+def _append_outputs(values: Mapping[str, object]) -> None:
+    _append("GITHUB_OUTPUT", "".join(f"{name}={value}\n" for name, value in values.items()))

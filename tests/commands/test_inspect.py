@@ -1,0 +1,275 @@
+"""The commands that look and change nothing: log, show, resolve, diff, stats."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from project import Project
+from stores import by_step, chunks_of, flip, repo_of, set_remote
+
+# -- log --------------------------------------------------------------------------------------------------------------
+
+
+def test_log_lists_newest_first_with_all_that_programs_need(trained: Project) -> None:
+    new, old = trained.json("log")
+    assert (new["step"], old["step"], new["run"], new["parent"], old["parent"]) == (4, 2, "main", old["id"], None)
+    assert new["tags"] == ["nice"]
+    assert 0 < old["score"] < new["score"] < 1
+    assert new["metrics"]["val_loss"] > 0
+    assert new["availability"] == "full"
+    assert set(new["parts"]) == {"model", "optimizer", "trainer"}
+    assert all(len(part["index"]) == 64 and part["stored_bytes"] > 0 for part in new["parts"].values())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", new["created"])
+
+
+HEADS = ["id", "run", "step", "score", "val", "loss", "data", "size", "age", "tags"]
+
+
+def test_log_prints_a_table_from_any_subfolder(trained: Project) -> None:
+    inside = trained.call("log", cwd=trained.root / "texts")
+    assert inside.splitlines()[0].split() == HEADS
+    assert len(trained.call("-C", "texts", "log", "-n", "1").splitlines()) == 2
+    assert trained.call("log", "--run", "other") == "no checkpoint of run other\n"
+
+
+def test_a_broken_manifest_is_told_and_hides_no_other(trained_copy: Project) -> None:
+    broken = trained_copy.root / ".castore" / "manifests" / "main" / "000000009-0123456789ab.json"
+    broken.write_text("{}")
+    process = trained_copy.start("log")
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert str(broken) in err
+    assert out.count("full") == 2
+    assert broken.read_text() == "{}"
+
+
+def test_log_of_another_kind_is_empty_in_words(empty: Project) -> None:
+    assert empty.call("log", "--kind", "files") == "no manifest of kind files yet\n"
+    assert empty.json("log", "--kind", "dataset") == []
+    assert "--kind" in empty.call("log", "--kind", "nonsense", code=2)
+
+
+def test_log_draws_which_was_resumed_from_which(history: Project) -> None:
+    ids = {step: by_step(history, step)[:12] for step in (1, 2, 3, 4)}
+    assert history.call("log", "--graph").splitlines() == [
+        f"* {ids[3]}  main, step 3  val loss 1.3333  full  nice",
+        f"* {ids[2]}  main, step 2  val loss 2.0000  full",
+        f"| * {ids[4]}  side, step 4  val loss 1.0000  full",
+        "|/",
+        f"* {ids[1]}  main, step 1  val loss 4.0000  full",
+    ]
+
+
+def test_log_draws_what_was_asked_for_and_says_where_it_comes_from(history: Project) -> None:
+    checkpoint_id, parent = by_step(history, 4)[:12], by_step(history, 1)[:12]
+    assert history.call("log", "--graph", "--run", "side") == (
+        f"* {checkpoint_id}  side, step 4  val loss 1.0000  full  from {parent}, which isn't listed\n"
+    )
+    assert history.json("log", "--graph") == history.json("log")
+
+
+def test_data_in_a_remote_is_available_and_fetched_when_it_is_loaded(history_copy: Project) -> None:
+    set_remote(history_copy)
+    shutil.rmtree(history_copy.root / ".castore" / "objects")
+    assert {part["where"] for entry in history_copy.json("log") for part in entry["parts"].values()} == {"remote"}
+    assert history_copy.json("resolve")["match"]["availability"] == "full"
+    script = "import castore; repo = castore.Repo.open('.'); repo.load('best')"
+    subprocess.run([sys.executable, "-c", script], cwd=history_copy.root, check=True)
+    assert [
+        {part["where"] for part in entry["parts"].values()} == {"local"} for entry in history_copy.json("log")
+    ] == [True, False, False, False]  # fmt: skip
+
+
+# -- show and resolve -------------------------------------------------------------------------------------------------
+
+
+def test_show_prints_the_whole_manifest(trained: Project) -> None:
+    checkpoint_id = trained.json("log")[0]["id"]
+    out = trained.call("show", checkpoint_id[:10])
+    for text in (
+        checkpoint_id,
+        "a first try",
+        "val_loss",
+        "optimizer",
+        "n_embd: 16",
+        "learning_rate: 0.002",
+        "resolution",
+    ):
+        assert text in out
+    assert trained.json("show", checkpoint_id)["experiment"]["model"]["n_embd"] == 16
+
+
+def test_an_unknown_id_exits_3(trained: Project) -> None:
+    assert "no checkpoint '0123'" in trained.call("show", "0123", code=3)
+
+
+def test_show_begins_with_the_kind(empty: Project) -> None:
+    checkpoint_id = empty.json("add", "texts")["id"]
+    assert empty.call("show", checkpoint_id).startswith(f"files      {checkpoint_id}\n")
+
+
+def test_resolve_says_which_and_why_no_other(trained_copy: Project) -> None:
+    best = trained_copy.json("resolve")["match"]
+    assert best["step"] == 4
+    shutil.rmtree(trained_copy.root / ".castore" / "objects")
+    found = json.loads(trained_copy.start("resolve", "--json").communicate()[0])
+    assert found["match"] is None
+    assert [one["step"] for one in found["rejected"]] == [4, 2]
+    assert found["rejected"][0]["unavailable"] is True
+
+
+# -- names of checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("best", "a6"), ("latest", "b2"), ("a:best", "a6"), ("a:latest", "a6"), ("b:best", "b2")]
+)
+@pytest.mark.parametrize("command", ["show", "pin", "resolve"])
+def test_names_work_wherever_an_id_does(eight: Project, command: str, name: str, expected: str) -> None:
+    ids = {f"{entry['run']}{entry['step']}": entry["id"] for entry in eight.json("log")}
+    found = eight.json(command, name)
+    assert (found["match"]["id"] if command == "resolve" else found["id"]) == ids[expected]
+
+
+def test_best_is_the_best_that_is_there(eight: Project) -> None:
+    best = eight.json("show", "best")
+    for part in best["parts"].values():
+        (eight.root / ".castore" / "objects" / part["index"][:2] / part["index"]).unlink()
+    assert eight.json("show", "best")["step"] == 5
+    assert eight.json("show", best["id"])["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ("0000", "no checkpoint '0000'"),
+        ("", "no checkpoint ''"),
+        ("c:best", "no checkpoint of run 'c'; runs: a, b"),
+        ("bset", "bset"),
+    ],
+)
+def test_a_name_of_nothing_exits_3(eight: Project, wanted: str, says: str) -> None:
+    assert says in eight.call("show", wanted, code=3)
+
+
+def test_a_near_miss_and_an_ambiguous_name_are_told_what_fits(eight: Project) -> None:
+    checkpoint_id = eight.json("log")[0]["id"]
+    wrong = checkpoint_id[:7] + ("0" if checkpoint_id[7] != "0" else "1")
+    assert f"did you mean {checkpoint_id[:8]}" in eight.call("show", wrong, code=3)
+    ids = [entry["id"] for entry in eight.json("log")]
+    shared = next((digit for digit in "0123456789abcdef" if sum(one.startswith(digit) for one in ids) > 1), None)
+    if shared:  # eight ids of sixteen digits nearly always share one
+        assert "give more digits" in eight.call("show", shared, code=3)
+
+
+# -- diff -------------------------------------------------------------------------------------------------------------
+
+
+def test_diff_says_what_changed(history: Project) -> None:
+    out = history.call("diff", by_step(history, 2), by_step(history, 3))
+    lines = out.splitlines()
+    assert "step: 2 -> 3" in lines
+    assert any(line.startswith("config.rate: 0.2 -> 0.3") for line in lines)
+    assert any(line.startswith("metrics.val_loss: 2.0 -> 1.33") for line in lines)
+    assert "model: changed (tensors: 4 changed)" in lines
+    assert any(re.fullmatch(r"  changed big  float32 \[50000\]  by at most [01]\.\d+", line) for line in lines)
+    assert "  seed: 2 -> 3" in lines
+    assert history.call("diff", "main:best", "main:best") == "model: equal\noptimizer: equal\ntrainer: equal\n"
+
+
+def test_diff_prints_data(history: Project) -> None:
+    found = history.json("diff", by_step(history, 1), by_step(history, 4))
+    assert {one["key"]: (one["before"], one["after"]) for one in found["config"]} == {"rate": (0.1, 0.4)}
+    model = found["parts"]["model"]
+    assert model["state"] == "changed"
+    assert {one["key"] for one in model["tensors"]} == {"big", "small", "tied", "step"}
+    assert found["parts"]["trainer"]["values"] == [{"key": "seed", "before": 1, "after": 4}]
+
+
+def test_diff_of_dropped_data_still_compares_what_is_known(history_copy: Project) -> None:
+    first, last = by_step(history_copy, 1), by_step(history_copy, 4)
+    history_copy.call("gc", "--keep", "1", "--keep-latest", "0", "--keep-optimizer", "0")
+    out = history_copy.call("diff", first, last)
+    assert f"model: can't be compared: the data of {first[:12]} is not in the store" in out
+    assert "step: 1 -> 4" in out
+
+
+@pytest.mark.parametrize(("lost", "code"), [(True, 4), (False, 5)])
+def test_diff_of_damaged_data_has_its_code(history_copy: Project, lost: bool, code: int) -> None:
+    path = repo_of(history_copy).store.path(chunks_of(history_copy, 3)[0])
+    path.unlink() if lost else flip(path)
+    assert f"part 'model' of checkpoint {by_step(history_copy, 3)[:12]}" in history_copy.call(
+        "diff", by_step(history_copy, 2), by_step(history_copy, 3), code=code
+    )
+
+
+def test_diff_shows_any_value_safely(history_copy: Project) -> None:
+    values: list[dict[str, Any]] = [
+        {"text": "\x1b[2J", "big": 1 << 20_000, "bytes": b"\0" * 1000, "x": float("nan"), "c": 1j},
+        {"text": "\n\u202e", "big": -(1 << 20_000), "bytes": b"\1", "x": float("inf"), "c": 2j, "t": torch.ones(2)},
+    ]
+    ids = [repo_of(history_copy).save({"trainer": one}, run="odd", step=i).id for i, one in enumerate(values)]
+    out = history_copy.call("diff", *ids)
+    assert all(line.isprintable() for line in out.splitlines())
+    assert "big: an integer of 20001 bits" in out
+    assert "  added   t  float32 [2]" in out
+    found = history_copy.json("diff", *ids)["parts"]["trainer"]["values"]
+    assert {one["key"] for one in found} == set(values[0])
+
+
+def test_diff_tells_containers_apart_and_small_changes_of_large_integers(history_copy: Project) -> None:
+    values: list[dict[str, Any]] = [
+        {"betas": [1, 2], "n": torch.tensor([2**62]), "z": torch.tensor([0.0])},
+        {"betas": (1, 2), "n": torch.tensor([2**62 + 1]), "z": torch.tensor([-0.0])},
+    ]
+    ids = [repo_of(history_copy).save({"trainer": one}, run="odd", step=i).id for i, one in enumerate(values)]
+    out = history_copy.call("diff", *ids)
+    assert "  betas: list -> tuple\n" in out
+    assert "  changed n  int64 [1]  by at most 2.17e-19\n" in out
+    assert "the sign of a zero" in out
+    assert "by at most 0" not in out
+    (value,) = history_copy.json("diff", *ids)["parts"]["trainer"]["values"]
+    assert value == {"key": "betas", "before": "list", "after": "tuple"}
+
+
+# -- stats ------------------------------------------------------------------------------------------------------------
+
+
+def test_stats_add_up(history_copy: Project) -> None:
+    found = history_copy.json("stats")
+    size = sum(
+        path.stat().st_size for path in (history_copy.root / ".castore" / "objects").rglob("*") if path.is_file()
+    )
+    total = found["total"]
+    assert found["objects"]["bytes"] == total["stored"] == size
+    assert total["raw"] - total["saved_by_sharing"] - total["saved_by_compression"] == size
+    assert found["availability"] == {"full": 4}
+    assert set(found["by_part"]) == {"model", "optimizer", "trainer"}
+    assert {name: one["parts"] for name, one in found["by_run"].items()} == {"main": 9, "side": 3}
+    out = history_copy.call("stats")
+    assert out.startswith("manifests   4 checkpoint; checkpoints: 4 full\n")
+    for text in ("raw ", "sharing ", "compression ", "stored ", "quarantine/ 0 files, 0 B", "optimizer  4", "side  3"):
+        assert text in out
+
+
+def test_stats_say_what_gc_would_free(history_copy: Project) -> None:
+    with open(history_copy.root / ".castore" / "config.toml", "a") as file:
+        file.write("[retention]\nkeep = 1\nkeep_latest = 0\nkeep_optimizer = 0\n")
+    expected = history_copy.json("stats")["gc"]
+    assert expected["bytes"] > 0
+    assert history_copy.json("gc")["freed_bytes"] == expected["bytes"]
+    assert history_copy.json("stats")["gc"] == {"objects": 0, "bytes": 0, "problem": ""}
+
+
+def test_stats_say_why_gc_can_not_plan(history_copy: Project) -> None:
+    (history_copy.root / ".git" / "HEAD").write_text("nonsense")
+    out = history_copy.call("stats")
+    assert "can't be told what is still needed: git" in out
+    assert "stored" in out
