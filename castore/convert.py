@@ -63,9 +63,7 @@ def export(repo: Repo, wanted: str, out: Path, *, part: str = "model", force: bo
     """
     safe_paths.check_target(out)
     _check_free(out, force)
-    entry = repo.find(wanted)
-    if entry.manifest.kind != "checkpoint":
-        raise NotFound(f"{entry.id[:12]} is no checkpoint but {entry.manifest.kind}")
+    entry = repo.find(wanted, kind="checkpoint")
     state = repo.load(entry.id, [part])[part]
     metadata = {
         "format": "pt",
@@ -222,9 +220,7 @@ def import_file(
     file; InvalidFile for one that is damaged or hostile; UnsupportedValue naming the key of what can't be stored. Then
     nothing was saved.
     """
-    model = repo.find(like) if like else None
-    if model and model.manifest.kind != "checkpoint":
-        raise NotFound(f"{model.id[:12]} is no checkpoint but {model.manifest.kind}")
+    model = repo.find(like, kind="checkpoint") if like else None
     pattern = model.manifest if model else None
     state, exported_from = read(path)
     info: dict[str, Any] = {"imported_from": path.name.encode(errors="replace").decode()[:200]}

@@ -260,7 +260,7 @@ _AHEAD = timedelta(days=1)
 def _gc(repo: Repo) -> Iterator[Check]:
     """Whether all can be read that gc must know of, in the work tree and in git."""
     try:
-        catalog.roots(repo.catalog)
+        catalog.read_roots(repo.catalog)
     except (RootsUnreadable, CorruptionError) as error:
         reason = error.reason if isinstance(error, RootsUnreadable) else error
         advice = "mend that, in the work tree or in whatever branch, tag or stash it is: until then no data goes"

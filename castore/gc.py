@@ -1,8 +1,8 @@
 """Delete what no kept checkpoint needs: plan, then apply.
 
-Planning reads every root (see :func:`castore.catalog.roots`) and fails when one can't be read, so what isn't known to
-be dispensable stays. Applying moves objects into trash/, while nobody else is at work, and then empties it; until an
-object is gone for good, a save or a load that wants it takes it back.
+Planning reads every root (see :func:`castore.storage.catalog.read_roots`) and fails when one can't be read, so what
+isn't known to be dispensable stays. Applying moves objects into trash/, while nobody else is at work, and then empties
+it; until an object is gone for good, a save or a load that wants it takes it back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from castore.policy.retention import Decision, Policy, Source, decide, kept_part
 from castore.remotes import fallback
 from castore.repo import Repo
 from castore.storage import catalog
-from castore.storage.object_store import Stored
+from castore.storage.object_store import StoredObject
 
 _LEFTOVER_AGE = timedelta(hours=1)
 
@@ -89,12 +89,12 @@ def plan_collection(
     elsewhere: bool = False,
 ) -> GCPlan:
     """What :func:`collect` would do. The caller holds the lock."""
-    roots = catalog.roots(repo.catalog)
+    roots = catalog.read_roots(repo.catalog)
     stored = repo.store.stored()
-    if stored and not roots.own and not roots.others:
+    if stored and not roots.here and not roots.elsewhere:
         raise RootsUnreadable(f"there are {len(stored)} objects, but not one manifest")
     contents = _Contents(repo, stored)
-    every = {entry.id: entry for entries in (roots.own, *(found for _, found in roots.others)) for entry in entries}
+    every = {entry.id: entry for entries in (roots.here, *(found for _, found in roots.elsewhere)) for entry in entries}
     remote = _remote(repo, every.values(), stored)
 
     def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
@@ -104,13 +104,13 @@ def plan_collection(
         return contents(entry, part)
 
     decisions = decide(
-        Source("the work tree", roots.own),
-        [Source(name, entries) for name, entries in roots.others],
+        Source("the work tree", roots.here),
+        [Source(name, entries) for name, entries in roots.elsewhere],
         policy,
         sizes,
         now=now,
         pinned=roots.pins,
-        pinned_elsewhere=roots.other_pins,
+        pinned_elsewhere=roots.pins_elsewhere,
         in_use=frozenset(in_use),
         gone=_gone(repo, every.values(), stored.keys() | remote),
     )
@@ -153,7 +153,7 @@ def _gone(repo: Repo, entries: Iterable[Entry], there: Collection[ObjectId]) -> 
 class _Contents:
     """The objects of a part that are in the store; each index is read once."""
 
-    def __init__(self, repo: Repo, stored: Mapping[ObjectId, Stored]) -> None:
+    def __init__(self, repo: Repo, stored: Mapping[ObjectId, StoredObject]) -> None:
         self._repo = repo
         self._stored = stored
         self._parts: dict[ObjectId, dict[ObjectId, int]] = {}

@@ -49,7 +49,7 @@ def choose(repo: castore.Repo, config: Config, experiment: castore.Experiment) -
 
     resolution = resolve(want)
     if resolution.match:
-        if want.rpartition(":")[2] != "best":
+        if resolution.selector != "best":
             return Choice(resolution=resolution, match=resolution.match)
         return _go_on(repo, config, experiment, resolution, resolve)
     if why := repo.fresh_start(resolution, allow_fresh=config.run.allow_fresh):

@@ -41,11 +41,11 @@ def save(repo: Repo, step: int, loss: float, **options: Any) -> str:
 
 
 def where(repo: Repo, own: str) -> dict[str, str]:
-    return {name: state.where for name, state in repo.part_states(repo.catalog.find(own)).items()}
+    return {name: state.where for name, state in repo.part_states(repo.find(own)).items()}
 
 
 def path_of(repo: Repo, own: str) -> Path:
-    return repo.catalog.root / repo.catalog.find(own).manifest.file_name(ObjectId(own))
+    return repo.catalog.root / repo.find(own).manifest.file_name(ObjectId(own))
 
 
 def objects(repo: Repo) -> set[str]:
@@ -432,7 +432,7 @@ def no_manifest_at_all(repo: Repo, git: Git) -> None:  # noqa: ARG001
 
 def kept_index_damaged(repo: Repo, git: Git) -> None:  # noqa: ARG001
     best = repo.resolve("best").require().id
-    path = repo.store.path(repo.catalog.find(best).manifest.parts["model"].index)
+    path = repo.store.path(repo.find(best).manifest.parts["model"].index)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 
@@ -512,7 +512,7 @@ def test_a_gc_cut_short_takes_nothing_along_that_is_kept_by_now(repo: Repo, monk
 
 def test_chunks_stay_while_the_index_that_lists_them_is_in_quarantine(repo: Repo) -> None:
     own = save(repo, 1, 5.0)
-    path = repo.store.path(repo.catalog.find(own).manifest.parts["model"].index)
+    path = repo.store.path(repo.find(own).manifest.parts["model"].index)
     path.write_bytes(path.read_bytes() + b"?")
     with pytest.raises(errors.CorruptObject):
         repo.load(own)
@@ -562,7 +562,7 @@ def test_a_gc_that_is_cut_short_leaves_no_half_part(repo: Repo, monkeypatch: pyt
         castore.collect_garbage(repo, ONE)
     monkeypatch.undo()
     for own in ids:
-        for part, state in repo.part_states(repo.catalog.find(own)).items():
+        for part, state in repo.part_states(repo.find(own)).items():
             # all or nothing: an index goes before what it lists
             assert state.where == "local" or state.reason == "its data is not in the store", part
     castore.collect_garbage(repo, ONE)
@@ -649,7 +649,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(target=saved, own=consumes(saved))
     def forget(self, own: str) -> Any:
-        self.repo.catalog.forget(self.repo.catalog.find(own))
+        self.repo.catalog.forget(self.repo.find(own))
         self.promised.pop(own)
         return multiple()
 

@@ -26,7 +26,7 @@ from castore.remotes import fallback
 from castore.repo import Repo
 from castore.state.parts import locate_errors
 from castore.storage import fs, safe_paths
-from castore.trees.add import MODE, PART, Progress, ahead, find_files, no_progress
+from castore.trees.add import KIND, MODE, PART, Progress, ahead, no_progress
 
 _FINISHERS = 8  # what syncs waits for the disk, not for the processor
 _IN_FLIGHT = 64
@@ -59,7 +59,7 @@ def check_out(
     (``force`` replaces files and links, never folders): then nothing was written. ObjectMissing, CorruptObject.
     """
     safe_paths.check_target(folder)
-    entry = find_files(repo, wanted)
+    entry = repo.find(wanted, kind=KIND)
     if PART not in entry.manifest.parts:
         raise NotFound(f"{entry.id[:12]} has no part {PART!r}")
     own = entry.manifest.parts[PART].index

@@ -260,7 +260,7 @@ def test_json_of_a_path_that_is_not_utf8(tmp_path: Path) -> None:
 def test_missing_and_damaged_data_have_exit_codes_of_their_own(empty: Project) -> None:
     own = empty.json("add", "texts")["id"]
     repo = Repo.open(empty.root)
-    part = repo.catalog.find(own).manifest.parts["files"]
+    part = repo.find(own).manifest.parts["files"]
     chunk = repo.store.path(part_index.decode(repo.store.read(part.index)).chunks[0].id)
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert f"(part 'files' of checkpoint {own[:12]})" in empty.run("checkout", own, "out", code=5)
