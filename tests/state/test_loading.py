@@ -52,9 +52,9 @@ def test_only_their_chunks_are_read(repo: Repo, saved: str, monkeypatch: pytest.
 
 def test_nested_keys_are_those_that_diff_prints(repo: Repo) -> None:
     state = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}, 1: {"exp_avg": torch.zeros(3)}}}}
-    own = repo.save(state, run="a", step=1).id
-    assert repo.load_tensors(own, ["state[1].exp_avg"])["optimizer"].keys() == {"state[1].exp_avg"}
-    assert len(repo.load_tensors(own, ["*.exp_avg"])["optimizer"]) == 2
+    checkpoint_id = repo.save(state, run="a", step=1).id
+    assert repo.load_tensors(checkpoint_id, ["state[1].exp_avg"])["optimizer"].keys() == {"state[1].exp_avg"}
+    assert len(repo.load_tensors(checkpoint_id, ["*.exp_avg"])["optimizer"]) == 2
 
 
 def test_a_pattern_that_matches_nothing_is_told(repo: Repo, saved: str) -> None:
@@ -69,9 +69,9 @@ def test_a_pattern_that_matches_nothing_is_told(repo: Repo, saved: str) -> None:
 
 def test_a_module_is_filled_in_place(repo: Repo) -> None:
     source, target = model(1), model(2)
-    own = repo.save({"model": source.state_dict()}, run="a", step=1).id
+    checkpoint_id = repo.save({"model": source.state_dict()}, run="a", step=1).id
     memory = {name: weight.data_ptr() for name, weight in target.named_parameters()}
-    found = repo.load_into(own, target)
+    found = repo.load_into(checkpoint_id, target)
     assert exact(dict(target.state_dict())) == exact(dict(source.state_dict()))
     assert {name: weight.data_ptr() for name, weight in target.named_parameters()} == memory
     assert found["model"]["0.weight"].data_ptr() == memory["0.weight"]
@@ -79,9 +79,9 @@ def test_a_module_is_filled_in_place(repo: Repo) -> None:
 
 def test_a_state_of_any_nesting_is_filled_and_the_rest_comes_back(repo: Repo) -> None:
     state = {"a": [torch.arange(5), {"b": torch.ones(2, 3)}], "n": 7}
-    own = repo.save({"x": state, "y": {"z": torch.ones(1)}}, run="a", step=1).id
+    checkpoint_id = repo.save({"x": state, "y": {"z": torch.ones(1)}}, run="a", step=1).id
     target = {"a": [torch.zeros(5, dtype=torch.int64), {"b": torch.zeros(2, 3)}], "n": 0}
-    found = repo.load_into(own, {"x": target})
+    found = repo.load_into(checkpoint_id, {"x": target})
     assert exact(found) == exact({"x": state})
     assert found["x"]["a"][0] is target["a"][0]
     assert target["n"] == 0
@@ -89,10 +89,10 @@ def test_a_state_of_any_nesting_is_filled_and_the_rest_comes_back(repo: Repo) ->
 
 def test_what_is_not_dense_is_filled_too(repo: Repo) -> None:
     values = torch.arange(12.0).reshape(3, 4)
-    own = repo.save({"x": {"t": values}}, run="a", step=1).id
+    checkpoint_id = repo.save({"x": {"t": values}}, run="a", step=1).id
     target = torch.zeros(4, 3).t()
     assert not target.is_contiguous()
-    repo.load_into(own, {"x": {"t": target}})
+    repo.load_into(checkpoint_id, {"x": {"t": target}})
     assert torch.equal(target, values)
 
 
@@ -135,7 +135,7 @@ def test_a_request_that_makes_no_sense_is_told(repo: Repo, saved: str) -> None:
 
 
 def test_damage_is_told_whatever_was_filled(repo: Repo, saved: str) -> None:
-    paths = sorted(repo.store.path(own) for own in repo.store.stored())
+    paths = sorted(repo.store.path(object_id) for object_id in repo.store.stored())
     largest = max(paths, key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[-1] ^= 1
@@ -151,7 +151,7 @@ def test_a_device_is_where_tensors_go(repo: Repo, saved: str) -> None:
 
 
 def test_a_load_into_what_is_there_takes_no_second_copy(repo: Repo, state: Callable[..., Any]) -> None:
-    own = repo.save(state(1), run="a", step=1).id
+    checkpoint_id = repo.save(state(1), run="a", step=1).id
     made: list[Any] = []
     target = {name: torch.zeros_like(value) for name, value in parts(1)["model"].items()}
     before = torch.empty
@@ -162,7 +162,7 @@ def test_a_load_into_what_is_there_takes_no_second_copy(repo: Repo, state: Calla
 
     torch.empty = counting  # type: ignore[assignment]
     try:
-        repo.load_into(own, {"model": target})
+        repo.load_into(checkpoint_id, {"model": target})
     finally:
         torch.empty = before  # type: ignore[assignment]
     assert made == []

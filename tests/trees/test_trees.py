@@ -532,7 +532,7 @@ def test_only_files_are_checked_out(repo: Repo, state: Callable[..., Any], tmp_p
     saved = repo.save(state(), run="main", step=1)
     with pytest.raises(errors.NotFound, match="is a checkpoint, not a tree of files"):
         checkout.check_out(repo, saved.id, tmp_path / "out")
-    with pytest.raises(errors.NotFound, match="no files of run 'main'; .castore add PATH. adds some"):
+    with pytest.raises(errors.NotFound, match="no files of run 'main'; `castore add PATH` adds some"):
         checkout.check_out(repo, "main:latest", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
