@@ -92,10 +92,10 @@ class Castore(Format):
         return castore.Repo.open(folder).load("latest", parts=[part])
 
     def load_one(self, folder: Path, part: str, key: str, like: State) -> Tensor:
-        return castore.Repo.open(folder).load("latest", parts=[part], tensors=[key])[part][key]
+        return castore.Repo.open(folder).load_tensors("latest", [key], parts=[part])[part][key]
 
     def load_into(self, folder: Path, state: State) -> None:
-        castore.Repo.open(folder).load("latest", into=state)
+        castore.Repo.open(folder).load_into("latest", state)
 
 
 def repository(folder: Path, durable: bool, retention: str = "") -> castore.Repo:

@@ -21,9 +21,10 @@ from castore.errors import CastoreError
 if TYPE_CHECKING:
     from castore.format.manifest import Experiment, Manifest, Metric
     from castore.gc import GCPlan, collect_garbage
+    from castore.parallel import processors
     from castore.policy.resolution import Match, Rejected, Resolution
     from castore.policy.scoring import score
-    from castore.repo import Repo, SaveResult, processors
+    from castore.repo import Repo, SaveResult
 
 __version__ = "0.1.0"
 
@@ -58,7 +59,7 @@ _MODULES = {
     "Resolution": "policy.resolution",
     "SaveResult": "repo",
     "collect_garbage": "gc",
-    "processors": "repo",
+    "processors": "parallel",
     "score": "policy.scoring",
 }
 

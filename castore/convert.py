@@ -63,7 +63,7 @@ def export(repo: Repo, selector: str, out: Path, *, part: str = "model", force: 
     be written to, UnsupportedValue naming the key that safetensors can't hold, and what :meth:`castore.Repo.load` does.
     """
     output_file.check_target(out, replace=force)  # before anything is read
-    entry = _find_checkpoint(repo, selector)
+    entry = repo.find(selector, kind="checkpoint")
     state = repo.load(entry.id, [part])[part]
     if out.suffix.lower() in PT:
         count = sum(_is_tensor(value) for _, value in _named_leaves(state))
@@ -74,13 +74,6 @@ def export(repo: Repo, selector: str, out: Path, *, part: str = "model", force: 
         fill = functools.partial(_write_safetensors, tensors=tensors, metadata=_metadata(entry, part))
     size = output_file.write_with(fill, out, replace=force, durable=repo.config.store.fsync)
     return Exported(id=entry.id, part=part, path=out, tensors=count, bytes=size)
-
-
-def _find_checkpoint(repo: Repo, selector: str) -> Entry:
-    entry = repo.find(selector)
-    if entry.manifest.kind != "checkpoint":
-        raise NotFound(f"{entry.id[:12]} is not a checkpoint but {entry.manifest.kind}")
-    return entry
 
 
 def _metadata(entry: Entry, part: str) -> dict[str, str]:
@@ -188,7 +181,7 @@ def import_file(
     other kind of file, InvalidFile for one that is damaged or hostile, UnsupportedValue naming the key of what can't
     be stored. Then nothing was saved.
     """
-    similar = _find_checkpoint(repo, like) if like else None
+    similar = repo.find(like, kind="checkpoint") if like else None
     pattern = similar.manifest if similar else None
     state, exported_from = read(path)
     info: dict[str, Any] = {"imported_from": path.name.encode(errors="replace").decode()[:200]}

@@ -273,7 +273,7 @@ _AHEAD = timedelta(days=1)
 def _gc(repo: Repo) -> Iterator[Check]:
     """Check that gc can read everything it must know of, in the work tree and in git."""
     try:
-        catalog.roots(repo.catalog)
+        catalog.read_roots(repo.catalog)
     except (RootsUnreadable, CorruptionError) as error:
         reason = error.reason if isinstance(error, RootsUnreadable) else error
         advice = "repair that, in the work tree or the branch, tag or stash it is in: until then gc deletes nothing"

@@ -1,8 +1,8 @@
 """Delete what no kept checkpoint needs: plan, then apply.
 
-Planning reads every root (see :func:`castore.storage.catalog.roots`) and fails if one can't be read: what may still be
-needed stays. Applying moves objects into trash/ while no other process is at work, and then empties it; until an object
-is gone for good, a save or a load that wants it takes it back.
+Planning reads every root (see :func:`castore.storage.catalog.read_roots`) and fails if one can't be read: what may
+still be needed stays. Applying moves objects into trash/ while no other process is at work, and then empties it; until
+an object is gone for good, a save or a load that wants it takes it back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from castore.remotes import fallback
 from castore.repo import Repo
 from castore.storage import catalog
 from castore.storage.catalog import Roots
-from castore.storage.object_store import Stored
+from castore.storage.object_store import StoredObject
 
 _LEFTOVER_AGE = timedelta(hours=1)
 
@@ -108,9 +108,9 @@ def plan_garbage(
     elsewhere: bool = False,
 ) -> GCPlan:
     """Return what :func:`collect_garbage` would delete, and raise what it raises. The caller holds the lock."""
-    roots = catalog.roots(repo.catalog)
+    roots = catalog.read_roots(repo.catalog)
     stored = repo.store.stored()
-    if stored and not roots.own and not roots.others:
+    if stored and not roots.here and not roots.elsewhere:
         raise RootsUnreadable(f"there are {len(stored)} objects, but not one manifest")
     contents = _Contents(repo, stored)
     decisions = _decide(repo, policy, roots, contents, in_use=in_use, now=now, elsewhere=elsewhere)
@@ -142,7 +142,7 @@ def _decide(
     now: datetime,
     elsewhere: bool,
 ) -> tuple[Decision, ...]:
-    sources = [Source("the work tree", roots.own), *(Source(name, entries) for name, entries in roots.others)]
+    sources = [Source("the work tree", roots.here), *(Source(name, entries) for name, entries in roots.elsewhere)]
     entries = {entry.id: entry for source in sources for entry in source.entries}
     remote = _remote_indexes(repo, entries.values(), contents.stored)
 
@@ -160,7 +160,7 @@ def _decide(
         sizes,
         now=now,
         pinned=roots.pins,
-        pinned_elsewhere=roots.other_pins,
+        pinned_elsewhere=roots.pins_elsewhere,
         in_use=frozenset(in_use),
         gone=_without_data(repo, entries.values(), contents.stored.keys() | remote),
     )
@@ -200,7 +200,7 @@ def _dropped_objects(decisions: Iterable[Decision], contents: _Contents) -> set[
 class _Contents:
     """The objects of each part that are in the store; each index is read once."""
 
-    def __init__(self, repo: Repo, stored: Mapping[ObjectId, Stored]) -> None:
+    def __init__(self, repo: Repo, stored: Mapping[ObjectId, StoredObject]) -> None:
         self.stored = stored
         self._repo = repo
         self._objects: dict[ObjectId, dict[ObjectId, int]] = {}

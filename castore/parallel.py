@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,3 +48,12 @@ def map_all(
 ) -> list[_Result]:
     """Return ``[function(item) for item in items]``, computed by ``threads`` threads. Errors: :func:`map_ahead`."""
     return list(map_ahead(function, items, threads, name=name))
+
+
+def processors() -> int:
+    """Return how many processors this process may use: as many threads as it pays to compute with.
+
+    >>> processors() >= 1
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,10 +1,9 @@
-"""A repository: ``.castore/`` found, opened or made, and everything that is done with one."""
+"""A repository: find, open or create ``.castore/``; save, find, resolve and load checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import operator
 import os
 import sys
@@ -18,28 +17,38 @@ import msgspec
 
 from castore import config as configs
 from castore.errors import ConfigError, InvalidManifest, NotFound, RepoNotFound, StorageError, UsageError
-from castore.format import manifest, part_index
+from castore.format import manifest
 from castore.format.ids import ObjectId, is_object_id
-from castore.format.manifest import Entry, Experiment, Manifest
-from castore.format.part_index import TensorRef
+from castore.format.manifest import Entry, Experiment, Kind, Manifest
+from castore.parallel import processors
 from castore.policy import lineage
 from castore.policy.resolution import Damaged, PartState, Requirement, Resolution, resolve
 from castore.policy.retention import Policy, policy_of
-from castore.remotes import fallback
+from castore.policy.selector import Selector
 from castore.remotes.base import Remote
 from castore.remotes.folder import Folder
-from castore.state.parts import Flat, load_parts, load_tensors, locate_errors, part_states, save_parts
+from castore.state import parts as state_parts
+from castore.state.parts import Flat, PlaceTensors
 from castore.storage import fs, git
 from castore.storage.catalog import Catalog, Listing
 from castore.storage.object_store import ObjectStore
 
 FOLDER = ".castore"
-_RELATIVE = ("best", "latest")
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveResult:
-    """A checkpoint that is durable: its id and manifest, and what it added to the store."""
+    """A checkpoint that is on the disk: its id, its manifest and that file's ``path``, and what the save added.
+
+    ``new_objects`` and ``new_bytes`` (as stored) count only what the store did not have before.
+
+        >>> import tempfile
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> saved = repo.save({"trainer": {"step": 1}}, run="main", step=1)
+        >>> saved.new_objects, saved.path.name == f"000000001-{saved.id[:12]}.json"
+        (1, True)
+    """
 
     id: ObjectId
     manifest: Manifest
@@ -49,9 +58,19 @@ class SaveResult:
 
 
 class Repo:
-    """An open repository. Cheap to make; may be used from several threads and beside other processes.
+    """An open repository; ``root`` is its ``.castore`` folder. Every error derives from :class:`castore.CastoreError`.
 
-    ``root`` is the ``.castore`` folder. Everything raised derives from :class:`castore.CastoreError`.
+    It is cheap to open, and may be used by several threads and beside other processes.
+
+        >>> import tempfile
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> saved = repo.save({"trainer": {"order": [2, 0, 1]}}, run="main", step=500, metrics={"val_loss": 2.31})
+        >>> repo.load("best")
+        {'trainer': {'order': [2, 0, 1]}}
+        >>> repo.find("main:latest").id == repo.find(saved.id[:8]).id == saved.id
+        True
+        >>> repo.resolve("best").require().step
+        500
     """
 
     def __init__(self, root: Path, config: configs.Config) -> None:
@@ -59,29 +78,29 @@ class Repo:
         self.config = config
         self.store = ObjectStore(root, durable=config.store.fsync)
         self.catalog = Catalog(root, durable=config.store.fsync)
-        # a relative path starts where the project lives; an absolute one replaces it
+        # a relative path starts in the folder that holds .castore; an absolute one replaces it
         self.remotes: list[Remote] = [Folder(name, root.parent / path) for name, path in config.remotes.items()]
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def init(cls, path: str | os.PathLike[str] = ".") -> Repo:
-        """Make ``path/.castore``, or complete one that is there; existing files are left as they are."""
+        """Create ``path/.castore``, or add what an existing one lacks; existing files are left as they are."""
         root = Path(path).resolve() / FOLDER
         for name in ("manifests", "objects", "tmp"):
             fs.make_directory(root / name)
         fs.sync_directory(root.parent)
         fs.publish(root / ".gitignore", configs.GITIGNORE.encode(), root / "tmp")
         fs.publish(root / ".gitattributes", configs.GITATTRIBUTES.encode(), root / "tmp")
-        # git keeps no empty folder, and a clone must find the place where manifests go
+        # git keeps no empty folder, and a clone must have the folder that manifests go to
         fs.publish(root / "manifests" / ".gitkeep", b"", root / "tmp")
-        # last, since a folder with a configuration is what open takes for a repository
+        # last: to open(), a folder with a configuration is a repository
         fs.publish(root / "config.toml", configs.TEMPLATE.encode(), root / "tmp")
         return cls.open(root.parent)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] = ".") -> Repo:
-        """The repository at ``path`` or, as git does, in the nearest folder above it. RepoNotFound, ConfigError."""
+        """Open the repository in ``path`` or, like git, in the nearest folder above it. RepoNotFound, ConfigError."""
         start = Path(path).resolve()
         for folder in (start, *start.parents):
             root = folder / FOLDER
@@ -91,32 +110,36 @@ class Repo:
             raise RepoNotFound(str(start))
         path = root / "config.toml"
         try:
-            data = fs.read(path, 1 << 20)
+            data = fs.read(path, _MAX_CONFIG_BYTES)
         except FileNotFoundError:
-            # not looked for further up: that would be another repository, with other checkpoints
-            raise ConfigError(str(path), "is missing: `castore init` writes it anew") from None
+            # the search doesn't go on further up: it would find another repository, with other checkpoints
+            raise ConfigError(str(path), "is missing: `castore init` writes a new one") from None
         except StorageError as error:
             raise ConfigError(str(path), f"can't be read: {error}") from error
         return cls(root, configs.parse(data.decode(errors="replace"), str(path)))
 
     @contextlib.contextmanager
     def lock(self, *, exclusive: bool = False, wait: bool = True) -> Iterator[None]:
-        """Keep others from deleting (shared) or from doing anything (exclusive). Locked after the configured time."""
+        """Hold the repository's lock while the block runs.
+
+        Shared, it keeps other processes from deleting; ``exclusive``, from doing anything. Locked when it can't be had
+        within the configured time, or at once without ``wait``.
+        """
         timeout = self.config.store.lock_timeout if wait else 0.0
         with fs.lock(self.root / "lock", exclusive=exclusive, timeout=timeout):
             yield
 
     @property
     def threads(self) -> int:
-        """How many threads hash and compress."""
+        """How many threads hash and compress: as configured, or one for each processor."""
         return self.config.store.threads or processors()
 
     @property
     def policy(self) -> Policy:
-        """What gc keeps, by the settings."""
+        """What garbage collection keeps, as configured."""
         return policy_of(self.config)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -132,25 +155,27 @@ class Repo:
         config: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
         created: datetime | None = None,
-        kind: manifest.Kind = "checkpoint",
+        kind: Kind = "checkpoint",
     ) -> SaveResult:
-        """Store a checkpoint: each part any nested state dict. When this returns it survives a power cut.
+        """Store a checkpoint: ``parts`` maps names to states, any nesting of dicts, lists, tensors and plain values.
 
-        ``step`` counts completed training steps; ``metrics`` are finite, ``val_loss`` and those that ``experiment``
-        declares make the score. ``config`` and ``info`` are JSON, recorded as they are. ``created`` is now unless
-        given. Of ``kind`` ``dataset`` it is prepared data, which has neither metrics nor an experiment.
-        Raises UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing became visible.
+        On return the checkpoint is durable: it survives a power cut. ``step`` counts completed training steps.
+        ``metrics`` are finite; ``val_loss`` and those that ``experiment`` declares make up the score. ``parent`` is the
+        selector of the checkpoint that training went on from. ``config`` and ``info`` are JSON, recorded as given.
+        ``created`` defaults to now. A save of kind ``dataset`` holds prepared data: no metrics, no experiment.
+
+        UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing becomes visible.
         """
         draft = Manifest(
             kind=kind,
             run=run,
-            step=_whole(step),
+            step=_check_step(step),
             created=manifest.timestamp(created or datetime.now(UTC)),
-            parent=self._full_id(parent) if parent else None,
+            parent=self._parent_id(parent) if parent else None,
             parts=dict.fromkeys(parts, _PLACEHOLDER),
             experiment=experiment or Experiment(),
-            metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
-            tags=sorted(set(_names(tags, "tags"))),
+            metrics={name: _check_metric(name, value) for name, value in (metrics or {}).items()},
+            tags=sorted(set(_check_names(tags, "tags"))),
             note=note,
             config=dict(config or {}),
             info=dict(info or {}),
@@ -158,171 +183,22 @@ class Repo:
         manifest.encode(draft)  # what can't be recorded fails before gigabytes are written
         flat = {name: _flatten(state, name) for name, state in parts.items()}
         with self.lock():
-            saved = save_parts(self.store, flat, self.config.chunk_bytes, self.threads)
+            saved = state_parts.save_parts(self.store, flat, self.config.chunk_bytes, self.threads)
             final = msgspec.structs.replace(draft, parts=saved.parts)
-            own, path = self.catalog.add(final)
-        return SaveResult(id=own, manifest=final, path=path, new_objects=saved.new_objects, new_bytes=saved.new_bytes)
-
-    def load(
-        self,
-        wanted: str,
-        parts: Sequence[str] | None = None,
-        *,
-        tensors: Sequence[str] | None = None,
-        into: Any = None,
-        device: Any = None,
-    ) -> dict[str, Any]:
-        """The state of checkpoint ``wanted`` (an id or a unique prefix), of all its parts or of those named.
-
-        With ``tensors``, patterns such as ``blocks.0.*``, only the tensors of a matching key are read, and each part
-        is a flat dict of them. With ``into``, a module or a dict from parts to states and modules, tensors are filled
-        in place where they are; an error then leaves some filled and some not. ``device`` is where new ones go.
-
-        Every byte is verified. Raises UnknownId or AmbiguousId; NotFound for a part or tensor it doesn't have;
-        UsageError when ``into`` doesn't fit; ObjectMissing, CorruptObject or CorruptIndex naming object, part and
-        manifest: never another checkpoint in its place.
-        """
-        if into is not None and (tensors is not None or device is not None):
-            raise UsageError("into says where tensors go: tensors and device can't be given beside it")
-        entry = self.find(wanted)
-        import castore.state.tensors
-
-        target = castore.state.tensors.Into(into) if into is not None else None
-        every = target.parts if target else entry.manifest.parts
-        names = tuple(every) if parts is None else _names(parts, "parts")
-        for name in names:
-            if name not in entry.manifest.parts:
-                have = ", ".join(entry.manifest.parts)
-                raise NotFound(f"checkpoint {entry.id[:12]} has no part {name!r}: it has {have}")
-            if target and name not in target.parts:
-                raise UsageError(f"part {name} is to be loaded, but into has no place for it")
-        if tensors is not None:
-            with self.lock():
-                return self._load_tensors(entry, names, _names(tensors, "tensors"), device)
-        make = target.find if target else castore.state.tensors.allocate_all
-        with self.lock():
-            loaded = load_parts(self.store, entry.id, entry.manifest, names, make, self.threads, self.remotes)
-        if target:
-            target.finish()
-        found = {}
-        for name in names:
-            tree, made = loaded.pop(name)
-            found[name] = castore.state.tensors.restore(tree, castore.state.tensors.move_tensors(made, device))
-        return found
-
-    def _load_tensors(self, entry: Entry, names: Sequence[str], patterns: Sequence[str], device: Any) -> dict[str, Any]:
-        import castore.state.tensors
-
-        found: dict[str, Any] = {}
-        unmatched = set(patterns)
-        for name in names:
-            with locate_errors(name, entry.id):
-                data, _ = fallback.read(self.store, self.remotes, entry.manifest.parts[name].index)
-                described = part_index.decode(data)
-                keys = {key: leaf.number for key, leaf in part_index.leaves(described.tree) if type(leaf) is TensorRef}
-                wanted: dict[str, int] = {}
-                for pattern in patterns:
-                    matches = [key for key in keys if key == pattern or fnmatch.fnmatchcase(key, pattern)]
-                    wanted.update((key, keys[key]) for key in matches)
-                    unmatched -= {pattern} if matches else set()
-                made = load_tensors(
-                    self.store,
-                    described,
-                    sorted(set(wanted.values())),
-                    castore.state.tensors.allocate,
-                    self.threads,
-                    self.remotes,
-                )
-            moved = dict(zip(made, castore.state.tensors.move_tensors(list(made.values()), device), strict=True))
-            found[name] = {key: moved[number] for key, number in wanted.items()}
-        if unmatched:
-            near = f"such as {min(keys)}" if keys else "none at all"
-            raise NotFound(f"checkpoint {entry.id[:12]} has no tensor {min(unmatched)}: part {names[-1]} has {near}")
-        return found
-
-    def resolve(
-        self,
-        want: str = "best",
-        experiment: Experiment | None = None,
-        *,
-        config: Mapping[str, Any] | None = None,
-        parts: Sequence[str] | None = None,
-        allow_data_change: bool | None = None,
-        weights_only: bool = False,
-    ) -> Resolution:
-        """The checkpoint to use: ``best``, ``latest`` or an id, compatible with ``experiment`` and available.
-
-        ``run:best`` and ``run:latest`` look at one run. Without a ``experiment``, that of the newest checkpoint. With
-        ``weights_only``, one of which only the model is left will do when there is no other. Changes nothing, whatever
-        it finds. UnknownId, AmbiguousId.
-        """
-        run, _, name = want.rpartition(":")
-        listing = self.catalog.listing() if name in _RELATIVE else Listing((), ())
-        if name in _RELATIVE:
-            want = name
-            entries = [entry for entry in _checkpoints(listing) if run in ("", entry.manifest.run)]
-            if run and not entries:
-                runs = sorted({entry.manifest.run for entry in _checkpoints(listing)})
-                raise NotFound(f"no checkpoint of run {run!r}" + (f"; runs: {', '.join(runs)}" if runs else ""))
-        else:
-            entry = self.catalog.find(want)
-            if entry.manifest.kind != "checkpoint":
-                raise NotFound(f"{entry.id[:12]} is no checkpoint but {entry.manifest.kind}")
-            want, entries = entry.id, [entry]
-        if experiment is None:
-            experiment = entries[0].manifest.experiment if entries else Experiment()
-        requirement = Requirement(
-            selector=want,
-            experiment=experiment,
-            config=config,
-            parts=_names(parts, "parts") if parts is not None else None,
-            weights_only=weights_only,
-            allow_data_change=self.config.resume.allow_data_change if allow_data_change is None else allow_data_change,
-            tie_tolerance=self.config.resume.tie_tolerance,
+            checkpoint_id, path = self.catalog.add(final)
+        return SaveResult(
+            id=checkpoint_id, manifest=final, path=path, new_objects=saved.new_objects, new_bytes=saved.new_bytes
         )
-        with self.lock():
-            found = resolve(requirement, entries, self.part_states)
-        damaged = tuple(Damaged(str(broken.path), broken.reason) for broken in listing.broken)
-        return dataclasses.replace(found, damaged=damaged)
 
-    def fresh_start(self, found: Resolution, *, allow_fresh: bool) -> str:
-        """Why a run to which ``found`` gives no match may begin anew; empty when it may not."""
-        if not found.rejected and not found.damaged:
-            return "there is no checkpoint yet"
-        if not allow_fresh and self.config.resume.on_missing != "fresh":
-            return ""
-        why = "--allow-fresh" if allow_fresh else 'on_missing = "fresh" in config.toml'
-        return f"no checkpoint can be resumed, and {why} allows that"
-
-    def find(self, wanted: str) -> Entry:
-        """The manifest that ``wanted`` names: first digits of its id, or ``best`` and so on as in :meth:`resolve`.
-
-        UnknownId, AmbiguousId, NothingMatches, NothingAvailable.
-        """
-        if wanted.rpartition(":")[2] in _RELATIVE:
-            wanted = self.resolve(wanted).require().id
-        return self.catalog.find(wanted)
-
-    def checkpoints(self) -> list[Entry]:
-        """Every checkpoint of the work tree, newest first."""
-        return _checkpoints(self.catalog.listing())
-
-    def furthest(self, wanted: Entry, config: Mapping[str, Any]) -> Entry | None:
-        """Where sessions with exactly these settings have led from ``wanted``, in its line; None when nowhere."""
-        comparable = [entry for entry in self.checkpoints() if entry.manifest.experiment == wanted.manifest.experiment]
-        return lineage.furthest(comparable, wanted.id, config)
-
-    def datasets(self, config: Mapping[str, Any]) -> list[Entry]:
-        """Prepared data of the work tree, saved with exactly this ``config``, newest first, whatever its age."""
-        entries = self.catalog.listing().entries
-        return [one for one in entries if one.manifest.kind == "dataset" and one.manifest.config == dict(config)]
-
-    def part_states(self, entry: Entry) -> dict[str, PartState]:
-        """Where the data of each part of a checkpoint is."""
-        return part_states(self.store, entry.manifest, self.remotes)
+    def _parent_id(self, selector: str) -> ObjectId:
+        # a full id is taken as it is: the manifest of a parent may have been removed
+        return ObjectId(selector) if is_object_id(selector) else self.find(selector).id
 
     def add_session(self, run: str, started: datetime, summary: Mapping[str, Any]) -> Path:
-        """Keep a session's summary as JSON in ``sessions/<run>/``, to be committed beside the manifests."""
+        """Write a session's summary as JSON to ``sessions/<run>/``, to be committed beside the manifests.
+
+        Returns the path of the file. InvalidManifest for a ``run`` that can't be the name of one.
+        """
         if not manifest.RUN.fullmatch(run):
             raise InvalidManifest(f"run {run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
         folder = self.root / "sessions" / run
@@ -336,51 +212,205 @@ class Repo:
         return path
 
     def git_commit(self) -> str | None:
-        """The commit checked out where the repository lives, with ``-dirty`` when tracked files differ from it."""
+        """Return the commit checked out where the repository lives, with ``-dirty`` if tracked files differ from it."""
         return git.commit(self.root.parent)
 
-    def _full_id(self, wanted: str) -> ObjectId:
-        return ObjectId(wanted) if is_object_id(wanted) else self.find(wanted).id
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, selector: str, parts: Sequence[str] | None = None, *, device: Any = None) -> dict[str, Any]:
+        """Return the state of each part of a checkpoint, or of those named; its tensors are moved to ``device``.
+
+        ``selector`` is as in :meth:`find`. Every byte is verified. The errors of :meth:`find`; NotFound for a part that
+        the checkpoint lacks; ObjectMissing, CorruptObject or CorruptIndex naming object, part and manifest: another
+        checkpoint is never loaded in its place.
+        """
+        from castore.state import tensors
+
+        entry = self.find(selector)
+        return self._load_parts(entry, _choose_parts(entry, parts), tensors.allocate_all, device)
+
+    def load_into(self, selector: str, target: Any, parts: Sequence[str] | None = None) -> dict[str, Any]:
+        """Fill the tensors of ``target`` where they are, and return the states of its parts, made of those tensors.
+
+        ``target`` is a module, which takes the part ``model``, or a dict from parts to states and modules. Values that
+        are no tensors are in what is returned, and not changed in ``target``. Errors as those of :meth:`load`, and
+        after one some tensors are filled and some not; UsageError, before any is, when ``target`` doesn't fit.
+        """
+        from castore.state import tensors
+
+        entry = self.find(selector)
+        load_target = tensors.LoadTarget(target)
+        names = _choose_parts(entry, load_target.parts if parts is None else parts)
+        for name in names:
+            if name not in load_target.parts:
+                raise UsageError(f"can't load part {name}: the target has no place for it")
+        loaded = self._load_parts(entry, names, load_target.place, None)
+        load_target.finish()
+        return loaded
+
+    def load_tensors(
+        self, selector: str, patterns: Sequence[str], parts: Sequence[str] | None = None, *, device: Any = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return, for each part of a checkpoint or those named, the tensors whose key matches one of ``patterns``.
+
+        Keys are as ``castore diff`` prints them; patterns such as ``blocks.0.*`` are those of :mod:`fnmatch`. No chunks
+        but those of these tensors are read. Errors as those of :meth:`load`; NotFound for a pattern without a match.
+        """
+        from castore.state import tensors
+
+        entry = self.find(selector)
+        names, patterns = _choose_parts(entry, parts), _check_names(patterns, "patterns")
+        with self.lock():
+            loaded = state_parts.load_matching(
+                self.store, entry.id, entry.manifest, names, patterns, tensors.allocate, self.threads, self.remotes
+            )
+        states = {}
+        for name in names:
+            numbers, by_number = loaded.pop(name)
+            moved = dict(zip(by_number, tensors.move_tensors(list(by_number.values()), device), strict=True))
+            states[name] = {key: moved[number] for key, number in numbers.items()}
+        return states
+
+    def _load_parts(self, entry: Entry, names: Sequence[str], place: PlaceTensors, device: Any) -> dict[str, Any]:
+        from castore.state import tensors
+
+        with self.lock():
+            loaded = state_parts.load_parts(
+                self.store, entry.id, entry.manifest, names, place, self.threads, self.remotes
+            )
+        states = {}
+        for name in names:
+            tree, placed = loaded.pop(name)  # popped, so that what has been moved to the device is freed here
+            states[name] = tensors.restore(tree, tensors.move_tensors(placed, device))
+        return states
+
+    # -- finding -----------------------------------------------------------------------------------------------------
+
+    def find(self, selector: str, *, kind: Kind | None = None) -> Entry:
+        """Return the manifest that a selector names: the first digits of its id, ``best``, ``latest``, ``run:best`` ...
+
+        ``kind`` is what it must be, anything when None. ``best`` and ``latest`` are those of checkpoints that
+        :meth:`resolve` finds available; ``latest`` of another kind is the newest manifest of that kind. UnknownId,
+        AmbiguousId, NotFound, NothingMatches or NothingAvailable.
+        """
+        parsed = Selector.parse(selector, kind)
+        if not parsed.is_relative:
+            return parsed.choose(self.catalog.matching(parsed.name), self.catalog.known_ids())
+        if parsed.kind == "checkpoint":
+            return self.find(self.resolve(selector).require().id)
+        return parsed.newest(self.catalog.listing().entries)
+
+    def resolve(
+        self,
+        selector: str = "best",
+        experiment: Experiment | None = None,
+        *,
+        config: Mapping[str, Any] | None = None,
+        parts: Sequence[str] | None = None,
+        allow_data_change: bool | None = None,
+        weights_only: bool = False,
+    ) -> Resolution:
+        """Resolve a selector to the checkpoint to use: compatible with ``experiment``, and its data available.
+
+        ``experiment`` defaults to that of the newest candidate. ``parts`` are those that must be available, all when
+        None; with ``weights_only``, a checkpoint that has only its model left will do if there is no other. ``config``
+        is compared to list the differences. Changes nothing in the store. UnknownId, AmbiguousId, NotFound.
+        """
+        parsed = Selector.parse(selector, "checkpoint")
+        if parsed.is_relative:
+            listing = self.catalog.listing()
+            requested, candidates = parsed.name, parsed.candidates(listing.entries)
+        else:
+            entry = self.find(selector, kind="checkpoint")
+            listing = Listing((), ())
+            requested, candidates = entry.id, [entry]
+        if experiment is None:
+            experiment = candidates[0].manifest.experiment if candidates else Experiment()
+        requirement = Requirement(
+            selector=requested,
+            experiment=experiment,
+            config=config,
+            parts=_check_names(parts, "parts") if parts is not None else None,
+            weights_only=weights_only,
+            allow_data_change=self.config.resume.allow_data_change if allow_data_change is None else allow_data_change,
+            tie_tolerance=self.config.resume.tie_tolerance,
+        )
+        with self.lock():
+            resolution = resolve(requirement, candidates, self.part_states)
+        damaged = tuple(Damaged(str(broken.path), broken.reason) for broken in listing.broken)
+        return dataclasses.replace(resolution, damaged=damaged)
+
+    def fresh_start(self, resolution: Resolution, *, allow_fresh: bool) -> str | None:
+        """Return the reason starting from scratch is allowed, or None. Asked of a resolution without a match."""
+        if not resolution.rejected and not resolution.damaged:
+            return "there is no checkpoint yet"
+        if not allow_fresh and self.config.resume.on_missing != "fresh":
+            return None
+        permission = "--allow-fresh" if allow_fresh else 'on_missing = "fresh" in config.toml'
+        return f"no checkpoint can be resumed, and {permission} allows that"
+
+    def checkpoints(self) -> list[Entry]:
+        """Return every checkpoint of the work tree, newest first."""
+        return Selector.parse("latest").candidates(self.catalog.listing().entries)
+
+    def datasets(self, config: Mapping[str, Any]) -> list[Entry]:
+        """Return the prepared data of the work tree that was saved with exactly this ``config``, newest first."""
+        datasets = Selector.parse("latest", "dataset").candidates(self.catalog.listing().entries)
+        return [entry for entry in datasets if entry.manifest.config == dict(config)]
+
+    def furthest(self, entry: Entry, config: Mapping[str, Any]) -> Entry | None:
+        """Return the descendant with the most steps trained with exactly this config, or None.
+
+        Only descendants of the same experiment count.
+        """
+        experiment = entry.manifest.experiment
+        comparable = [other for other in self.checkpoints() if other.manifest.experiment == experiment]
+        return lineage.furthest(comparable, entry.id, config)
+
+    def part_states(self, entry: Entry) -> dict[str, PartState]:
+        """Return where the data of each part of a checkpoint is: in the store, in a remote, or nowhere."""
+        return state_parts.part_states(self.store, entry.manifest, self.remotes)
 
 
-def _checkpoints(listing: Listing) -> list[Entry]:
-    return [entry for entry in listing.entries if entry.manifest.kind == "checkpoint"]
+def _choose_parts(entry: Entry, parts: Iterable[str] | None) -> tuple[str, ...]:
+    """Return the names of the parts to load, all when None. NotFound for one that the checkpoint lacks."""
+    names = tuple(dict.fromkeys(entry.manifest.parts if parts is None else _check_names(parts, "parts")))
+    for name in names:
+        if name not in entry.manifest.parts:
+            has = ", ".join(entry.manifest.parts)
+            raise NotFound(f"checkpoint {entry.id[:12]} has no part {name!r}: it has {has}")
+    return names
 
 
-def _names(given: Iterable[str], what: str) -> tuple[str, ...]:
-    if isinstance(given, str):
-        raise UsageError(f"{what} is a list of names, not the one string {given!r}")
-    return tuple(given)
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _check_names(names: Iterable[str], argument: str) -> tuple[str, ...]:
+    if isinstance(names, str):  # whose letters would be taken for names
+        raise UsageError(f"{argument} is a list of names, not the one string {names!r}")
+    return tuple(names)
 
 
 _PLACEHOLDER = manifest.Part(index=ObjectId("0" * 64), bytes=0, stored_bytes=0)
 
 
-def _whole(step: Any) -> int:
+def _check_step(step: Any) -> int:
     try:
         return operator.index(step)
     except TypeError as error:
         raise InvalidManifest(f"can't record this checkpoint: step is a whole number, not {step!r}") from error
 
 
-def _number(name: str, value: Any) -> float:
+def _check_metric(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidManifest(f"can't record metric {name}: {error}") from error
 
 
-def _flatten(state: Any, name: str) -> Flat:
+def _flatten(state: Any, part: str) -> Flat:
     if isinstance(state, Flat):
-        return state  # taken apart already, by who saves in the background
-    # a state that holds a tensor implies that torch is loaded; castore doesn't load it for one that holds none
+        return state  # taken apart already, by a saver that works in the background
+    # torch is loaded if the state holds a tensor; castore doesn't load it for a state without one
     if "torch" in sys.modules:
-        import castore.state.tensors
+        from castore.state import tensors
 
-        return castore.state.tensors.flatten(state, name)
+        return tensors.flatten(state, part)
     return Flat(state, ())

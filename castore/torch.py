@@ -1,4 +1,4 @@
-"""Checkpoints for any training loop: :class:`Checkpointer`, and :class:`AsyncSaver` below it."""
+"""Checkpoints for any training loop: :class:`Checkpointer`, and :class:`AsyncSaver` on which it is built."""
 
 from __future__ import annotations
 
@@ -23,20 +23,27 @@ if TYPE_CHECKING:
 
 
 class AsyncSaver:
-    """Saves in the background: :meth:`save` returns as soon as the state is copied, and training goes on.
+    """Saves in the background: :meth:`save` returns as soon as the state is copied, so that training can go on.
 
-    There is one copy at most, whose memory is used again: a save that comes while another is under way waits for it.
-    What went wrong in the background is raised by the next call of any method, once, and by the end of a ``with``
-    block. Used by one thread.
+    At most one save is in progress: the next one waits for it, and reuses the memory of its copy. An error of a save in
+    the background is raised once, by the next call of any method or at the end of the ``with`` block. For use by a
+    single thread.
+
+        >>> import tempfile, castore
+        >>> repo = castore.Repo.init(tempfile.mkdtemp())
+        >>> with AsyncSaver(repo) as saver:
+        ...     saver.save({"model": {"weight": torch.ones(3)}}, run="main", step=1)
+        >>> repo.load("latest")
+        {'model': {'weight': tensor([1., 1., 1.])}}
     """
 
     def __init__(self, repo: Repo) -> None:
         self._repo = repo
         self._buffers: dict[str, list[torch.Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="castore-save")
-        self._under_way: list[Future[SaveResult]] = []
-        weakref.finalize(self, _last_words, self._thread, self._under_way)
-        _wait_at_exit(self._under_way)
+        self._pending: list[Future[SaveResult]] = []
+        weakref.finalize(self, _warn_of_lost_error, self._thread, self._pending)
+        _wait_at_exit(self._pending)
 
     def __enter__(self) -> AsyncSaver:
         return self
@@ -44,44 +51,45 @@ class AsyncSaver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             self.wait()
-        except CastoreError as late:
+        except CastoreError as save_error:
             if error is None:
                 raise
-            error.add_note(f"beside that, a save in the background failed: {late}")
+            error.add_note(f"a save in the background failed, too: {save_error}")
 
     def save(self, parts: Mapping[str, Any], **fields: Any) -> None:
-        """Copy the state and begin to save it; ``fields`` are those of :meth:`castore.Repo.save`.
+        """Copy the state and start to save it; ``fields`` are the keyword arguments of :meth:`castore.Repo.save`.
 
-        UnsupportedValue for what can't be stored; the error of the save before, and then nothing was begun.
+        UnsupportedValue for a value that can't be stored; the error of the previous save. Then no save is started.
         """
         self.wait()
         flat = {name: flatten(state, name) for name, state in parts.items()}
-        copied = {name: self._copied(name, one) for name, one in flat.items()}
+        copied = {name: self._copy(name, part) for name, part in flat.items()}
         fields = {"created": datetime.now(UTC)} | fields
-        self._under_way.append(self._thread.submit(self._repo.save, copied, **fields))
+        self._pending.append(self._thread.submit(self._repo.save, copied, **fields))
 
     def poll(self) -> SaveResult | None:
-        """What was saved since the last call; None while a save is under way, or when there is nothing new."""
-        return self.wait() if self._under_way and self._under_way[0].done() else None
+        """Return the result of a save that has finished since the last call; None if there is none. Never waits."""
+        return self.wait() if self._pending and self._pending[0].done() else None
 
     def wait(self) -> SaveResult | None:
-        """Wait for the save that is under way, and return what it saved; None when there is nothing new."""
-        if not self._under_way:
+        """Wait for the save in progress and return its result; None if there is no save whose result is new."""
+        if not self._pending:
             return None
         try:
-            saved = self._under_way[0].result()
+            saved = self._pending[0].result()
         except KeyboardInterrupt:
-            raise  # it goes on, and can still be waited for
+            raise  # the save goes on, and can still be waited for
         except BaseException:
-            self._under_way.clear()
+            self._pending.clear()
             raise
-        self._under_way.clear()
+        self._pending.clear()
         return saved
 
-    def _copied(self, name: str, flat: Flat) -> Flat:
+    def _copy(self, name: str, flat: Flat) -> Flat:
+        """Copy the tensors of a part into the buffers of the previous save, where they fit, or into new ones."""
         sources: list[TensorSource] = list(flat.sources)  # type: ignore[arg-type]
-        old = self._buffers.get(name, [])
-        buffers = [source.buffer(old[i] if i < len(old) else None) for i, source in enumerate(sources)]
+        previous = self._buffers.get(name, [])
+        buffers = [source.buffer(previous[i] if i < len(previous) else None) for i, source in enumerate(sources)]
         for source, buffer in zip(sources, buffers, strict=True):
             source.copy_to(buffer)
         if any(source.is_cuda for source in sources):
@@ -90,35 +98,40 @@ class AsyncSaver:
         return Flat(flat.tree, [TensorSource(buffer) for buffer in buffers])
 
 
-def _wait_at_exit(under_way: Sequence[Future[SaveResult]]) -> None:
-    """Let a program that ends end its save first: once the interpreter shuts down, pools take no more work.
+def _wait_at_exit(pending: Sequence[Future[SaveResult]]) -> None:
+    """Have the interpreter finish the save before it exits: while it shuts down, pools accept no more work.
 
-    Python has no public hook that comes early enough. Without this one the save fails, which is told.
+    Python has no public hook that runs early enough. Where this private one is missing the save fails, with a warning.
     """
     register = getattr(threading, "_register_atexit", None)
     if register:
-        register(lambda: [one.exception() for one in under_way])
+        register(lambda: [future.exception() for future in pending])
 
 
-def _last_words(thread: ThreadPoolExecutor, under_way: Sequence[Future[SaveResult]]) -> None:
-    """An error that nobody asked for any more is told at least."""
+def _warn_of_lost_error(thread: ThreadPoolExecutor, pending: Sequence[Future[SaveResult]]) -> None:
+    """Warn of an error that no call raised before its saver was garbage collected."""
     thread.shutdown(wait=True)
-    for one in under_way:
-        if (error := one.exception()) is not None:
+    for future in pending:
+        if (error := future.exception()) is not None:
             warnings.warn(f"castore: a save in the background failed: {error}", RuntimeWarning, stacklevel=2)
 
 
 class Checkpointer:
-    """Saves and resumes the state of any training loop, in the background unless told otherwise.
+    """Saves and resumes the state of any training loop; saves are made in the background unless told otherwise.
 
-        with castore.torch.Checkpointer(repo, model, optimizer, run="mine", experiment=experiment) as checkpointer:
-            for step in range(checkpointer.resume(), 10_000):
-                ...
-                if (step + 1) % 500 == 0:
-                    checkpointer.save(step + 1, metrics={"val_loss": loss})
+    ``others`` are whatever else has a state_dict and a load_state_dict: a schedule, a scaler, a data loader. The states
+    of the random generators of Python, NumPy and torch are saved, too.
 
-    ``others`` are whatever else has a state_dict and load_state_dict: a schedule, a scaler, a data loader. The states
-    of the random generators of Python, NumPy and torch are saved too.
+        >>> import tempfile, castore
+        >>> repo, model = castore.Repo.init(tempfile.mkdtemp()), torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Checkpointer(repo, model, optimizer, run="mine") as checkpointer:
+        ...     for step in range(checkpointer.resume(), 10):
+        ...         loss = 1 / (step + 1)  # a step of training goes here
+        ...         if (step + 1) % 5 == 0:
+        ...             checkpointer.save(step + 1, metrics={"val_loss": loss})
+        >>> Checkpointer(repo, model, optimizer, run="mine").resume()
+        10
     """
 
     def __init__(
@@ -144,58 +157,57 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._saver.__exit__(kind, error, trace)
 
-    def resume(self, want: str = "best", *, allow_fresh: bool = False) -> int:
-        """Load the checkpoint that ``want`` resolves to, and return its step: how many were completed.
+    def resume(self, selector: str = "best", *, allow_fresh: bool = False) -> int:
+        """Load the checkpoint that ``selector`` resolves to; return its step, which is how many were completed.
 
-        0, and nothing is touched, when there is no checkpoint, or none can be used and ``allow_fresh`` or config.toml
-        permits a fresh start; else NothingMatches, NothingAvailable.
+        Returns 0 and changes nothing when there is no checkpoint, or when none can be used and ``allow_fresh`` or
+        config.toml permits a fresh start; without that permission NothingMatches or NothingAvailable.
         """
-        found = self.repo.resolve(want, self._experiment)
-        if found.match is None and self.repo.fresh_start(found, allow_fresh=allow_fresh):
+        resolution = self.repo.resolve(selector, self._experiment)
+        if resolution.match is None and self.repo.fresh_start(resolution, allow_fresh=allow_fresh):
             return 0
-        match = found.require()
-        state = self.repo.load(match.id, parts=["model"], into=self._model)
-        state |= self.repo.load(match.id, parts=["trainer", *(["optimizer"] if self._optimizer else [])])
+        match = resolution.require()
+        self.repo.load_into(match.id, self._model)
+        states = self.repo.load(match.id, ["trainer", *(["optimizer"] if self._optimizer else [])])
         if self._optimizer:
-            self._optimizer.load_state_dict(state["optimizer"])
-        for name, one in self._others.items():
-            one.load_state_dict(state["trainer"][name])
-        _set_random_state(state["trainer"]["random"])
+            self._optimizer.load_state_dict(states["optimizer"])
+        for name, component in self._others.items():
+            component.load_state_dict(states["trainer"][name])
+        _set_random_state(states["trainer"]["random"])
         self.parent = match.id
         return match.step
 
     def save(self, step: int, metrics: Mapping[str, float] | None = None, **fields: Any) -> None:
-        """Save the state after ``step`` completed steps; ``fields`` are those of :meth:`castore.Repo.save`.
+        """Save the state after ``step`` completed steps; ``fields`` are further ones of :meth:`castore.Repo.save`.
 
         Returns when the state is copied. An error of a save in the background is raised by the next call.
         """
-        before = self._saver.wait()
-        self.parent = before.id if before else self.parent
+        self.wait()
         parts = {"model": self._model.state_dict()}
         if self._optimizer:
             parts["optimizer"] = self._optimizer.state_dict()
-        states = {name: one.state_dict() for name, one in self._others.items()}
+        states = {name: component.state_dict() for name, component in self._others.items()}
         parts["trainer"] = {**states, "random": _random_state()}
-        own = {
+        defaults = {
             "run": self._run,
             "experiment": self._experiment,
             "parent": self.parent,
             "step": step,
             "metrics": metrics,
         }
-        self._saver.save(parts, **(own | fields))
+        self._saver.save(parts, **(defaults | fields))
         if not self._background:
             self.wait()
 
     def wait(self) -> SaveResult | None:
-        """Wait for the save that is under way, and return what it saved; None when there is nothing new."""
+        """Wait for the save in progress and return its result; None if there is no save whose result is new."""
         saved = self._saver.wait()
         self.parent = saved.id if saved else self.parent
         return saved
 
 
 def _random_state() -> dict[str, Any]:
-    """The states of the generators that training draws from."""
+    """Return the states of the random generators that training draws from."""
     import numpy as np
 
     kind, keys, *rest = np.random.get_state(legacy=True)
@@ -205,6 +217,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`_random_state` returned; that of the GPUs only if there are as many as then."""
     import numpy as np
 
     kind, keys, *rest = state["numpy"]

@@ -52,7 +52,7 @@ def choose(repo: castore.Repo, config: Config, experiment: castore.Experiment) -
 
     resolution = resolve(want)
     if resolution.match:
-        if want.rpartition(":")[2] != "best":
+        if resolution.selector != "best":
             return ResumeChoice(resolution=resolution, match=resolution.match)
         return _continue_from_best(repo, config, experiment, resolution, resolution.match, resolve)
     if why := repo.fresh_start(resolution, allow_fresh=config.run.allow_fresh):

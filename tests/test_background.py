@@ -82,7 +82,7 @@ def test_an_error_in_the_background_is_raised_once_by_the_next_call(
     gate.open.set()
     saver = AsyncSaver(repo)
     saver.save(parts(1), run="a", step=1)
-    saver._under_way[0].exception()
+    saver._pending[0].exception()
     calls = {
         "save": lambda: saver.save(parts(2), run="a", step=2),
         "poll": saver.poll,

@@ -16,7 +16,7 @@ PACKAGE = Path(castore.__file__).parent
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 # Public names whose example is still to be written: remove a name here together with writing its example.
-WITHOUT_EXAMPLE = {"Repo", "SaveResult", "processors", "AsyncSaver", "Checkpointer"}
+WITHOUT_EXAMPLE: set[str] = set()
 
 
 def name_of(path: Path) -> str:

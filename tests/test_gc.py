@@ -41,11 +41,11 @@ def save(repo: Repo, step: int, loss: float, **options: Any) -> str:
 
 
 def where(repo: Repo, checkpoint_id: str) -> dict[str, str]:
-    return {name: state.where for name, state in repo.part_states(repo.catalog.find(checkpoint_id)).items()}
+    return {name: state.where for name, state in repo.part_states(repo.find(checkpoint_id)).items()}
 
 
 def path_of(repo: Repo, checkpoint_id: str) -> Path:
-    return repo.catalog.root / repo.catalog.find(checkpoint_id).manifest.file_name(ObjectId(checkpoint_id))
+    return repo.catalog.root / repo.find(checkpoint_id).manifest.file_name(ObjectId(checkpoint_id))
 
 
 def objects(repo: Repo) -> set[str]:
@@ -432,7 +432,7 @@ def no_manifest_at_all(repo: Repo, git: Git) -> None:  # noqa: ARG001
 
 def kept_index_damaged(repo: Repo, git: Git) -> None:  # noqa: ARG001
     best = repo.resolve("best").require().id
-    path = repo.store.path(repo.catalog.find(best).manifest.parts["model"].index)
+    path = repo.store.path(repo.find(best).manifest.parts["model"].index)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 
@@ -512,7 +512,7 @@ def test_a_gc_cut_short_takes_nothing_along_that_is_kept_by_now(repo: Repo, monk
 
 def test_chunks_stay_while_the_index_that_lists_them_is_in_quarantine(repo: Repo) -> None:
     checkpoint_id = save(repo, 1, 5.0)
-    path = repo.store.path(repo.catalog.find(checkpoint_id).manifest.parts["model"].index)
+    path = repo.store.path(repo.find(checkpoint_id).manifest.parts["model"].index)
     path.write_bytes(path.read_bytes() + b"?")
     with pytest.raises(errors.CorruptObject):
         repo.load(checkpoint_id)
@@ -562,7 +562,7 @@ def test_a_gc_that_is_cut_short_leaves_no_half_part(repo: Repo, monkeypatch: pyt
         castore.collect_garbage(repo, ONE)
     monkeypatch.undo()
     for checkpoint_id in ids:
-        for part, state in repo.part_states(repo.catalog.find(checkpoint_id)).items():
+        for part, state in repo.part_states(repo.find(checkpoint_id)).items():
             # all or nothing: an index goes before what it lists
             assert state.where == "local" or state.reason == "its data is not in the store", part
     castore.collect_garbage(repo, ONE)
@@ -650,7 +650,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(target=saved, checkpoint_id=consumes(saved))
     def forget(self, checkpoint_id: str) -> Any:
-        self.repo.catalog.forget(self.repo.catalog.find(checkpoint_id))
+        self.repo.catalog.forget(self.repo.find(checkpoint_id))
         self.promised.pop(checkpoint_id)
         return multiple()
 

@@ -185,11 +185,11 @@ def test_a_checkpoint_without_parts_is_refused(repo: Repo) -> None:
 
 
 def test_an_unknown_id_or_part_is_named(repo: Repo) -> None:
-    own = save(repo, 1)
+    checkpoint_id = save(repo, 1)
     with pytest.raises(UnknownId, match="abcd"):
-        repo.load("abcd" if not own.startswith("abcd") else "dcba")
+        repo.load("abcd" if not checkpoint_id.startswith("abcd") else "dcba")
     with pytest.raises(NotFound, match="no part 'optimizer': it has model, trainer"):
-        repo.load(own, ["optimizer"])
+        repo.load(checkpoint_id, ["optimizer"])
     for step in range(2, 19):  # more than there are digits: some two begin alike
         repo.save({"model": None}, run="ci", step=step)
     digits = [entry.id[0] for entry in repo.catalog.listing().entries]
@@ -198,32 +198,32 @@ def test_an_unknown_id_or_part_is_named(repo: Repo) -> None:
 
 
 def test_a_damaged_chunk_is_an_error_that_names_object_part_and_checkpoint(repo: Repo) -> None:
-    own = save(repo, 1)
+    checkpoint_id = save(repo, 1)
     other = save(repo, 2)
-    path = chunk_of(repo, own, "model")
+    path = chunk_of(repo, checkpoint_id, "model")
     flip(path)
     with pytest.raises(CorruptObject) as caught:
-        repo.load(own)
-    assert (caught.value.object_id, caught.value.part, caught.value.manifest) == (path.name, "model", own)
-    assert all(text in str(caught.value) for text in (path.name[:12], "'model'", own[:12]))
+        repo.load(checkpoint_id)
+    assert (caught.value.object_id, caught.value.part, caught.value.manifest) == (path.name, "model", checkpoint_id)
+    assert all(text in str(caught.value) for text in (path.name[:12], "'model'", checkpoint_id[:12]))
     with pytest.raises(ObjectMissing) as missing:  # it is in quarantine now
-        repo.load(own)
-    assert (missing.value.object_id, missing.value.part, missing.value.manifest) == (path.name, "model", own)
-    assert exact(repo.load(own, ["trainer"])) == exact({"trainer": parts(1)["trainer"]})
+        repo.load(checkpoint_id)
+    assert (missing.value.object_id, missing.value.part, missing.value.manifest) == (path.name, "model", checkpoint_id)
+    assert exact(repo.load(checkpoint_id, ["trainer"])) == exact({"trainer": parts(1)["trainer"]})
     assert exact(repo.load(other)) == exact(parts(2))
     save(repo, 1)
-    assert exact(repo.load(own)) == exact(parts(1))
+    assert exact(repo.load(checkpoint_id)) == exact(parts(1))
 
 
 def test_every_byte_of_every_object_is_verified_when_it_is_loaded(repo: Repo) -> None:
-    own = save(repo, 1)
+    checkpoint_id = save(repo, 1)
     for path in list(repo.store.objects.glob("*/*")):
         good = path.read_bytes()
         flip(path)
         with pytest.raises(CorruptObject, match=path.name[:12]):
-            repo.load(own)
+            repo.load(checkpoint_id)
         path.write_bytes(good)
-    assert exact(repo.load(own)) == exact(parts(1))
+    assert exact(repo.load(checkpoint_id)) == exact(parts(1))
 
 
 # -- resolve -----------------------------------------------------------------------------------------------------------
@@ -250,10 +250,10 @@ def test_resolve_skips_what_cant_be_had_and_says_why(repo: Repo) -> None:
 def test_resolve_finds_best_latest_and_ids(repo: Repo) -> None:
     with pytest.raises(NothingMatches, match="castore train"):
         repo.resolve("best").require()
-    one, two = save(repo, 1, 1.0), save(repo, 2, 2.0)
-    assert repo.resolve("best").require().id == one
-    assert repo.resolve("latest").require().id == two
-    assert repo.resolve(one[:9]).require().id == one
+    first, second = save(repo, 1, 1.0), save(repo, 2, 2.0)
+    assert repo.resolve("best").require().id == first
+    assert repo.resolve("latest").require().id == second
+    assert repo.resolve(first[:9]).require().id == first
     with pytest.raises(UnknownId):
         repo.resolve("0" * 64)
     with pytest.raises(NothingMatches, match="tokenizer"):
@@ -262,6 +262,20 @@ def test_resolve_finds_best_latest_and_ids(repo: Repo) -> None:
         path.unlink()
     with pytest.raises(NothingAvailable, match="its data is not in the store"):
         repo.resolve("best").require()
+
+
+def test_find_takes_any_kind_unless_told_which(repo: Repo) -> None:
+    older, newer = save(repo, 1, 1.0), save(repo, 2, 2.0)
+    data = repo.save({"data": {"tokens": 7}}, run="tokens", step=0, kind="dataset").id
+    assert repo.find("best").id == repo.find("ci:best").id == older
+    assert repo.find("latest").id == repo.find("latest", kind="checkpoint").id == newer
+    assert repo.find("latest", kind="dataset").id == repo.find(data[:12]).id == data
+    with pytest.raises(NotFound, match="is prepared data, not a checkpoint"):
+        repo.find(data, kind="checkpoint")
+    with pytest.raises(NotFound, match="no files yet"):
+        repo.find("latest", kind="files")
+    with pytest.raises(NotFound, match="no checkpoint of run 'other'; runs: ci"):
+        repo.find("other:latest")
 
 
 def test_opening_listing_loading_and_resolving_change_no_file(repo: Repo) -> None:
@@ -285,16 +299,16 @@ def test_opening_listing_loading_and_resolving_change_no_file(repo: Repo) -> Non
 
 
 def test_a_lock_held_by_another_is_an_error_after_the_configured_time(repo: Repo) -> None:
-    own = save(repo, 1)
+    checkpoint_id = save(repo, 1)
     other = Repo.open(repo.root.parent)
     with other.lock(exclusive=True):
-        for call in (lambda: repo.load(own), lambda: save(repo, 2), lambda: repo.resolve("best")):
+        for call in (lambda: repo.load(checkpoint_id), lambda: save(repo, 2), lambda: repo.resolve("best")):
             with pytest.raises(Locked, match=r"waited 0\.2 s"):
                 call()
     with other.lock(), pytest.raises(Locked), repo.lock(exclusive=True):
         pass
     with other.lock():
-        assert exact(repo.load(own)) == exact(parts(1))
+        assert exact(repo.load(checkpoint_id)) == exact(parts(1))
 
 
 def save_steps(root: str, run: str, steps: list[int]) -> None:

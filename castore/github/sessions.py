@@ -34,7 +34,7 @@ from castore.policy.retention import Policy
 from castore.remotes.github_cache import CacheService, GitHubCache
 from castore.repo import Repo
 from castore.storage import git
-from castore.storage.catalog import Broken
+from castore.storage.catalog import BrokenFile
 from castore.text import escape_markdown, format_number, format_size
 from castore.transfer import Progress
 
@@ -42,7 +42,7 @@ _GONE_AFTER = timedelta(days=14)  # GitHub lets an entry go that nobody used for
 _SHOWN = 20
 
 
-def connect(repo: Repo, service: CacheService) -> tuple[GitHubCache, list[Broken]]:
+def connect(repo: Repo, service: CacheService) -> tuple[GitHubCache, list[BrokenFile]]:
     """Make the cache one of the remotes of ``repo``, by the records of bundles in the work tree; and what is none."""
     records, broken = repo.catalog.records()
     remote = GitHubCache(service, records)
@@ -94,7 +94,7 @@ def restore(repo: Repo, remote: GitHubCache, want: str, *, allow_fresh: bool, pr
         resolution = repo.resolve(want, weights_only=True)
         if resolution.match is None:
             break
-        entry = repo.catalog.find(resolution.match.id)
+        entry = repo.find(resolution.match.id)
         try:
             _pull(repo, entry, progress, whole=resolution.match.availability == "full")
         except (DataMissing, CorruptionError):
@@ -102,7 +102,7 @@ def restore(repo: Repo, remote: GitHubCache, want: str, *, allow_fresh: bool, pr
                 raise
             tried.add(entry.id)  # what is wrong is known now: the next look at what there is takes it into account
             continue
-        further = _further(repo, entry, progress) if want.rpartition(":")[2] == "best" else ()
+        further = _further(repo, entry, progress) if resolution.selector == "best" else ()
         return Restored(
             resolution=resolution, match=resolution.match, further=further, fresh="", traffic=_traffic(remote)
         )
@@ -339,7 +339,7 @@ def _session(repo: Repo, new: Sequence[Entry]) -> SessionProgress | None:
     ids = {entry.id for entry in new}
     before = next((one.parent for one in made if one.parent and one.parent not in ids), None)
     try:
-        start = repo.catalog.find(before).manifest if before else None
+        start = repo.find(before).manifest if before else None
     except CastoreError:  # its manifest was removed
         start = None
     losses = [one.metrics["val_loss"] for one in made if "val_loss" in one.metrics]

@@ -1,22 +1,31 @@
 """Parts <-> chunks and an index: save and load in parallel, with bounded memory.
 
-Tensors come as *sources* and go to *targets*, so that this module needs neither torch nor NumPy. At most one chunk a
-thread is in memory beside the state itself, whatever its size.
+Tensors are read through :class:`Source` and written into buffers that the caller allocates, so this module needs
+neither torch nor NumPy. Beside the state itself, about one chunk per thread is in memory, whatever the state's size.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from castore.errors import CorruptIndex, CorruptionError, CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
+from castore.errors import (
+    CorruptIndex,
+    CorruptionError,
+    CorruptObject,
+    NotFound,
+    ObjectMissing,
+    StorageError,
+    UnsupportedVersion,
+)
 from castore.format import chunking, codecs, part_index
 from castore.format.ids import Buffer, ObjectId
 from castore.format.manifest import Manifest, Part
-from castore.format.part_index import ChunkRef, Index, TensorSpec
+from castore.format.part_index import ChunkRef, Index, TensorRef, TensorSpec
+from castore.parallel import map_all
 from castore.policy.resolution import PartState
 from castore.remotes import fallback
 from castore.remotes.base import Remote
@@ -25,48 +34,46 @@ from castore.storage.object_store import ObjectStore, Writer
 
 
 class Source(Protocol):
-    """One tensor to be saved."""
+    """A tensor to be saved."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Its element type, by the names of :data:`castore.format.part_index.DTYPES`."""
+        ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def read(self, start: int, stop: int) -> Buffer:
-        """Bytes [start, stop) of the dense, row-major, little-endian tensor; without a copy where possible."""
+        """Return bytes [start, stop) of the dense, row-major, little-endian tensor; without a copy where possible."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A part's state taken apart: ``tree`` has a TensorRef(i) where ``sources[i]`` belongs."""
+    """The state of a part taken apart: ``tree`` has a TensorRef(i) where ``sources[i]`` belongs."""
 
     tree: Any
     sources: Sequence[Source]
 
 
-Allocate = Callable[[TensorSpec], tuple[Any, memoryview]]
-"""Makes an uninitialised tensor; returns it and its writable bytes."""
+class AllocateTensor(Protocol):
+    """Allocates memory for one tensor that is loaded."""
 
-Make = Callable[[str, Index], Sequence[tuple[Any, memoryview]]]
-"""Makes, or finds, where the tensors of a part go: each with its writable bytes."""
+    def __call__(self, spec: TensorSpec, /) -> tuple[Any, memoryview]:
+        """Allocate an uninitialised tensor; return it and a writable view of its bytes."""
+        ...
+
+
+class PlaceTensors(Protocol):
+    """Decides where the tensors of a part go: into new memory, or into tensors that exist already."""
+
+    def __call__(self, part: str, index: Index, /) -> Sequence[tuple[Any, memoryview]]:
+        """Return a (tensor, writable buffer) pair for each tensor of the index."""
+        ...
 
 
 # -- save ------------------------------------------------------------------------------------------------------------
-
-
-def save_parts(store: ObjectStore, parts: Mapping[str, Flat], chunk_size: int, threads: int) -> SavedParts:
-    """Store every part; when this returns, all their objects are durable. The caller holds the shared lock."""
-    with store.writer() as writer:
-        with _pool(threads) as pool:
-            encoded = {name: _save_part(writer, pool, name, flat, chunk_size) for name, flat in parts.items()}
-        written = writer.commit()
-    found = {
-        name: Part(index=own, bytes=plain, stored_bytes=sum(store.stored_size(one) or 0 for one in {own, *chunks}))
-        for name, (own, plain, chunks) in encoded.items()
-    }
-    return SavedParts(found, written.objects, written.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +85,32 @@ class SavedParts:
     new_bytes: int
 
 
-def _save_part(
-    writer: Writer, pool: ThreadPoolExecutor, name: str, flat: Flat, chunk_size: int
-) -> tuple[ObjectId, int, list[ObjectId]]:
-    """(index id, plain bytes of the tensors, chunk ids)."""
+def save_parts(store: ObjectStore, parts: Mapping[str, Flat], chunk_size: int, threads: int) -> SavedParts:
+    """Store every part. All their objects are durable on return. The caller holds the shared lock."""
+    with store.writer() as writer:
+        stored = {name: _save_part(writer, name, flat, chunk_size, threads) for name, flat in parts.items()}
+        written = writer.commit()
+    described = {
+        name: Part(
+            index=part.index_id,
+            bytes=part.plain_bytes,
+            stored_bytes=sum(store.stored_size(object_id) or 0 for object_id in {part.index_id, *part.chunk_ids}),
+        )
+        for name, part in stored.items()
+    }
+    return SavedParts(described, written.objects, written.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredPart:
+    """The objects that a part was stored as; ``plain_bytes`` are those of its tensors."""
+
+    index_id: ObjectId
+    plain_bytes: int
+    chunk_ids: list[ObjectId]
+
+
+def _save_part(writer: Writer, name: str, flat: Flat, chunk_size: int, threads: int) -> _StoredPart:
     sizes = [
         (part_index.nbytes(source.dtype, source.shape), part_index.DTYPES[source.dtype][1]) for source in flat.sources
     ]
@@ -91,16 +120,17 @@ def _save_part(
         for source, offset in zip(flat.sources, layout.offsets, strict=True)
     )
 
-    def store(chunk: chunking.Chunk) -> ObjectId:
+    def store_chunk(chunk: chunking.Chunk) -> ObjectId:
         return writer.put(_gather(chunk, flat.sources), chunk.itemsize)
 
-    chunks = _all([pool.submit(store, chunk) for chunk in layout.chunks])
-    refs = tuple(ChunkRef(own, chunk.length) for own, chunk in zip(chunks, layout.chunks, strict=True))
-    data = part_index.encode(Index(refs, tensors, flat.tree), name)
-    return writer.put(data), sum(size for size, _ in sizes), chunks
+    chunk_ids = map_all(store_chunk, layout.chunks, threads)
+    chunks = tuple(ChunkRef(chunk_id, chunk.length) for chunk_id, chunk in zip(chunk_ids, layout.chunks, strict=True))
+    index_id = writer.put(part_index.encode(Index(chunks, tensors, flat.tree), name))
+    return _StoredPart(index_id, sum(size for size, _ in sizes), chunk_ids)
 
 
 def _gather(chunk: chunking.Chunk, sources: Sequence[Source]) -> Buffer:
+    """Return the plain bytes of a chunk, without a copy if they are those of a single tensor."""
     first = chunk.pieces[0]
     if len(chunk.pieces) == 1:
         return sources[first.tensor].read(first.start, first.stop)
@@ -117,80 +147,114 @@ def _gather(chunk: chunking.Chunk, sources: Sequence[Source]) -> Buffer:
 
 def load_parts(
     store: ObjectStore,
-    own_id: ObjectId,
+    checkpoint_id: ObjectId,
     manifest: Manifest,
     names: Sequence[str],
-    make: Make,
+    place: PlaceTensors,
     threads: int,
-    sources: Sequence[Remote] = (),
+    remotes: Sequence[Remote] = (),
 ) -> dict[str, tuple[Any, list[Any]]]:
-    """For each named part (tree, tensors), every byte verified. The caller holds the shared lock.
+    """Return (tree, tensors) of each named part, every byte verified. The caller holds the shared lock.
 
-    What is missing or damaged is fetched from the first of the remotes ``sources`` that has it, and stored.
+    An object that is missing or damaged is fetched from the first of ``remotes`` that has a good copy, and stored.
     ObjectMissing, CorruptObject and CorruptIndex name the object, the part and the manifest.
     """
     loaded = {}
-    with _pool(threads) as pool:
-        for name in names:
-            own = manifest.parts[name].index
-            with locate_errors(name, own_id):
-                data, frame = fallback.read(store, sources, own)
-                found = part_index.decode(data)
-                tensors = make(name, found)
-                _all(_read_chunks(store, sources, pool, found, dict(enumerate(view for _, view in tensors))))
-            # last: an index without its chunks would be taken for damage
-            if frame is not None:
-                store.adopt(own, frame, memoryview(bytearray(len(data))))
-            loaded[name] = (found.tree, [tensor for tensor, _ in tensors])
+    for name in names:
+        index_id = manifest.parts[name].index
+        with locate_errors(name, checkpoint_id):
+            data, frame = fallback.read(store, remotes, index_id)
+            index = part_index.decode(data)
+            tensors = place(name, index)
+            _read_chunks(store, remotes, index, dict(enumerate(view for _, view in tensors)), threads)
+        # after its chunks: an index without them would be taken for damage
+        if frame is not None:
+            store.adopt(index_id, frame, memoryview(bytearray(len(data))))
+        loaded[name] = (index.tree, [tensor for tensor, _ in tensors])
     return loaded
 
 
 def load_tensors(
     store: ObjectStore,
-    found: Index,
+    index: Index,
     numbers: Iterable[int],
-    allocate: Allocate,
+    allocate: AllocateTensor,
     threads: int,
-    sources: Sequence[Remote] = (),
+    remotes: Sequence[Remote] = (),
 ) -> dict[int, Any]:
-    """The chosen tensors of a part by number; no other chunks than theirs are read.
+    """Return the tensors of a part that have these numbers in its index; no chunks but theirs are read.
 
     The caller holds the shared lock. ObjectMissing, CorruptObject.
     """
-    made = {number: allocate(found.tensors[number]) for number in numbers}
-    with _pool(threads) as pool:
-        _all(_read_chunks(store, sources, pool, found, {number: view for number, (_, view) in made.items()}))
-    return {number: tensor for number, (tensor, _) in made.items()}
+    allocated = {number: allocate(index.tensors[number]) for number in numbers}
+    _read_chunks(store, remotes, index, {number: view for number, (_, view) in allocated.items()}, threads)
+    return {number: tensor for number, (tensor, _) in allocated.items()}
+
+
+def load_matching(
+    store: ObjectStore,
+    checkpoint_id: ObjectId,
+    manifest: Manifest,
+    names: Sequence[str],
+    patterns: Sequence[str],
+    allocate: AllocateTensor,
+    threads: int,
+    remotes: Sequence[Remote] = (),
+) -> dict[str, tuple[dict[str, int], dict[int, Any]]]:
+    """Return (number by key, tensor by number) of each named part, for the keys that match one of ``patterns``.
+
+    Tied keys have one number. A pattern is a key or as in :mod:`fnmatch`; NotFound for one that matches nothing. The
+    caller holds the shared lock. Errors are those of :func:`load_parts`.
+    """
+    loaded = {}
+    unmatched = set(patterns)
+    hint = "no part was asked for"
+    for name in names:
+        with locate_errors(name, checkpoint_id):
+            data, _ = fallback.read(store, remotes, manifest.parts[name].index)
+            index = part_index.decode(data)
+            keys = {key: leaf.number for key, leaf in part_index.leaves(index.tree) if type(leaf) is TensorRef}
+            numbers: dict[str, int] = {}
+            for pattern in patterns:
+                matches = [key for key in keys if key == pattern or fnmatch.fnmatchcase(key, pattern)]
+                numbers.update((key, keys[key]) for key in matches)
+                unmatched -= {pattern} if matches else set()
+            hint = f"part {name} has {min(keys)}, for example" if keys else f"part {name} has none at all"
+            chosen = sorted(set(numbers.values()))
+            loaded[name] = (numbers, load_tensors(store, index, chosen, allocate, threads, remotes))
+    if unmatched:
+        raise NotFound(f"checkpoint {checkpoint_id[:12]} has no tensor {min(unmatched)}: {hint}")
+    return loaded
 
 
 def _read_chunks(
-    store: ObjectStore,
-    sources: Sequence[Remote],
-    pool: ThreadPoolExecutor,
-    found: Index,
-    views: Mapping[int, memoryview],
-) -> list[Future[None]]:
-    """Fill the views of the tensors numbered so. A chunk that has no piece of any is read only if all are wanted."""
+    store: ObjectStore, remotes: Sequence[Remote], index: Index, views: Mapping[int, memoryview], threads: int
+) -> None:
+    """Fill the buffers of tensors, given by number.
+
+    A chunk without a byte of any of them is read only if they are all the tensors of the part: so every chunk that the
+    index lists is verified, even one that no tensor lies in.
+    """
     scratch = fs.Scratch()
 
-    def fill(chunk: ChunkRef, pieces: Sequence[chunking.Piece]) -> None:
+    def fill(job: tuple[ChunkRef, Sequence[chunking.Piece]]) -> None:
+        chunk, pieces = job
         if len(pieces) == 1 and pieces[0].stop - pieces[0].start == chunk.length:
             piece = pieces[0]
-            fallback.read_into(store, sources, chunk.id, views[piece.tensor][piece.start : piece.stop])
+            fallback.read_into(store, remotes, chunk.id, views[piece.tensor][piece.start : piece.stop])
             return
         data = scratch.take(chunk.length)
-        fallback.read_into(store, sources, chunk.id, data)
+        fallback.read_into(store, remotes, chunk.id, data)
         for piece in pieces:
             length = piece.stop - piece.start
             codecs.copy(data[piece.at : piece.at + length], views[piece.tensor][piece.start : piece.stop])
 
-    every = len(views) == len(found.tensors)
-    extents = [(spec.offset, spec.nbytes) for spec in found.tensors]
-    covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in found.chunks])
-    wanted = [[piece for piece in pieces if piece.tensor in views] for pieces in covered]
-    return [
-        pool.submit(fill, chunk, pieces) for chunk, pieces in zip(found.chunks, wanted, strict=True) if pieces or every
-    ]
+    is_whole = len(views) == len(index.tensors)
+    extents = [(spec.offset, spec.nbytes) for spec in index.tensors]
+    covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
+    needed = [[piece for piece in pieces if piece.tensor in views] for pieces in covered]
+    jobs = [(chunk, pieces) for chunk, pieces in zip(index.chunks, needed, strict=True) if pieces or is_whole]
+    map_all(fill, jobs, threads)
 
 
 # -- availability ----------------------------------------------------------------------------------------------------
@@ -199,63 +263,49 @@ def _read_chunks(
 _GONE = PartState("missing", "its data is not in the store")
 
 
-def part_states(store: ObjectStore, manifest: Manifest, sources: Sequence[Remote] = ()) -> dict[str, PartState]:
-    """Where the data of each part is. Looks at the index and at which chunks exist, not at their bytes.
+def part_states(store: ObjectStore, manifest: Manifest, remotes: Sequence[Remote] = ()) -> dict[str, PartState]:
+    """Return where the data of each part is, by its index and by which chunks exist; their bytes are not read.
 
-    A part is ``remote`` when the remotes ``sources`` have what is missing here. Nothing is fetched into the store.
+    A part is ``remote`` if ``remotes`` have what is missing in the store. Nothing is fetched into the store.
     """
-    return {name: _part_state(store, part, sources) for name, part in manifest.parts.items()}
+    return {name: _part_state(store, part, remotes) for name, part in manifest.parts.items()}
 
 
-def _part_state(store: ObjectStore, part: Part, sources: Sequence[Remote]) -> PartState:
-    if not sources and not store.has(part.index):
-        return _GONE  # what most of a long history is
+def _part_state(store: ObjectStore, part: Part, remotes: Sequence[Remote]) -> PartState:
+    if not remotes and not store.has(part.index):
+        return _GONE  # the common case in a long history, and the cheapest to tell
     try:
-        data, frame = fallback.read(store, sources, part.index, mend=False)
-        chunks = part_index.decode_chunks(data)
-        lost = {chunk.id for chunk in chunks if not store.has(chunk.id)}
+        data, frame = fallback.read(store, remotes, part.index, mend=False)
+        chunk_ids = {chunk.id for chunk in part_index.decode_chunks(data)}
+        absent = {chunk_id for chunk_id in chunk_ids if not store.has(chunk_id)}
     except ObjectMissing:
-        return PartState("missing", f"its data is not in the store{fallback.whereabouts(sources, part.index)}")
+        return PartState("missing", f"its data is not in the store{fallback.whereabouts(remotes, part.index)}")
     except (CorruptionError, StorageError) as error:
         return PartState("missing", str(error))
-    if frame is None and not lost:
+    if frame is None and not absent:
         return PartState("local")
-    nowhere = sorted(lost - fallback.having(sources, lost))
+    nowhere = sorted(absent - fallback.having(remotes, absent))
     if not nowhere:
         return PartState("remote")
-    told = f"{len(nowhere)} of its {len({chunk.id for chunk in chunks})} objects are missing"
-    return PartState("missing", f"{told}{fallback.whereabouts(sources, nowhere[0])}")
+    reason = f"{len(nowhere)} of its {len(chunk_ids)} objects are missing"
+    return PartState("missing", f"{reason}{fallback.whereabouts(remotes, nowhere[0])}")
 
 
-# -- threads ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose pending work is dropped when the block fails, so that an error or Ctrl-C ends it soon."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="castore")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _all(futures: Sequence[Future[Any]]) -> list[Any]:
-    return [future.result() for future in futures]
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def locate_errors(part: str, manifest: ObjectId) -> Iterator[None]:
-    """Add to an object's error where the object belongs."""
+def locate_errors(part: str, checkpoint_id: ObjectId) -> Iterator[None]:
+    """Add the part and the checkpoint to an error about an object of theirs."""
     try:
         yield
     except ObjectMissing as error:
-        raise ObjectMissing(error.object_id, part, manifest) from error
+        raise ObjectMissing(error.object_id, part, checkpoint_id) from error
     except CorruptObject as error:
-        raise CorruptObject(error.object_id, error.reason, part, manifest) from error
+        raise CorruptObject(error.object_id, error.reason, part, checkpoint_id) from error
     except CorruptIndex as error:
-        raise CorruptIndex(f"{error} (part {part!r} of checkpoint {manifest[:12]})") from error
+        raise CorruptIndex(f"{error} (part {part!r} of checkpoint {checkpoint_id[:12]})") from error
     except UnsupportedVersion as error:
         raise UnsupportedVersion(
-            f"{error.what} (part {part!r} of checkpoint {manifest[:12]})", error.version
+            f"{error.what} (part {part!r} of checkpoint {checkpoint_id[:12]})", error.version
         ) from error

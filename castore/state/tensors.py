@@ -1,14 +1,14 @@
-"""torch state <-> named buffers.
+"""torch state <-> a tree of plain values and the bytes of its tensors.
 
-A state is any nesting of dicts, lists and tuples with tensors and plain values as leaves. What comes back is equal
-bit for bit and in type; tied tensors (same memory, same view) come back as one tensor. What torch keeps beside the
-data doesn't: a Parameter comes back as a Tensor, and device and stride as a contiguous tensor on the CPU.
+A state is any nesting of dicts, lists and tuples with tensors and plain values as leaves. It is restored equal bit for
+bit and in type; tied tensors (same memory, same view) are restored as one tensor. What torch keeps beside the data is
+not restored: a Parameter becomes a Tensor, and every tensor is contiguous and on the CPU.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def flatten(state: Any, name: str) -> Flat:
-    """Take a state apart. UnsupportedValue, naming the key, for what can't be stored exactly.
+    """Take the state of the part ``name`` apart into a tree of values and the sources of its tensors.
 
-    Nothing is copied: the tensors must not change until the save is over.
+    Nothing is copied: the tensors must not change until they are saved. UnsupportedValue, naming the key, for a value
+    that can't be stored exactly.
     """
     flattener = _Flattener()
     tree = flattener.walk(state, name, 0)
@@ -38,7 +39,7 @@ def flatten(state: Any, name: str) -> Flat:
 
 
 def restore(tree: Any, tensors: list[torch.Tensor]) -> Any:
-    """The inverse of :func:`flatten`, with ``tensors`` in place of the references."""
+    """Return the state of a tree, with ``tensors`` in place of the references: the inverse of :func:`flatten`."""
     kind = type(tree)
     if kind is TensorRef:
         return tensors[tree.number]
@@ -49,13 +50,13 @@ def restore(tree: Any, tensors: list[torch.Tensor]) -> Any:
     return tree
 
 
-def allocate_all(name: str, found: Index) -> list[tuple[torch.Tensor, memoryview]]:  # noqa: ARG001
-    """New tensors for those of a part, each with its bytes."""
-    return [allocate(spec) for spec in found.tensors]
+def allocate_all(part: str, index: Index) -> list[tuple[torch.Tensor, memoryview]]:  # noqa: ARG001
+    """Allocate an uninitialised tensor and its byte view for every tensor in the index."""
+    return [allocate(spec) for spec in index.tensors]
 
 
 def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
-    """An uninitialised tensor in main memory, and its bytes."""
+    """Allocate an uninitialised tensor in main memory; return it and a writable view of its bytes."""
     if spec.dtype not in _DTYPES:
         raise CorruptIndex(f"this torch has no element type {spec.dtype}: a newer one wrote it")
     dtype = _DTYPES[spec.dtype]
@@ -70,77 +71,93 @@ def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
 
 
 def move_tensors(tensors: list[torch.Tensor], device: Any) -> list[torch.Tensor]:
-    """The tensors on ``device``, one after another, so that there are never two of all; None is where they are."""
+    """Move the tensors of a list to ``device``, in the list; None leaves them where they are.
+
+    One at a time, so that not all of them are in memory twice.
+    """
     if device is not None:
         for i, tensor in enumerate(tensors):
             tensors[i] = tensor.to(device)
     return tensors
 
 
-class Into:
-    """Where tensors go that exist already: each part's at the same keys of a state, or of a module's.
+class LoadTarget:
+    """Tensors that exist already and are filled by a load: those of a module, or of a dict from parts to states.
 
-    ``found`` is what :func:`castore.checkpoint.load_parts` takes. A tensor that is dense in main memory is filled in
-    place; for another a copy is made first, which :meth:`finish` puts there once all of it was verified.
+    :meth:`place` is a :class:`castore.state.parts.PlaceTensors`. A tensor that is dense and in main memory is filled in
+    place; for any other a copy is filled first, which :meth:`finish` copies into it once everything is verified.
     """
 
-    def __init__(self, into: Any) -> None:
-        parts = {"model": into} if isinstance(into, torch.nn.Module) else into
+    def __init__(self, target: Any) -> None:
+        parts = {"model": target} if isinstance(target, torch.nn.Module) else target
         if not isinstance(parts, Mapping):
-            raise UsageError(f"into is a module, or maps parts to states and modules: not {type(into).__name__}")
+            kind = type(target).__name__
+            raise UsageError(f"can't load into a {kind}: give a module, or a dict from parts to states and modules")
         self.parts = {
             name: state.state_dict() if isinstance(state, torch.nn.Module) else state for name, state in parts.items()
         }
-        self._late: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._late: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor to fill, the tensor to fill it from)
 
-    def find(self, name: str, found: Index) -> list[tuple[torch.Tensor, memoryview]]:
-        """The tensors of a part, each with bytes to fill. UsageError, before anything is filled, if one doesn't fit."""
-        targets = {key: leaf for key, leaf in part_index.leaves(self.parts[name]) if isinstance(leaf, torch.Tensor)}
-        wanted = {key: leaf.number for key, leaf in part_index.leaves(found.tree) if type(leaf) is TensorRef}
-        for keys, what in ((wanted.keys() - targets.keys(), "has no tensor"), (targets.keys() - wanted.keys(), "has")):
-            if keys:
-                tail = "" if what == "has no tensor" else ", which the checkpoint doesn't have"
-                raise UsageError(f"can't load part {name} there: it {what} {min(keys)}{tail}")
-        made: list[tuple[torch.Tensor, memoryview] | None] = [None] * len(found.tensors)
-        for key, number in wanted.items():
-            target, spec = targets[key], found.tensors[number]
-            if (_NAMES.get(target.dtype), tuple(target.shape)) != (spec.dtype, spec.shape):
-                there = f"{spec.dtype} {list(spec.shape)}"
-                raise UsageError(
-                    f"can't load {join_key(name, key)}: the checkpoint has {there}, there is "
-                    f"{_NAMES.get(target.dtype, target.dtype)} {list(target.shape)}"
-                )
-            first = made[number]
+    def place(self, part: str, index: Index) -> list[tuple[torch.Tensor, memoryview]]:
+        """Return a (tensor, writable buffer) pair for each tensor of the index.
+
+        UsageError, before anything is filled, when the target has other keys, element types or shapes.
+        """
+        targets = {key: leaf for key, leaf in part_index.leaves(self.parts[part]) if isinstance(leaf, torch.Tensor)}
+        numbers = {key: leaf.number for key, leaf in part_index.leaves(index.tree) if type(leaf) is TensorRef}
+        _check_keys(part, stored=numbers.keys(), targets=targets.keys())
+        placed: list[tuple[torch.Tensor, memoryview] | None] = [None] * len(index.tensors)
+        for key, number in numbers.items():
+            target, spec = targets[key], index.tensors[number]
+            _check_fits(join_key(part, key), spec, target)
+            first = placed[number]
             if first is None and target.is_cpu and target.is_contiguous() and not _is_alias(target):
-                made[number] = target, _bytes_of(target.detach())
+                placed[number] = target, _bytes_of(target.detach())
             elif first is None:
-                copy_first, view = allocate(spec)
-                made[number] = target, view
-                self._late.append((target, copy_first))
-            elif first[0].data_ptr() != target.data_ptr():  # tied there, but not here
+                copy_of_target, view = allocate(spec)
+                placed[number] = target, view
+                self._late.append((target, copy_of_target))
+            elif first[0].data_ptr() != target.data_ptr():  # tied in the checkpoint, but not in the target
                 self._late.append((target, first[0]))
-        return [one if one is not None else allocate(spec) for one, spec in zip(made, found.tensors, strict=True)]
+        # a tensor of the index that no key refers to is read and verified all the same
+        return [pair if pair is not None else allocate(spec) for pair, spec in zip(placed, index.tensors, strict=True)]
 
     def finish(self) -> None:
-        """Fill what could not be filled in place. Nothing of it is torn: whatever was read was verified."""
+        """Fill the tensors that could not be filled in place. Call it when all parts are loaded, thus verified."""
         with torch.no_grad():
             for target, source in self._late:
                 target.copy_(source)
+
+
+def _check_keys(part: str, *, stored: Set[str], targets: Set[str]) -> None:
+    if missing := stored - targets:
+        raise UsageError(f"can't load part {part} there: it has no tensor {min(missing)}")
+    if surplus := targets - stored:
+        raise UsageError(f"can't load part {part} there: it has {min(surplus)}, which the checkpoint doesn't have")
+
+
+def _check_fits(key: str, spec: TensorSpec, target: torch.Tensor) -> None:
+    dtype, shape = _NAMES.get(target.dtype), tuple(target.shape)
+    if (dtype, shape) != (spec.dtype, spec.shape):
+        stored = f"{spec.dtype} {list(spec.shape)}"
+        raise UsageError(
+            f"can't load {key}: the checkpoint has {stored}, the target {dtype or target.dtype} {list(shape)}"
+        )
 
 
 def _is_alias(tensor: torch.Tensor) -> bool:
     return tensor.is_conj() or tensor.is_neg()
 
 
-def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two dense tensors of one type and shape are equal in every bit: NaN is equal to the same NaN."""
-    return torch.equal(_as_bytes(one), _as_bytes(other))
+def equal_bits(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Return whether two dense tensors of one type and shape are equal bit for bit: a NaN equals the same NaN."""
+    return torch.equal(_as_bytes(before), _as_bytes(after))
 
 
 def relative_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
-    """The largest |after - before| of an element over the largest magnitude in either tensor: 0 to 2.
+    """Return the largest |after - before| of an element over the largest magnitude in either tensor: 0 to 2.
 
-    Both are dense and of one type and shape. None when there is a NaN or an infinity, or for packed bits.
+    Both are dense and of one type and shape. None when either holds a NaN or an infinity, or its elements are packed.
     """
     largest = difference = 0.0
     flat = before.reshape(-1), after.reshape(-1)
@@ -148,34 +165,39 @@ def relative_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
         pair = [_as_numbers(tensor[start : start + _SLICE]) for tensor in flat]
         if pair[0] is None or pair[1] is None:
             return None
-        one, other = pair[0], pair[1]
-        if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
+        old, new = pair[0], pair[1]
+        if not (torch.isfinite(old).all() and torch.isfinite(new).all()):
             return None
-        largest = max(largest, one.abs().max().item(), other.abs().max().item())
-        exact = _difference(*(tensor[start : start + _SLICE] for tensor in flat))
-        difference = max(difference, (other - one).abs().max().item() if exact is None else exact)
+        largest = max(largest, old.abs().max().item(), new.abs().max().item())
+        exact = _integer_difference(*(tensor[start : start + _SLICE] for tensor in flat))
+        difference = max(difference, (new - old).abs().max().item() if exact is None else exact)
     return difference / largest if largest else 0.0
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float | None:
-    """The largest difference of two elements of 64-bit integers, which double precision may take for equal."""
-    if one.dtype not in (torch.int64, torch.uint64):
+def _integer_difference(before: torch.Tensor, after: torch.Tensor) -> float | None:
+    """Return the largest difference of two elements; None for all but 64-bit integers.
+
+    In double precision, 64-bit integers that differ may look equal.
+    """
+    if before.dtype not in (torch.int64, torch.uint64):
         return None
-    # flipping the first bit of unsigned ones makes them signed and moves both equally
-    a, b = (part if part.dtype == torch.int64 else part.view(torch.int64) ^ -(1 << 63) for part in (one, other))
+    # flipping the first bit of unsigned integers makes them signed and moves both equally
+    a, b = (
+        tensor if tensor.dtype == torch.int64 else tensor.view(torch.int64) ^ -(1 << 63) for tensor in (before, after)
+    )
     # each half's difference is exact in double precision, and their sum is rounded once
     high = ((b >> 32) - (a >> 32)).double() * 2.0**32
     low = ((b & 0xFFFFFFFF) - (a & 0xFFFFFFFF)).double()
     return (high + low).abs().max().item()
 
 
-_SLICE = 1 << 20  # elements that are compared at a time, in double precision
+_SLICE = 1 << 20  # how many elements are compared at a time, in double precision
 
 
 def _as_numbers(tensor: torch.Tensor) -> torch.Tensor | None:
     try:
         return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-    except (RuntimeError, NotImplementedError, TypeError):  # packed elements are no numbers
+    except (RuntimeError, NotImplementedError, TypeError):  # packed elements have no conversion to numbers
         return None
 
 
@@ -186,52 +208,58 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The same in memory of its own; as plain integers, since not every element type can be copied as itself."""
-    bits = _BITS.get(tensor.element_size())
+    """Return a copy of a tensor in memory of its own."""
+    bits = _BITS.get(tensor.element_size())  # as plain integers: not every element type can be copied as itself
     return tensor.clone() if bits is None else tensor.view(bits).clone().view(tensor.dtype)
 
 
 def write_pt(state: Any, path: Path) -> None:
-    """Write a state as torch.save does."""
+    """Write a state to a file with torch.save."""
     torch.save(state, path)
 
 
 def can_read_pt() -> bool:
-    """Whether this torch can be trusted with the files of others: weights_only could be escaped before 2.10."""
+    """Return whether this torch is safe for files of unknown origin: weights_only could be escaped before 2.10."""
     major, minor = torch.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (2, 10)
 
 
 def read_pt(path: Path) -> Any:
-    """The state in a file that torch.save wrote. No code in it is run; there is no other way of reading one."""
+    """Return the state in a file that torch.save wrote. No code in the file is run."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class TensorSource:
-    """A tensor as a :class:`castore.checkpoint.Source`. Copies a chunk at a time, and only what isn't dense in main
-    memory already."""
+    """A tensor as a :class:`castore.state.parts.Source`.
+
+    Reading copies no more than a chunk at a time, and nothing of a tensor that is dense and in main memory.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.dtype = _NAMES[tensor.dtype]
         self.shape = tuple(tensor.shape)
         self._tensor = tensor
         self._is_dense = tensor.is_cpu and tensor.is_contiguous()
-        self._bytes: memoryview | None = None  # made when it is first read: who saves a copy reads that alone
+        self._bytes: memoryview | None = None  # made on first read: AsyncSaver reads only the copy it made
 
     def buffer(self, old: torch.Tensor | None) -> torch.Tensor:
-        """Dense main memory for a copy: that of ``old`` if it fits. Pinned for what a GPU has: it copies faster."""
+        """Return a dense tensor in main memory to copy to: ``old`` if its type and shape fit.
+
+        The copy of a GPU's tensor is in pinned memory, which is faster to copy to.
+        """
         bits = self._bits()
         if old is not None and (old.dtype, old.shape) == (self._tensor.dtype, self._tensor.shape):
             return old
         return torch.empty(bits.shape, dtype=bits.dtype, pin_memory=bits.is_cuda).view(self._tensor.dtype)
 
     def copy_to(self, buffer: torch.Tensor) -> None:
-        """Copy the tensor; from a GPU without waiting for it."""
+        """Copy the tensor to ``buffer``. From a GPU the copy is only begun: synchronise before reading it."""
         bits = self._bits()
         buffer.view(bits.dtype).copy_(bits, non_blocking=bits.is_cuda)
 
     @property
     def is_cuda(self) -> bool:
+        """Whether the tensor is in the memory of a GPU."""
         return self._tensor.is_cuda
 
     def _bits(self) -> torch.Tensor:
@@ -239,6 +267,7 @@ class TensorSource:
         return self._tensor.view(_BITS.get(self._tensor.element_size(), self._tensor.dtype))
 
     def read(self, start: int, stop: int) -> Buffer:
+        """Return bytes [start, stop) of the dense, row-major tensor."""
         if self._is_dense:
             if self._bytes is None:
                 self._bytes = _bytes_of(self._tensor)
@@ -260,7 +289,7 @@ def _copy_elements(tensor: torch.Tensor, start: int, stop: int, out: torch.Tenso
     if start == first * row and stop == (last + 1) * row:
         out.view(last - first + 1, *tensor.shape[1:]).copy_(tensor[first : last + 1])
         return
-    # whole rows in one copy, the partial ones at both ends by themselves
+    # whole rows in one copy, then the partial rows at both ends
     at = start
     while at < stop:
         i = at // row
@@ -318,6 +347,6 @@ def _check_storable(tensor: torch.Tensor, key: str) -> None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in main memory, which the view keeps alive."""
-    # not view(-1): what is left of a strided tensor of one element keeps the stride, and can't be seen as bytes
+    """Return a writable view of the bytes of a contiguous tensor in main memory; the view keeps the tensor alive."""
+    # not view(-1): a tensor of one element cut from a strided one keeps its stride, and can't be viewed as bytes
     return _as_bytes(tensor).numpy().data if tensor.numel() else memoryview(bytearray())

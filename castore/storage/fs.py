@@ -1,14 +1,14 @@
-"""The one module that writes, syncs, renames, links, unlinks and locks.
+"""The one write path: no other module writes, syncs, renames, links, unlinks or locks a file.
 
-Durability rules, which everything above relies on:
+Durability rules, on which everything above relies:
 
 * a file's data is synced *before* the file gets the name that others look for;
 * a name is durable only once its directory is synced;
 * a failed sync is never retried on the same file: the kernel has marked the pages clean, so a second sync would
   report a success that means nothing. The file is abandoned and the error raised.
 
-Failures of the operating system are raised as :class:`StorageError`, never as OSError. Reading is the exception:
-a missing file is FileNotFoundError, which callers translate into what is missing.
+Failures of the operating system are raised as :class:`StorageError`, never as OSError. There is one exception: reading
+a missing file raises FileNotFoundError, which callers turn into an error that says what is missing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import errno
 import fcntl
 import itertools
 import os
+import stat
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ _serial = itertools.count()
 
 @contextlib.contextmanager
 def _reporting(action: str, path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as a StorageError that says what failed, and where."""
     try:
         yield
     except OSError as error:
@@ -59,7 +61,7 @@ def create_temporary(directory: Path, mode: int = 0o644) -> tuple[int, Path]:
 
 
 def write(descriptor: int, path: Path, buffers: Sequence[Buffer]) -> int:
-    """Write all of ``buffers`` one after another without joining them; returns the number of bytes."""
+    """Write all of ``buffers`` one after another, without joining them; return the number of bytes."""
     views = [memoryview(buffer) for buffer in buffers if len(buffer)]
     total = sum(len(view) for view in views)
     with _reporting("write", path):
@@ -73,19 +75,19 @@ def write(descriptor: int, path: Path, buffers: Sequence[Buffer]) -> int:
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Make the file's data durable. After an error the file must be abandoned."""
+    """Make the data of a file durable. After an error the file must be abandoned, see the module's rules."""
     with _reporting("sync", path):
         _sync_data(descriptor)
 
 
 def close(descriptor: int, path: Path) -> None:
-    """Give the descriptor back. Some network file systems report only here that they could not write."""
+    """Close a descriptor. Some network file systems report only now that they could not write."""
     with _reporting("close", path):
         os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the names in a directory durable: files created, renamed or removed in it."""
     with _reporting("sync", path):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -95,13 +97,13 @@ def sync_directory(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file its final name, replacing whatever had it, atomically."""
+    """Give a file its final name, atomically; a file that had this name is replaced."""
     with _reporting("rename to", target):
         os.replace(source, target)
 
 
 def link(source: Path, target: Path) -> bool:
-    """Give a file a second name, atomically; False when there is something of that name already."""
+    """Give a file a second name, atomically; return False if something has that name already."""
     with _reporting("create", target):
         try:
             os.link(source, target)
@@ -110,89 +112,85 @@ def link(source: Path, target: Path) -> bool:
         return True
 
 
-def symlink(text: str, path: Path) -> None:
-    """Create a symbolic link that says ``text``."""
+def symlink(target: str, path: Path) -> None:
+    """Create a symbolic link at ``path`` that leads to ``target``."""
     with _reporting("create", path):
-        os.symlink(text, path)
+        os.symlink(target, path)
 
 
 def set_mode(path: Path, mode: int, descriptor: int | None = None) -> None:
-    """Set the permissions of a file or folder, by its descriptor if it is open."""
+    """Set the permissions of a file or folder; through ``descriptor`` if it is open."""
     with _reporting("set permissions of", path):
         os.chmod(path if descriptor is None else descriptor, mode)
 
 
 def unlink(path: Path) -> None:
-    """Remove a name; a name already gone is fine."""
+    """Remove a file; one that is gone already is no error."""
     with _reporting("remove", path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def remove_directory(path: Path) -> None:
-    """Remove an empty folder; one that is gone or still in use is left as it is."""
+    """Remove a folder if it is empty; leave it alone, without an error, if it is not or is gone."""
     with contextlib.suppress(OSError):
         os.rmdir(path)
 
 
 def make_directory(path: Path) -> bool:
-    """Create a directory and its parents; True when ``path`` itself is new. Not durable until the parent is synced."""
+    """Create a directory and its parents; return whether ``path`` is new. Not durable until its parent is synced."""
     with _reporting("create directory", path):
         try:
             try:
                 os.mkdir(path)
             except FileNotFoundError:
                 make_directory(path.parent)
-                os.mkdir(path)  # once: below a dangling link it would fail for ever
+                os.mkdir(path)  # not in a loop: below a dangling link it would fail for ever
         except FileExistsError:
             return False
         return True
 
 
-def publish(path: Path, data: bytes, temporary: Path, *, durable: bool = True) -> bool:
-    """Create ``path`` with ``data``, durably and never partially visible; False when it exists already.
+def publish(path: Path, data: bytes, temporary_folder: Path, *, durable: bool = True) -> bool:
+    """Create ``path`` with ``data``, durably and never partially visible; return False if it exists already.
 
-    The link is the commit point: nothing can see the file before it is complete and on the disk.
+    The link is the commit point: the file is complete and on the disk before anything can see it. The temporary file
+    in ``temporary_folder``, which must be on the same file system, is gone afterwards.
     """
-    descriptor, temp = create_temporary(temporary)
+    descriptor, temporary = create_temporary(temporary_folder)
     try:
         try:
-            write(descriptor, temp, [data])
+            write(descriptor, temporary, [data])
             if durable:
-                sync(descriptor, temp)
+                sync(descriptor, temporary)
         finally:
-            close(descriptor, temp)
-        with _reporting("create", path):
-            try:
-                os.link(temp, path)
-                created = True
-            except FileExistsError:
-                created = False
+            close(descriptor, temporary)
+        is_new = link(temporary, path)
         if durable:
             sync_directory(path.parent)
-        return created
+        return is_new
     finally:
-        unlink(temp)
+        unlink(temporary)
 
 
 def read(path: Path | str, limit: int) -> bytes:
-    """The whole file. FileNotFoundError when there is none; StorageError when larger than ``limit`` bytes."""
+    """Return the whole content of a file. FileNotFoundError; StorageError if it has more than ``limit`` bytes."""
     return bytes(read_into(path, limit, lambda size: memoryview(bytearray(size))))
 
 
-def read_into(path: Path | str, limit: int, memory: Callable[[int], memoryview]) -> memoryview:
-    """The whole file, in what ``memory`` gives for its size. Errors as those of :func:`read`."""
+def read_into(path: Path | str, limit: int, allocate: Callable[[int], memoryview]) -> memoryview:
+    """Read the whole file into the buffer that ``allocate`` returns for its size. Errors are those of :func:`read`."""
     try:
-        # not blocking: a pipe under an object's name would be waited for for ever
+        # non-blocking: reading a pipe that stands under an object's name would wait for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             size = os.fstat(descriptor).st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, where at most {limit} make sense")
-            view = memory(size)
+            view = allocate(size)
             done = 0
             # some file systems return less than was asked for, which would look like damage
-            while done < size and (more := os.readv(descriptor, [view[done:]])):
-                done += more
+            while done < size and (count := os.readv(descriptor, [view[done:]])):
+                done += count
             return view[:done]
         finally:
             os.close(descriptor)
@@ -202,29 +200,59 @@ def read_into(path: Path | str, limit: int, memory: Callable[[int], memoryview])
         raise StorageError("read", str(path), error) from error
 
 
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    """Return bytes [start, stop) of a file. StorageError if it can't be read or is shorter."""
+    with _reporting("read", path), open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        data = b""
+        while len(data) < stop - start and (piece := file.read(stop - start - len(data))):
+            data += piece
+        if len(data) < stop - start:
+            raise OSError(errno.EIO, f"it ends before byte {stop}")
+        return data
+
+
+Stamp = tuple[int, int, int]
+"""Identifies a file's content without reading it: inode, size in bytes, time of modification in ns."""
+
+
+def stamp(path: Path | str) -> Stamp | None:
+    """Return the stamp of a regular file; None when there is none, or a pipe, a folder or a link in its place."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError("read", str(path), error) from error
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def scan(folder: Path | str) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, in no order; nothing if the folder does not exist."""
+    try:
+        with os.scandir(folder) as items:
+            return list(items)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError("read", str(folder), error) from error
+
+
 class Scratch(threading.local):
-    """Memory of each thread's own that is used again: new memory costs as much as what is decoded into it."""
+    """Per-thread scratch buffer, reused to avoid page faults: fresh memory costs as much as decoding into it.
+
+    >>> len(Scratch().take(10))
+    10
+    """
 
     def __init__(self) -> None:
         self._data = bytearray()
 
     def take(self, size: int) -> memoryview:
-        """``size`` bytes, until this thread takes some the next time. What is in them means nothing."""
+        """Return ``size`` bytes of undefined content, valid until the same thread calls this again."""
         if len(self._data) < size:
             self._data = bytearray(size)
         return memoryview(self._data)[:size]
-
-
-def read_range(path: Path, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file. StorageError when it can't be read or hasn't so many."""
-    with _reporting("read", path), open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        data = b""
-        while len(data) < stop - start and (more := file.read(stop - start - len(data))):
-            data += more
-        if len(data) < stop - start:
-            raise OSError(errno.EIO, f"it ends before byte {stop}")
-        return data
 
 
 if sys.platform == "darwin":
@@ -244,10 +272,10 @@ else:
 
 @contextlib.contextmanager
 def lock(path: Path, *, exclusive: bool, timeout: float) -> Iterator[None]:
-    """Hold a shared or exclusive advisory lock on ``path`` for the length of the block.
+    """Hold a shared or exclusive advisory lock on the file ``path`` while the block runs.
 
-    Always on a fresh descriptor: converting a lock isn't atomic, and two threads must not share one. Raises Locked
-    after ``timeout`` seconds.
+    Each call opens its own descriptor: two threads must not share a lock, and converting one isn't atomic. Locked after
+    ``timeout`` seconds.
     """
     descriptor = _open_lock(path, exclusive)
     if descriptor is None:
@@ -265,7 +293,7 @@ def lock(path: Path, *, exclusive: bool, timeout: float) -> Iterator[None]:
 
 
 def _open_lock(path: Path, exclusive: bool) -> int | None:
-    """A fresh descriptor; None on a read-only file system without a lock file, where nobody can delete anything."""
+    """Open the lock file; return None on a read-only file system without one, where nobody can delete anything."""
     with _reporting("open", path):
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -279,6 +307,7 @@ def _open_lock(path: Path, exclusive: bool) -> int | None:
 
 
 def _try_lock(descriptor: int, path: Path, exclusive: bool) -> bool:
+    """Take the lock if that is possible without waiting; return whether it was."""
     mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     with _reporting("lock", path):
         try:

@@ -22,10 +22,10 @@ from typing import Any
 
 import msgspec
 
-from castore.errors import FileChanged, NotFound, PackageMissing, StorageError, UnknownId, UnsupportedFile
+from castore.errors import FileChanged, PackageMissing, StorageError, UnsupportedFile
 from castore.format import manifest, part_index
 from castore.format.ids import ObjectId
-from castore.format.manifest import Entry, Manifest, Part
+from castore.format.manifest import Manifest, Part
 from castore.format.part_index import ChunkRef, Index, TensorRef, TensorSpec
 from castore.parallel import map_ahead
 from castore.progress import Progress, ignore_progress
@@ -62,24 +62,6 @@ class Added:
     new_objects: int
     new_bytes: int
     skipped: tuple[str, ...]
-
-
-def find_files(repo: Repo, wanted: str) -> Entry:
-    """The files that ``wanted`` names: first digits of an id, ``latest``, or ``NAME:latest``. NotFound, AmbiguousId."""
-    run, _, name = wanted.rpartition(":")
-    if name != "latest":
-        try:
-            entry = repo.catalog.find(wanted)
-        except UnknownId as error:
-            hint = f"did you mean {', '.join(error.near)}?" if error.near else "`castore log --kind files` lists them"
-            raise NotFound(f"no files {wanted!r}; {hint}") from error
-        if entry.manifest.kind != KIND:
-            raise NotFound(f"{entry.id[:12]} is no files but a {entry.manifest.kind}: `castore log --kind files`")
-        return entry
-    for entry in repo.catalog.listing().entries:
-        if entry.manifest.kind == KIND and run in ("", entry.manifest.run):
-            return entry
-    raise NotFound(f"no files{f' named {run}' if run else ''} yet: `castore add PATH` adds some")
 
 
 # -- add -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from castore.repo import Repo
 from castore.state.parts import locate_errors
 from castore.storage import fs, output_file, safe_paths
 from castore.storage.output_file import OutputFile
-from castore.trees.add import MODE, PART, find_files
+from castore.trees.add import KIND, MODE, PART
 
 _FINISHERS = 8  # a thread that syncs waits for the disk, not for the processor
 _IN_FLIGHT = 64
@@ -62,7 +62,7 @@ def check_out(
     for data that is missing or damaged.
     """
     safe_paths.check_target(folder)
-    entry = find_files(repo, selector)
+    entry = repo.find(selector, kind=KIND)
     if PART not in entry.manifest.parts:
         raise NotFound(f"{entry.id[:12]} has no part {PART!r}")
     index_id = entry.manifest.parts[PART].index

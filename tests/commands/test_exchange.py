@@ -217,7 +217,7 @@ def test_checkout_of_nothing_says_so(empty: Project) -> None:
 def test_missing_and_damaged_data_have_exit_codes_of_their_own(empty: Project) -> None:
     checkpoint_id = empty.json("add", "texts")["id"]
     repo = Repo.open(empty.root)
-    part = repo.catalog.find(checkpoint_id).manifest.parts["files"]
+    part = repo.find(checkpoint_id).manifest.parts["files"]
     chunk = repo.store.path(part_index.decode(repo.store.read(part.index)).chunks[0].id)
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert f"(part 'files' of checkpoint {checkpoint_id[:12]})" in empty.run("checkout", checkpoint_id, "out", code=5)

@@ -223,5 +223,5 @@ def test_prepared_data_is_no_checkpoint(repo: Repo, texts: Path) -> None:
     (entry,) = datasets(repo)
     assert repo.checkpoints() == []
     assert repo.resolve("best").match is None
-    with pytest.raises(CastoreError, match="is no checkpoint but dataset"):
+    with pytest.raises(CastoreError, match="is prepared data, not a checkpoint"):
         repo.resolve(entry.id)

@@ -36,17 +36,17 @@ def run(script: str, *arguments: str) -> tuple[str, int, int]:
     program = [sys.executable, "-c", PEAK + script]
     done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    own, size, extra = done.stdout.split()
-    return own, int(size), int(extra)
+    checkpoint_id, size, extra = done.stdout.split()
+    return checkpoint_id, int(size), int(extra)
 
 
 @pytest.mark.slow
 def test_saving_and_loading_take_little_memory_beside_the_state_itself(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     (repo.root / "config.toml").write_text('[store]\nchunk_size = "4MiB"\nthreads = 8\nfsync = false\n')
-    own, size, extra = run(SAVE, str(tmp_path))
+    checkpoint_id, size, extra = run(SAVE, str(tmp_path))
     assert size > 0.95 * STATE
     assert extra < LIMIT
-    _, loaded, extra = run(LOAD, str(tmp_path), own)
+    _, loaded, extra = run(LOAD, str(tmp_path), checkpoint_id)
     assert loaded == size
     assert extra < LIMIT

@@ -8,6 +8,8 @@ import pytest
 from builders import manifest, tree
 
 from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId
+from castore.format.manifest import Entry
+from castore.policy.selector import Selector
 from castore.storage.catalog import Catalog
 
 
@@ -16,6 +18,10 @@ def catalog(tmp_path: Path) -> Catalog:
     (tmp_path / "manifests").mkdir()
     (tmp_path / "tmp").mkdir()
     return Catalog(tmp_path, durable=False)
+
+
+def find(catalog: Catalog, prefix: str) -> Entry:
+    return Selector.parse(prefix).choose(catalog.matching(prefix), catalog.known_ids())
 
 
 def test_what_is_added_is_listed_newest_first(catalog: Catalog) -> None:
@@ -106,26 +112,28 @@ def test_a_catalog_that_is_no_folder_is_an_error(catalog: Catalog) -> None:
 
 def test_a_prefix_finds_its_one_checkpoint_in_either_case(catalog: Catalog) -> None:
     for step in range(30):
-        own, _ = catalog.add(manifest(step))
-        for prefix in (own, own[:12].upper(), own[:20]):
-            found = catalog.find(prefix)
-            assert (found.id, found.manifest.step) == (own, step)
+        checkpoint_id, _ = catalog.add(manifest(step))
+        for prefix in (checkpoint_id, checkpoint_id[:12].upper(), checkpoint_id[:20]):
+            found = find(catalog, prefix)
+            assert (found.id, found.manifest.step) == (checkpoint_id, step)
 
 
 def test_a_prefix_that_fits_several_names_them(catalog: Catalog) -> None:
     added = [catalog.add(manifest(step))[0] for step in range(40)]
-    digits = [own[0] for own in added]  # more than there are: some two are alike
+    digits = [checkpoint_id[0] for checkpoint_id in added]  # more than there are: some two are alike
     digit = max(digits, key=digits.count)
     with pytest.raises(AmbiguousId, match="give more digits") as caught:
-        catalog.find(digit)
-    assert sorted(caught.value.matches) == sorted(own for own in added if own.startswith(digit))
+        find(catalog, digit)
+    assert sorted(caught.value.matches) == sorted(
+        checkpoint_id for checkpoint_id in added if checkpoint_id.startswith(digit)
+    )
 
 
 def test_an_unknown_id_suggests_those_that_look_alike(catalog: Catalog) -> None:
     wanted = [catalog.add(manifest(step))[0] for step in range(30)][7][:10]
     mistyped = wanted[:4] + ("0" if wanted[4] != "0" else "1") + wanted[5:]
     with pytest.raises(UnknownId, match="did you mean") as caught:
-        catalog.find(mistyped)
+        find(catalog, mistyped)
     assert wanted in caught.value.near
 
 
@@ -133,18 +141,18 @@ def test_an_unknown_id_suggests_those_that_look_alike(catalog: Catalog) -> None:
 def test_what_is_like_no_id_says_where_ids_are_listed(catalog: Catalog, prefix: str) -> None:
     catalog.add(manifest(1))
     with pytest.raises(UnknownId, match="castore log"):
-        catalog.find(prefix)
+        find(catalog, prefix)
 
 
 def test_an_id_that_agrees_in_the_file_name_alone_is_another_one(catalog: Catalog) -> None:
-    own, _ = catalog.add(manifest(1))
+    checkpoint_id, _ = catalog.add(manifest(1))
     with pytest.raises(UnknownId):
-        catalog.find(own[:12] + ("0" if own[12] != "0" else "1"))
+        find(catalog, checkpoint_id[:12] + ("0" if checkpoint_id[12] != "0" else "1"))
 
 
 def test_a_damaged_manifest_is_an_error_to_who_asks_for_it_and_to_no_one_else(catalog: Catalog) -> None:
-    (own, path), (other, _) = catalog.add(manifest(1)), catalog.add(manifest(2))
+    (checkpoint_id, path), (other, _) = catalog.add(manifest(1)), catalog.add(manifest(2))
     path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": 3'))
     with pytest.raises(CorruptManifest, match="changed or moved"):
-        catalog.find(own)
-    assert catalog.find(other).id == other
+        find(catalog, checkpoint_id)
+    assert find(catalog, other).id == other

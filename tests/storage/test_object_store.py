@@ -37,8 +37,8 @@ def objects_in(store: ObjectStore) -> list[str]:
     return sorted(path.name for path in store.objects.glob("*/*"))
 
 
-def damage(store: ObjectStore, wanted: ObjectId) -> None:
-    path = store.path(wanted)
+def damage(store: ObjectStore, damaged_id: ObjectId) -> None:
+    path = store.path(damaged_id)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -49,12 +49,12 @@ def damage(store: ObjectStore, wanted: ObjectId) -> None:
 )
 def test_what_is_put_is_read(store: ObjectStore, plain: bytes, itemsize: int) -> None:
     put(store, plain, itemsize=itemsize)
-    own = hash_bytes(plain)
+    plain_id = hash_bytes(plain)
     out = bytearray(len(plain))
-    store.read_into(own, memoryview(out))
-    assert store.read(own) == out == plain
-    assert store.has(own)
-    assert store.stored_size(own) == os.path.getsize(store.path(own))
+    store.read_into(plain_id, memoryview(out))
+    assert store.read(plain_id) == out == plain
+    assert store.has(plain_id)
+    assert store.stored_size(plain_id) == os.path.getsize(store.path(plain_id))
     assert os.listdir(store.temporary) == []
 
 
@@ -67,29 +67,29 @@ def test_equal_content_is_stored_once(store: ObjectStore) -> None:
 
 
 def test_an_object_that_is_not_there_is_missing(store: ObjectStore) -> None:
-    own = hash_bytes(b"never put")
-    assert not store.has(own)
-    assert store.stored_size(own) is None
-    with pytest.raises(ObjectMissing, match=own[:12]):
-        store.read(own)
-    with pytest.raises(ObjectMissing, match=own[:12]):
-        store.read_into(own, memoryview(bytearray(9)))
+    absent_id = hash_bytes(b"never put")
+    assert not store.has(absent_id)
+    assert store.stored_size(absent_id) is None
+    with pytest.raises(ObjectMissing, match=absent_id[:12]):
+        store.read(absent_id)
+    with pytest.raises(ObjectMissing, match=absent_id[:12]):
+        store.read_into(absent_id, memoryview(bytearray(9)))
 
 
 def test_a_damaged_object_is_quarantined_and_written_anew_by_the_next_put(store: ObjectStore) -> None:
     put(store, b"precious", b"other")
-    own = hash_bytes(b"precious")
-    damage(store, own)
-    damaged = store.path(own).read_bytes()
-    with pytest.raises(CorruptObject, match=own[:12]):
-        store.read(own)
+    precious_id = hash_bytes(b"precious")
+    damage(store, precious_id)
+    damaged = store.path(precious_id).read_bytes()
+    with pytest.raises(CorruptObject, match=precious_id[:12]):
+        store.read(precious_id)
     (quarantined,) = store.quarantine.iterdir()
-    assert quarantined.name.startswith(own)
+    assert quarantined.name.startswith(precious_id)
     assert quarantined.read_bytes() == damaged
     with pytest.raises(ObjectMissing):
-        store.read(own)
+        store.read(precious_id)
     assert put(store, b"precious", b"other").objects == 1
-    assert store.read(own) == b"precious"
+    assert store.read(precious_id) == b"precious"
 
 
 def test_reading_into_a_buffer_quarantines_too(store: ObjectStore) -> None:
@@ -102,33 +102,33 @@ def test_reading_into_a_buffer_quarantines_too(store: ObjectStore) -> None:
 
 def test_a_damaged_object_is_never_deduplicated_against(store: ObjectStore) -> None:
     put(store, b"precious")
-    own = hash_bytes(b"precious")
-    damage(store, own)
+    precious_id = hash_bytes(b"precious")
+    damage(store, precious_id)
     assert put(ObjectStore(store.objects.parent), b"precious").objects == 1
-    assert store.read(own) == b"precious"
+    assert store.read(precious_id) == b"precious"
 
 
 def test_an_object_of_a_newer_version_is_left_but_not_deduplicated_against(store: ObjectStore) -> None:
     put(store, b"precious")
-    own = hash_bytes(b"precious")
-    data = bytearray(store.path(own).read_bytes())
+    precious_id = hash_bytes(b"precious")
+    data = bytearray(store.path(precious_id).read_bytes())
     data[4] = 9
-    store.path(own).write_bytes(data)
+    store.path(precious_id).write_bytes(data)
     with pytest.raises(UnsupportedVersion):
-        store.read(own)
-    assert store.path(own).read_bytes() == data
+        store.read(precious_id)
+    assert store.path(precious_id).read_bytes() == data
     assert put(ObjectStore(store.objects.parent), b"precious").objects == 1
-    assert store.read(own) == b"precious"
+    assert store.read(precious_id) == b"precious"
 
 
 def test_a_file_larger_than_any_object_is_damage_and_not_read(store: ObjectStore) -> None:
     put(store, b"precious")
-    own = hash_bytes(b"precious")
-    os.truncate(store.path(own), MAX_STORED + 1)
+    precious_id = hash_bytes(b"precious")
+    os.truncate(store.path(precious_id), MAX_STORED + 1)
     with pytest.raises(CorruptObject, match="over the limit"):
-        store.read(own)
+        store.read(precious_id)
     assert put(store, b"precious").objects == 1
-    assert store.read(own) == b"precious"
+    assert store.read(precious_id) == b"precious"
 
 
 def test_a_hit_is_verified_once_and_again_only_if_the_file_changed(
@@ -151,21 +151,21 @@ def test_a_good_object_that_took_the_place_of_a_bad_one_stays(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, b"precious")
-    own = hash_bytes(b"precious")
-    good = store.path(own).read_bytes()
-    damage(store, own)
+    precious_id = hash_bytes(b"precious")
+    good = store.path(precious_id).read_bytes()
+    damage(store, precious_id)
     make_directory = fs.make_directory
 
     def replace_meanwhile(path: Path) -> bool:
         # the last thing a reader does between its look at the damaged file and the move
         (store.temporary / "other").write_bytes(good)
-        os.replace(store.temporary / "other", store.path(own))
+        os.replace(store.temporary / "other", store.path(precious_id))
         return make_directory(path)
 
     monkeypatch.setattr(fs, "make_directory", replace_meanwhile)
     with pytest.raises(CorruptObject):
-        store.read(own)
-    assert store.read(own) == b"precious"
+        store.read(precious_id)
+    assert store.read(precious_id) == b"precious"
 
 
 def test_threads_that_put_the_same_and_other_objects_all_find_them_stored(store: ObjectStore) -> None:
@@ -233,15 +233,15 @@ def test_an_object_that_the_disk_cant_read_is_not_deduplicated_against(
 
 @pytest.mark.parametrize("what", ["file", "loop"])
 def test_what_is_no_folder_where_objects_should_be_is_a_storage_error(store: ObjectStore, what: str) -> None:
-    own = hash_bytes(b"x")
-    folder = store.path(own).parent
+    x_id = hash_bytes(b"x")
+    folder = store.path(x_id).parent
     if what == "file":
         folder.write_bytes(b"")
     else:
         folder.symlink_to(folder)
     for call in (store.has, store.read, store.stored_size, lambda _: put(store, b"x")):
         with pytest.raises(StorageError):
-            call(own)
+            call(x_id)
 
 
 def test_a_store_whose_disk_is_not_mounted_is_a_storage_error(store: ObjectStore) -> None:

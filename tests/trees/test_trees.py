@@ -531,9 +531,9 @@ def test_more_than_the_disk_holds_is_refused_before_anything_is_written(repo: Re
 
 def test_only_files_are_checked_out(repo: Repo, state: Callable[..., Any], tmp_path: Path) -> None:
     saved = repo.save(state(), run="main", step=1)
-    with pytest.raises(errors.NotFound, match="is no files but a checkpoint"):
+    with pytest.raises(errors.NotFound, match="is a checkpoint, not a tree of files"):
         checkout.check_out(repo, saved.id, tmp_path / "out")
-    with pytest.raises(errors.NotFound, match="no files named main"):
+    with pytest.raises(errors.NotFound, match="no files of run 'main'; `castore add PATH` adds some"):
         checkout.check_out(repo, "main:latest", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -548,7 +548,7 @@ def test_gc_keeps_what_was_added_until_it_is_forgotten(repo: Repo, source: Path,
     (tmp_path / "f").write_text("x")
     other = add_tree(repo, tmp_path / "f")
     assert gc.collect_garbage(repo, grace=timedelta(0)).delete == {}
-    repo.catalog.forget(repo.catalog.find(added.id))
+    repo.catalog.forget(repo.find(added.id))
     gc.collect_garbage(repo, grace=timedelta(0))
     checkout.check_out(repo, other.id, tmp_path / "out")
     assert repo.checkpoints() == []

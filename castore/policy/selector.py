@@ -1,0 +1,99 @@
+"""What a user types to name a checkpoint, prepared data or a tree of files, and the choice among manifests. Pure.
+
+``best`` and ``latest`` look at every run, ``RUN:best`` and ``RUN:latest`` at one; anything else is the first digits
+of an id. Every command and function that takes such a text reads it here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from castore.errors import AmbiguousId, NotFound, UnknownId
+from castore.format.manifest import Entry, Kind
+
+_SUGGESTED = 3
+_SUGGESTED_DIGITS = 8  # at least: fewer are hard to compare by eye
+
+_NONE = {"checkpoint": "no checkpoint", "dataset": "no prepared data", "files": "no files"}
+_IS = {"checkpoint": "a checkpoint", "dataset": "prepared data", "files": "a tree of files"}
+_REMEDY = {
+    "checkpoint": "`castore train` makes the first one",
+    "dataset": "`castore train` prepares some",
+    "files": "`castore add PATH` adds some",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """A selector taken apart: ``name`` is ``best``, ``latest`` or the first digits of an id.
+
+    ``run`` limits ``best`` and ``latest`` to one run; empty means every run. ``kind`` is the kind of manifest that is
+    wanted, None for any; only checkpoints have a quality, so ``best`` is a word for no other kind.
+
+        >>> Selector.parse("main:best")
+        Selector(name='best', run='main', kind='checkpoint')
+        >>> Selector.parse("3f2a91")
+        Selector(name='3f2a91', run='', kind=None)
+    """
+
+    name: str
+    run: str = ""
+    kind: Kind | None = None
+
+    @classmethod
+    def parse(cls, text: str, kind: Kind | None = None) -> Selector:
+        """Read what a user typed. Without a ``kind``, ``best`` and ``latest`` mean checkpoints."""
+        run, _, name = text.rpartition(":")
+        if name == "latest" or (name == "best" and kind in (None, "checkpoint")):
+            return cls(name, run, kind or "checkpoint")
+        return cls(text, "", kind)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether this names a place in an order (``best``, ``latest``), not one manifest by its id."""
+        return self.name == "latest" or (self.name == "best" and self.kind == "checkpoint")
+
+    def candidates(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the entries of the wanted kind and run, in the order given. NotFound for a run that has none."""
+        of_kind = [entry for entry in entries if self.kind in (None, entry.manifest.kind)]
+        candidates = [entry for entry in of_kind if self.run in ("", entry.manifest.run)]
+        if self.run and not candidates:
+            runs = sorted({entry.manifest.run for entry in of_kind})
+            hint = f"runs: {', '.join(runs)}" if runs else _REMEDY[self.kind or "checkpoint"]
+            raise NotFound(f"{_NONE[self.kind or 'checkpoint']} of run {self.run!r}; {hint}")
+        return candidates
+
+    def newest(self, entries: Iterable[Entry]) -> Entry:
+        """Return the first candidate of ``entries``, which come newest first. NotFound when there is none."""
+        for entry in self.candidates(entries):
+            return entry
+        kind = self.kind or "checkpoint"
+        raise NotFound(f"{_NONE[kind]} yet: {_REMEDY[kind]}")
+
+    def choose(self, matches: Sequence[Entry], known_ids: Iterable[str]) -> Entry:
+        """Return the one entry of ``matches``, which are those whose id begins with :attr:`name`.
+
+        ``known_ids`` are ids, or the first digits of ids, from which to suggest one when there is no match. UnknownId,
+        AmbiguousId; NotFound when the match is of another kind than the wanted one.
+        """
+        if len(matches) > 1:
+            raise AmbiguousId(self.name, sorted(entry.id for entry in matches))
+        if not matches:
+            raise self._unknown(known_ids)
+        (entry,) = matches
+        kind = entry.manifest.kind
+        if self.kind not in (None, kind):
+            hint = f"`castore log --kind {self.kind}` lists those"
+            raise NotFound(f"{entry.id[:12]} is {_IS[kind]}, not {_IS[self.kind]}: {hint}")
+        return entry
+
+    def _unknown(self, known_ids: Iterable[str]) -> NotFound:
+        digits = max(len(self.name), _SUGGESTED_DIGITS)
+        starts = [known_id[:digits] for known_id in known_ids]
+        near = difflib.get_close_matches(self.name.lower(), starts, n=_SUGGESTED, cutoff=0.6)
+        if self.kind in (None, "checkpoint"):
+            return UnknownId(self.name, near)
+        hint = f"did you mean {', '.join(near)}?" if near else f"`castore log --kind {self.kind}` lists them"
+        return NotFound(f"{_NONE[self.kind]} {self.name!r}; {hint}")
