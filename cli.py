@@ -1047,7 +1047,9 @@ def ci_restore(
     with _job("restore") as (repo, remote, sessions), _meter("restore") as meter:
         found = sessions.restore(repo, remote, resume, allow_fresh=allow_fresh, progress=meter.show)
     match = found.match
-    _append("GITHUB_STEP_SUMMARY", sessions.restored_markdown(found))
+    from castore.github import summary
+
+    _append("GITHUB_STEP_SUMMARY", summary.restored_markdown(found))
     _append_outputs(
         {
             "match": match.id if match else "",
@@ -1072,6 +1074,8 @@ def ci_restore(
     for further in found.further:
         step = further.manifest.step
         say(f"also    {further.id[:12]}, step {step:,}: a session from the match was trained to there before")
+    for name, error in found.remote_errors.items():
+        say(f"WARNING remote {name} was passed over: {error}")
     say(f"moved   {_describe_traffic(found.traffic)}")
 
 
@@ -1096,7 +1100,9 @@ def ci_save(
         policy = _policy(repo, given, max_size)
         ref = os.environ.get("GITHUB_REF", "")
         found = sessions.save(repo, remote, policy, commit=commit, message=message, ref=ref, progress=meter.show)
-    _append("GITHUB_STEP_SUMMARY", sessions.handed_on_markdown(found))
+    from castore.github import summary
+
+    _append("GITHUB_STEP_SUMMARY", summary.saved_markdown(found))
     _append_outputs(
         {
             "bundle": found.records[0].bundle if found.records else "",
@@ -1114,7 +1120,7 @@ def ci_save(
         sys.exit(5)
 
 
-def _say_handed_on(found: sessions.HandedOn) -> None:
+def _say_handed_on(found: sessions.SavedSession) -> None:
     if session := found.session:
         steps = f"step {session.start_step:,} -> {session.final_step:,}"
         losses = f"{format_number(session.start_loss)} -> {format_number(session.final_loss)}"
@@ -1141,8 +1147,8 @@ def _describe_traffic(traffic: sessions.Traffic) -> str:
 @contextmanager
 def _job(what: str) -> Iterator[tuple[castore.Repo, GitHubCache, Any]]:
     """The repository, with the cache of this job; an error is told in the job's summary, too."""
-    from castore.github import sessions
-    from castore.remotes.github_cache import CacheService
+    from castore.github import sessions, summary
+    from castore.remotes.github_service import CacheService
 
     service = CacheService.of_job(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, without waiting for the network: the store survives it
@@ -1153,7 +1159,7 @@ def _job(what: str) -> Iterator[tuple[castore.Repo, GitHubCache, Any]]:
             say(f"castore: {one.path}: {one.reason}", out=sys.stderr)
         yield repo, remote, sessions
     except castore.CastoreError as error:
-        _append("GITHUB_STEP_SUMMARY", sessions.refused_markdown(f"{what}: {error}"))
+        _append("GITHUB_STEP_SUMMARY", summary.failed_markdown(f"{what}: {error}"))
         raise
 
 

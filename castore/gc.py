@@ -137,7 +137,7 @@ def plan_collection(
 def _remote(repo: Repo, entries: Iterable[Entry], stored: Collection[ObjectId]) -> set[ObjectId]:
     """The indexes that aren't here and that remotes say they have."""
     absent = {part.index for entry in entries for part in entry.manifest.parts.values()}.difference(stored)
-    return fallback.having(repo.remotes, absent)
+    return fallback.available(repo.remotes, absent)
 
 
 def _gone(repo: Repo, entries: Iterable[Entry], there: Collection[ObjectId]) -> set[ObjectId]:

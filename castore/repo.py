@@ -27,7 +27,7 @@ from castore.policy.resolution import Damaged, PartState, Requirement, Resolutio
 from castore.policy.retention import Policy, policy_of
 from castore.remotes import fallback
 from castore.remotes.base import Remote
-from castore.remotes.folder import Folder
+from castore.remotes.registry import open_configured
 from castore.state.parts import Flat, load_parts, load_tensors, locate_errors, part_states, save_parts
 from castore.storage import fs, git
 from castore.storage.catalog import Catalog, Listing
@@ -59,8 +59,7 @@ class Repo:
         self.config = config
         self.store = ObjectStore(root, durable=config.store.fsync)
         self.catalog = Catalog(root, durable=config.store.fsync)
-        # a relative path starts where the project lives; an absolute one replaces it
-        self.remotes: list[Remote] = [Folder(name, root.parent / path) for name, path in config.remotes.items()]
+        self.remotes: list[Remote] = open_configured(config.remotes, root)
 
     # -- opening -----------------------------------------------------------------------------------------------------
 

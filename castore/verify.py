@@ -222,7 +222,7 @@ class _Verification:
                 for name in parts
                 if name in RESUME_PARTS and parts[name].index in self._sizes and parts[name].index not in held
             ]
-            if left and not fallback.having(self._repo.remotes, [model]):
+            if left and not fallback.available(self._repo.remotes, [model]):
                 reason = f"the model is gone but its {' and '.join(left)} is here: `castore gc` removes the rest"
                 yield Finding(
                     kind="inconsistent", reason=reason, path=self._store.path(model), object_id=model,

@@ -215,16 +215,16 @@ def _part_state(store: ObjectStore, part: Part, sources: Sequence[Remote]) -> Pa
         chunks = part_index.decode_chunks(data)
         lost = {chunk.id for chunk in chunks if not store.has(chunk.id)}
     except ObjectMissing:
-        return PartState("missing", f"its data is not in the store{fallback.whereabouts(sources, part.index)}")
+        return PartState("missing", f"its data is not in the store{fallback.explain_missing(sources, part.index)}")
     except (CorruptionError, StorageError) as error:
         return PartState("missing", str(error))
     if frame is None and not lost:
         return PartState("local")
-    nowhere = sorted(lost - fallback.having(sources, lost))
+    nowhere = sorted(lost - fallback.available(sources, lost))
     if not nowhere:
         return PartState("remote")
     told = f"{len(nowhere)} of its {len({chunk.id for chunk in chunks})} objects are missing"
-    return PartState("missing", f"{told}{fallback.whereabouts(sources, nowhere[0])}")
+    return PartState("missing", f"{told}{fallback.explain_missing(sources, nowhere[0])}")
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------
