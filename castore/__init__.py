@@ -13,6 +13,7 @@ Importing castore imports neither torch nor NumPy; saving and loading tensors do
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from castore import errors, text
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from castore.repo import Repo, SaveResult
 
 __version__ = "0.1.0"
+
+logging.getLogger("castore").addHandler(logging.NullHandler())  # silent unless the program asks
 
 __all__ = [
     "CastoreError",

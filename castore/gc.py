@@ -169,7 +169,7 @@ def _decide(
 def _remote_indexes(repo: Repo, entries: Iterable[Entry], stored: Collection[ObjectId]) -> set[ObjectId]:
     """Return the indexes that aren't here and that remotes say they have."""
     absent = {part.index for entry in entries for part in entry.manifest.parts.values()}.difference(stored)
-    return fallback.having(repo.remotes, absent)
+    return fallback.available(repo.remotes, absent)
 
 
 def _without_data(repo: Repo, entries: Iterable[Entry], available: Collection[ObjectId]) -> set[ObjectId]:

@@ -26,7 +26,7 @@ from castore.policy.resolution import Damaged, PartState, Requirement, Resolutio
 from castore.policy.retention import Policy, policy_of
 from castore.policy.selector import Selector
 from castore.remotes.base import Remote
-from castore.remotes.folder import Folder
+from castore.remotes.registry import open_configured
 from castore.state import parts as state_parts
 from castore.state.parts import Flat, PlaceTensors
 from castore.storage import fs, git
@@ -78,8 +78,7 @@ class Repo:
         self.config = config
         self.store = ObjectStore(root, durable=config.store.fsync)
         self.catalog = Catalog(root, durable=config.store.fsync)
-        # a relative path starts in the folder that holds .castore; an absolute one replaces it
-        self.remotes: list[Remote] = [Folder(name, root.parent / path) for name, path in config.remotes.items()]
+        self.remotes: list[Remote] = open_configured(config.remotes, root)
 
     # -- opening -----------------------------------------------------------------------------------------------------
 

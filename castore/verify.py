@@ -189,7 +189,7 @@ class _Verification:
                 for name in parts
                 if name in RESUME_PARTS and parts[name].index in self._sizes and parts[name].index not in needed
             ]
-            if remaining and not fallback.having(self._repo.remotes, [model_id]):
+            if remaining and not fallback.available(self._repo.remotes, [model_id]):
                 names = " and ".join(remaining)
                 yield Finding(
                     kind="inconsistent",

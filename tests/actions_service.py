@@ -287,11 +287,11 @@ class Blobs:
             raise AzureError(412, "ConditionNotMet")
         if request.verb == "HEAD":
             return Reply(200, headers | {"Content-Length": str(len(data))})
-        wanted = request.headers.get("x-ms-range") or request.headers.get("range")
-        if not wanted:
+        asked = request.headers.get("x-ms-range") or request.headers.get("range")
+        if not asked:
             return Reply(200, headers, data)
         # Azure has neither ranges from the end nor several at once
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise AzureError(400, "InvalidHeaderValue", "Range")
         start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
@@ -454,8 +454,8 @@ class Cache:
     def swap(self, key: str, other: str) -> None:
         """Exchange the bytes of two entries."""
         with self._lock:
-            one, two = self._named(key), self._named(other)
-            one.blob, two.blob = two.blob, one.blob
+            first, second = self._named(key), self._named(other)
+            first.blob, second.blob = second.blob, first.blob
 
     def evict(self, key: str, ref: str | None = None) -> None:
         """Remove an entry and its bytes, as the service does with those unused for long."""
@@ -628,7 +628,7 @@ def _size(value: Any) -> int:
 def _keys(value: Any) -> list[str]:
     if not isinstance(value, list):
         raise TypeError(value)
-    return [_key(one) for one in value]
+    return [_key(key) for key in value]
 
 
 # -- HTTP -----------------------------------------------------------------------------------------------------------
@@ -682,16 +682,16 @@ class Service(Cache):
     @property
     def uploaded_bytes(self) -> int:
         """What clients sent to blobs."""
-        return sum(one.request_bytes for one in self.log if one.kind == "blob")
+        return sum(logged.request_bytes for logged in self.log if logged.kind == "blob")
 
     @property
     def downloaded_bytes(self) -> int:
         """What clients were sent from blobs."""
-        return sum(one.response_bytes for one in self.log if one.kind == "blob")
+        return sum(logged.response_bytes for logged in self.log if logged.kind == "blob")
 
     def count(self, method: str) -> int:
         """The number of requests so far with this method."""
-        return sum(one.method == method for one in self.log)
+        return sum(logged.method == method for logged in self.log)
 
     def serve(self, request: Request) -> tuple[Reply, Logged]:
         """The reply to a request, and its entry in the log."""

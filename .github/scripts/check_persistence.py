@@ -1,4 +1,4 @@
-"""Check that a second training session went on where the first ended, from the summaries that castore wrote of both.
+"""Check from two sessions' summaries that the second continued exactly where the first ended.
 
     python check_persistence.py --first SESSION.json --second SESSION.json --report report.md
 
@@ -26,23 +26,23 @@ SAME_TRAINING = 1e-3  # the same steps computed on two machines, whose processor
 @dataclass(frozen=True, slots=True)
 class Check:
     what: str
-    wanted: str
-    found: object
+    expected: str
+    actual: object
     passed: bool
 
 
-def equal(what: str, found: object, wanted: object) -> Check:
-    return Check(what, json.dumps(wanted), found, type(found) is type(wanted) and found == wanted)
+def equal(what: str, actual: object, expected: object) -> Check:
+    return Check(what, json.dumps(expected), actual, type(actual) is type(expected) and actual == expected)
 
 
-def close(what: str, found: object, wanted: object, tolerance: float) -> Check:
-    numbers = [float(one) for one in (found, wanted) if isinstance(one, (int, float)) and math.isfinite(one)]
+def close(what: str, actual: object, expected: object, tolerance: float) -> Check:
+    numbers = [float(value) for value in (actual, expected) if isinstance(value, (int, float)) and math.isfinite(value)]
     near = len(numbers) == 2 and abs(numbers[0] - numbers[1]) <= tolerance
-    return Check(what, f"{json.dumps(wanted)}, within {tolerance:g}", found, near)
+    return Check(what, f"{json.dumps(expected)}, within {tolerance:g}", actual, near)
 
 
 def checks(first: Session, second: Session) -> Iterator[Check]:
-    """What must hold of two sessions of which the second resumed the first on another machine."""
+    """Yield the checks of two sessions, the second of which resumed the first on another machine."""
     yield equal("first: begins at step", first.get("start_step"), 0)
     yield equal("first: ends at step", first.get("final_step"), STEPS)
     saved = first.get("checkpoints") or [None]
@@ -59,7 +59,7 @@ def checks(first: Session, second: Session) -> Iterator[Check]:
 
 
 def straight_checks(second: Session, straight: Session) -> Iterator[Check]:
-    """Ten steps and ten more are worth twenty without a break: not only the numbers were carried over."""
+    """Yield the checks that ten steps and ten more equal twenty without a break: not only numbers were carried over."""
     yield equal("without a break: begins at step", straight.get("start_step"), 0)
     yield equal("without a break: ends at step", straight.get("final_step"), 2 * STEPS)
     what = "second: last loss is that of training without a break"
@@ -67,23 +67,23 @@ def straight_checks(second: Session, straight: Session) -> Iterator[Check]:
 
 
 def report(results: list[Check]) -> str:
-    """A table in Markdown: what failed, if anything did, and otherwise everything."""
+    """Return a table in Markdown: the failed checks, or all of them when none failed."""
     failed = [check for check in results if not check.passed]
     title = f"{len(failed)} of {len(results)} checks failed" if failed else f"all {len(results)} checks passed"
-    head = [f"## Training persistence: {title}", "", "| check | wanted | found |", "|---|---|---|"]
-    rows = [f"| {check.what} | {check.wanted} | {json.dumps(check.found)} |" for check in failed or results]
+    head = [f"## Training persistence: {title}", "", "| check | expected | actual |", "|---|---|---|"]
+    rows = [f"| {check.what} | {check.expected} | {json.dumps(check.actual)} |" for check in failed or results]
     return "\n".join([*head, *rows, ""])
 
 
 def read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(summary, dict):
         raise ValueError("not a session's summary")
-    return found
+    return summary
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check that a second training session went on where the first ended.")
+    parser = argparse.ArgumentParser(description="Check that a second session continued where the first ended.")
     parser.add_argument("--first", type=Path, required=True, help="summary of the first session")
     parser.add_argument("--second", type=Path, required=True, help="summary of the second session")
     parser.add_argument("--straight", type=Path, help="summary of one session of as many steps as both")

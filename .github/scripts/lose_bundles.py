@@ -1,4 +1,4 @@
-"""Make each record of a bundle in a folder name a cache entry that doesn't exist, as if the cache had evicted it.
+"""Let each bundle record in a folder name a cache entry that doesn't exist, as if the cache had evicted it.
 
 python lose_bundles.py .castore/bundles
 """

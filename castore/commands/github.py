@@ -19,7 +19,7 @@ from castore.commands.keep import KeepOptimizerOption, KeepOption, MaxSizeOption
 from castore.text import format_number, format_size
 
 if TYPE_CHECKING:
-    from castore.github.sessions import HandedOn, Restored, Traffic
+    from castore.github.sessions import RestoredSession, SavedSession, Traffic
     from castore.remotes.github_cache import GitHubCache
 
 app = typer.Typer(
@@ -42,12 +42,12 @@ def ci_restore(
     Runs inside an action, as GitHub gives no other step access to the cache: `uses: OWNER/castore@v1` with
     `mode: restore`. The job's summary says what was done.
     """
-    from castore.github import sessions
+    from castore.github import sessions, summary
 
     with _job("restore") as (repo, cache), Display("restore", "bytes") as display:
         restored = sessions.restore(repo, cache, resume, allow_fresh=allow_fresh, progress=display)
     match = restored.match
-    _append("GITHUB_STEP_SUMMARY", sessions.restored_markdown(restored))
+    _append("GITHUB_STEP_SUMMARY", summary.restored_markdown(restored))
     _append_outputs(
         {
             "match": match.id if match else "",
@@ -65,13 +65,15 @@ def ci_restore(
     say(*_describe_restored(restored))
 
 
-def _describe_restored(restored: Restored) -> Iterator[str]:
+def _describe_restored(restored: RestoredSession) -> Iterator[str]:
     for reason in restored.resolution.explain_rejections() if restored.resolution else ():
         yield f"no      {reason}"
     yield describe_match(restored.match) if restored.match else f"fresh   {restored.fresh}"
     for further in restored.further:
         step = further.manifest.step
         yield f"also    {further.id[:12]}, step {step:,}: an earlier session trained from the match up to there"
+    for name, error in restored.remote_errors.items():
+        yield f"WARNING remote {name} was passed over: {error}"
     yield f"moved   {_describe_traffic(restored.traffic)}"
 
 
@@ -89,13 +91,13 @@ def ci_save(
     Collects garbage, uploads what the cache lacks of the kept checkpoints as one bundle, and, once a look-up has
     confirmed the bundle, stages its record and the manifests.
     """
-    from castore.github import sessions
+    from castore.github import sessions, summary
 
     with _job("save") as (repo, cache), Display("save", "bytes") as display:
         policy = with_changes(repo.policy, {"keep": keep, "keep_optimizer": keep_optimizer}, max_size)
         ref = os.environ.get("GITHUB_REF", "")
         saved = sessions.save(repo, cache, policy, commit=commit, message=message, ref=ref, progress=display)
-    _append("GITHUB_STEP_SUMMARY", sessions.handed_on_markdown(saved))
+    _append("GITHUB_STEP_SUMMARY", summary.saved_markdown(saved))
     _append_outputs(
         {
             "bundle": saved.records[0].bundle if saved.records else "",
@@ -113,7 +115,7 @@ def ci_save(
         sys.exit(5)
 
 
-def _describe_saved(saved: HandedOn) -> Iterator[str]:
+def _describe_saved(saved: SavedSession) -> Iterator[str]:
     if session := saved.session:
         steps = f"step {session.start_step:,} -> {session.final_step:,}"
         losses = f"{format_number(session.start_loss)} -> {format_number(session.final_loss)}"
@@ -139,8 +141,8 @@ def _describe_traffic(traffic: Traffic) -> str:
 @contextmanager
 def _job(mode: str) -> Iterator[tuple[castore.Repo, GitHubCache]]:
     """Open the repository and this job's cache; an error is also written to the job's summary."""
-    from castore.github import sessions
-    from castore.remotes.github_cache import CacheService
+    from castore.github import sessions, summary
+    from castore.remotes.github_service import CacheService
 
     service = CacheService.of_job(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without waiting for the network: the store survives it
@@ -150,7 +152,7 @@ def _job(mode: str) -> Iterator[tuple[castore.Repo, GitHubCache]]:
         warn(*(f"{record.path}: {record.reason}" for record in broken))
         yield repo, cache
     except castore.CastoreError as error:
-        _append("GITHUB_STEP_SUMMARY", sessions.refused_markdown(f"{mode}: {error}"))
+        _append("GITHUB_STEP_SUMMARY", summary.failed_markdown(f"{mode}: {error}"))
         raise
 
 

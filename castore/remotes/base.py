@@ -1,36 +1,68 @@
-"""What a remote is: where objects are that the store lacks. Whatever one returns is hostile until it is verified."""
+"""The protocols of remotes: stores elsewhere that objects are read from and, some of them, published to.
+
+Remotes hold frames (:mod:`castore.format.frame`), the stored form of objects. Whatever a remote returns is untrusted
+until it is verified, which :mod:`castore.remotes.fallback` does. tests/remotes/conformance.py checks all classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self
 
 from castore.format.ids import ObjectId
 
 
 class Remote(Protocol):
-    """What objects can be fetched from. Any number of threads may ask at once.
+    """A remote that objects are read from. Any number of threads may use it at once.
 
-    StorageError or RemoteError when it can't be read.
+    Methods raise StorageError or RemoteError when the remote can't be read; ``explain_missing`` and ``mark_corrupt``
+    never raise.
     """
 
     @property
     def name(self) -> str:
-        """What config.toml calls it."""
+        """The name that messages use: for a configured remote, its key in ``[remotes]`` of config.toml."""
         ...
 
-    def get(self, wanted: ObjectId) -> bytes | None:
-        """The frame it has under this id, at most ``objects.MAX_STORED`` bytes of anything; None when it has none."""
+    def get(self, object_id: ObjectId) -> bytes | None:
+        """Return the frame stored under an id, unverified; None when there is none.
+
+        At most ``frame.MAX_STORED`` bytes are ever read.
+        """
         ...
 
-    def has(self, wanted: Iterable[ObjectId]) -> set[ObjectId]:
-        """Those that it says it has."""
+    def has(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return those of ``object_ids`` that the remote claims to hold. None of their bytes are read."""
         ...
 
-    def explain_missing(self, wanted: ObjectId) -> str:
-        """Why an object that it was asked for isn't to be had from it, in words."""
+    def explain_missing(self, object_id: ObjectId) -> str:
+        """Explain, for an error message, why this remote cannot supply the object."""
         ...
 
-    def mark_corrupt(self, wanted: ObjectId, reason: str) -> None:
-        """What it gave under this id is not what the id says: from now on it has no such object."""
+    def mark_corrupt(self, object_id: ObjectId, reason: str) -> None:
+        """Mark this remote's copy as corrupt; treat it as absent from now on."""
+        ...
+
+
+class PublishingRemote(Remote, Protocol):
+    """A remote that objects can also be written to."""
+
+    def put(self, object_id: ObjectId, frame: bytes) -> bool:
+        """Publish a frame that the caller has verified; return False if a good copy was there already.
+
+        Readers see either the whole frame or nothing. A good copy is never overwritten, a corrupt one is replaced.
+        """
+        ...
+
+
+class ConfiguredRemote(Remote, Protocol):
+    """A remote that a line ``name = "location"`` in ``[remotes]`` of config.toml can name."""
+
+    @classmethod
+    def from_location(cls, name: str, location: str, base: Path) -> Self:
+        """Open the remote at ``location``, a URL or a path; relative paths start at ``base``.
+
+        Nothing is contacted yet. ValueError, saying what to write instead, when the location is malformed.
+        """
         ...

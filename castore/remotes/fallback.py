@@ -1,11 +1,14 @@
-"""Remotes: where objects are that the store lacks. Whatever one returns is hostile until it is verified.
+"""Objects from the store or, when it lacks a good copy, from remotes in order, verified before they are used.
 
-A remote never makes anything worse: one that can't be reached, or whose copy is bad, has nothing.
+A remote never makes anything worse: one that can't be reached, or whose copy is corrupt, counts as having nothing. Each
+error passed over this way is logged as a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from castore.errors import CorruptObject, ObjectMissing, RemoteError, StorageError, UnsupportedVersion
 from castore.format.frame import decode_frame, plain_length
@@ -13,98 +16,142 @@ from castore.format.ids import ObjectId
 from castore.remotes.base import Remote
 from castore.storage.object_store import ObjectStore
 
+_logger = logging.getLogger(__name__)
 
-def having(remotes: Sequence[Remote], wanted: Iterable[ObjectId]) -> set[ObjectId]:
-    """Those that one of the remotes says it has. A remote is asked only for what those before it lack."""
-    left = set(wanted)
-    found: set[ObjectId] = set()
+
+def available(remotes: Sequence[Remote], object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+    """Return those of ``object_ids`` that some remote claims to hold.
+
+    Each remote is asked only for what the ones before it lack.
+    """
+    missing = set(object_ids)
+    held: set[ObjectId] = set()
     for remote in remotes:
-        if not left:
+        if not missing:
             break
         try:
-            here = remote.has(left) & left
-        except (StorageError, RemoteError):
+            claimed = remote.has(missing) & missing
+        except (StorageError, RemoteError) as error:
+            _logger.warning("remote %s passed over, asked for %d objects: %s", remote.name, len(missing), error)
             continue
-        found |= here
-        left -= here
-    return found
+        held |= claimed
+        missing -= claimed
+    return held
 
 
 def read(
-    store: ObjectStore, remotes: Sequence[Remote], wanted: ObjectId, *, mend: bool = True
+    store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId, *, mend: bool = True
 ) -> tuple[bytes, bytes | None]:
-    """(plain bytes, frame if it came from a remote), verified. A frame isn't stored: the caller decides when.
+    """Return (plain bytes, frame if it came from a remote), verified. The frame is not stored: the caller decides when.
 
-    ObjectMissing or CorruptObject of the store when no remote has a good copy either.
+    Raise the store's ObjectMissing or CorruptObject when no remote has a good copy either.
     """
     try:
-        return store.read(wanted, mend=mend), None
+        return store.read(object_id, mend=mend), None
     except (ObjectMissing, CorruptObject):
-        for remote, frame in _frames(remotes, wanted):
-            plain = _decoded(remote, wanted, frame)
+        for remote, frame in _frames(remotes, object_id):
+            plain = _decoded(remote, object_id, frame)
             if plain is not None:
                 return bytes(plain), frame
         raise
 
 
-def read_into(store: ObjectStore, remotes: Sequence[Remote], wanted: ObjectId, out: memoryview) -> None:
-    """Fill ``out``, verified; what comes from a remote is stored. ObjectMissing or CorruptObject of the store."""
+def read_into(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId, out: memoryview) -> None:
+    """Fill ``out`` with the object's plain bytes, verified; what comes from a remote is stored.
+
+    Raise the store's ObjectMissing or CorruptObject when no remote has a good copy either.
+    """
     try:
-        store.read_into(wanted, out)
+        store.read_into(object_id, out)
     except (ObjectMissing, CorruptObject):
-        for remote, frame in _frames(remotes, wanted):
-            if _adopt(store, remote, wanted, frame, out):
+        for remote, frame in _frames(remotes, object_id):
+            if _adopt(store, remote, object_id, frame, out):
                 return
         raise
 
 
-def fetch(store: ObjectStore, remotes: Sequence[Remote], wanted: ObjectId) -> str | None:
-    """Store an object that a remote has, once verified, and return the remote's name; None when none has a good one."""
-    for remote, frame in _frames(remotes, wanted):
+def fetch(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId) -> str | None:
+    """Copy an object from the first remote with a good copy into the store; return that remote's name, or None."""
+    for remote, frame in _frames(remotes, object_id):
         try:
-            out = bytearray(plain_length(wanted, memoryview(frame)))
+            out = bytearray(plain_length(object_id, memoryview(frame)))
         except (CorruptObject, UnsupportedVersion) as error:
-            remote.mark_corrupt(wanted, _reason(error))
+            _mark_corrupt(remote, object_id, error)
             continue
-        if _adopt(store, remote, wanted, frame, memoryview(out)):
+        if _adopt(store, remote, object_id, frame, memoryview(out)):
             return remote.name
     return None
 
 
-def whereabouts(remotes: Sequence[Remote], wanted: ObjectId) -> str:
-    """Why none of the remotes has an object, in words; empty when there are none."""
-    return "".join(f"; {remote.name}: {remote.explain_missing(wanted)}" for remote in remotes)
+def explain_missing(remotes: Sequence[Remote], object_id: ObjectId) -> str:
+    """Explain, to be appended to an error message, why none of the remotes supplies an object; "" without remotes."""
+    return "".join(f"; {remote.name}: {remote.explain_missing(object_id)}" for remote in remotes)
 
 
-def _frames(remotes: Sequence[Remote], wanted: ObjectId) -> Iterable[tuple[Remote, bytes]]:
-    return ((remote, frame) for remote in remotes if (frame := _get(remote, wanted)) is not None)
+@dataclass(slots=True)
+class ErrorRecorder:
+    """A remote that forwards to another and keeps its first error in ``error``, for a result to tell the user."""
+
+    remote: Remote
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.remote.name
+
+    def get(self, object_id: ObjectId) -> bytes | None:
+        try:
+            return self.remote.get(object_id)
+        except (StorageError, RemoteError) as error:
+            self.error = self.error or str(error)
+            raise
+
+    def has(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        try:
+            return self.remote.has(object_ids)
+        except (StorageError, RemoteError) as error:
+            self.error = self.error or str(error)
+            raise
+
+    def explain_missing(self, object_id: ObjectId) -> str:
+        return self.remote.explain_missing(object_id)
+
+    def mark_corrupt(self, object_id: ObjectId, reason: str) -> None:
+        self.error = self.error or f"its copy of object {object_id[:12]} is corrupt: {reason}"
+        self.remote.mark_corrupt(object_id, reason)
 
 
-def _get(remote: Remote, wanted: ObjectId) -> bytes | None:
+def _frames(remotes: Sequence[Remote], object_id: ObjectId) -> Iterator[tuple[Remote, bytes]]:
+    for remote in remotes:
+        try:
+            frame = remote.get(object_id)
+        except (StorageError, RemoteError) as error:
+            _logger.warning("remote %s passed over, asked for object %s: %s", remote.name, object_id[:12], error)
+            continue
+        if frame is not None:
+            yield remote, frame
+
+
+def _adopt(store: ObjectStore, remote: Remote, object_id: ObjectId, frame: bytes, out: memoryview) -> bool:
     try:
-        return remote.get(wanted)
-    except (StorageError, RemoteError):
-        return None
-
-
-def _adopt(store: ObjectStore, remote: Remote, wanted: ObjectId, frame: bytes, out: memoryview) -> bool:
-    try:
-        store.adopt(wanted, frame, out)
+        store.adopt(object_id, frame, out)
     except (CorruptObject, UnsupportedVersion) as error:
-        remote.mark_corrupt(wanted, _reason(error))
+        _mark_corrupt(remote, object_id, error)
         return False
     return True
 
 
-def _decoded(remote: Remote, wanted: ObjectId, frame: bytes) -> bytearray | None:
+def _decoded(remote: Remote, object_id: ObjectId, frame: bytes) -> bytearray | None:
     try:
-        out = bytearray(plain_length(wanted, memoryview(frame)))
-        decode_frame(wanted, memoryview(frame), memoryview(out))
+        out = bytearray(plain_length(object_id, memoryview(frame)))
+        decode_frame(object_id, memoryview(frame), memoryview(out))
     except (CorruptObject, UnsupportedVersion) as error:
-        remote.mark_corrupt(wanted, _reason(error))
+        _mark_corrupt(remote, object_id, error)
         return None
     return out
 
 
-def _reason(error: CorruptObject | UnsupportedVersion) -> str:
-    return error.reason if isinstance(error, CorruptObject) else str(error)
+def _mark_corrupt(remote: Remote, object_id: ObjectId, error: CorruptObject | UnsupportedVersion) -> None:
+    reason = error.reason if isinstance(error, CorruptObject) else str(error)
+    _logger.warning("remote %s passed over, its copy of object %s is corrupt: %s", remote.name, object_id[:12], reason)
+    remote.mark_corrupt(object_id, reason)

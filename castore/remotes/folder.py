@@ -1,4 +1,4 @@
-"""A folder as a remote: the ``objects/`` of another store, on a shared disk say."""
+"""A folder as a remote: the ``objects/`` of another store, on a shared disk for example."""
 
 from __future__ import annotations
 
@@ -8,28 +8,48 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
+from urllib.parse import unquote, urlsplit
 
-from castore.errors import StorageError
-from castore.format.frame import MAX_STORED
+from castore.errors import CorruptObject, StorageError, UnsupportedVersion
+from castore.format.frame import MAX_STORED, decode_frame, plain_length
 from castore.format.ids import ObjectId
+from castore.storage import fs
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Objects at ``path/objects/ab/<id>``, which are only ever read. Nothing there is followed, moved or waited for."""
+    """Objects at ``path/objects/ab/<id>``. Reading changes nothing there, follows no link and waits for no pipe.
+
+    >>> Folder("shared", Path("/nowhere")).explain_missing(ObjectId("ab" * 32))
+    'there is no folder /nowhere'
+    """
 
     name: str
     path: Path
-    _bad: dict[ObjectId, str] = field(default_factory=dict)
+    _corrupt: dict[ObjectId, str] = field(default_factory=dict)
 
-    def get(self, wanted: ObjectId) -> bytes | None:
-        """What the file holds. StorageError when it is a link, can't be read or is larger than any object."""
-        if wanted in self._bad:
+    @classmethod
+    def from_location(cls, name: str, location: str, base: Path) -> Self:
+        """Open a folder by its path or ``file:`` URL. ValueError when the URL names another machine."""
+        if not location.lower().startswith("file:"):
+            return cls(name, base / location)
+        url = urlsplit(location)
+        if url.netloc not in ("", "localhost"):
+            raise ValueError(f"{location} names the machine {url.netloc}: write file:///path, with three slashes")
+        path = unquote(url.path)
+        if url.query or url.fragment or not path or "\0" in path:
+            raise ValueError(f"{location} is not the URL of a folder: write file:///path, and %3F and %23 for ? and #")
+        return cls(name, base / path)
+
+    def get(self, object_id: ObjectId) -> bytes | None:
+        """Return the file's bytes. StorageError when it is a link, can't be read or is larger than any object."""
+        if object_id in self._corrupt:
             return None
-        path = self._file(wanted)
+        path = self._file(object_id)
         try:
             with open(path, "rb", opener=_open) as file:
-                # of what is no file it is zero, which is all that is read then
+                # zero for a pipe or a device, of which nothing is read then
                 size = os.fstat(file.fileno()).st_size
                 if size > MAX_STORED:
                     raise OSError(errno.EFBIG, f"{size} bytes, where at most {MAX_STORED} make sense")
@@ -39,36 +59,73 @@ class Folder:
         except OSError as error:
             raise StorageError("read", str(path), error) from error
 
-    def has(self, wanted: Iterable[ObjectId]) -> set[ObjectId]:
-        """Those that are regular files there."""
-        return {one for one in wanted if one not in self._bad and self._is_file(one)}
+    def has(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return those that are regular files there."""
+        return {object_id for object_id in object_ids if object_id not in self._corrupt and self._is_file(object_id)}
 
-    def explain_missing(self, wanted: ObjectId) -> str:
-        """Why there is no such object: a folder that is gone is not one that lacks a file."""
-        if wanted in self._bad:
-            return f"its copy is bad: {self._bad[wanted]}"
+    def explain_missing(self, object_id: ObjectId) -> str:
+        """Explain, for an error message, why this remote cannot supply the object.
+
+        A folder that is gone reads differently from one that lacks a file.
+        """
+        if object_id in self._corrupt:
+            return f"its copy is corrupt: {self._corrupt[object_id]}"
         try:
-            os.lstat(self._file(wanted))
+            os.lstat(self._file(object_id))
         except FileNotFoundError:
             return "not there" if self.path.is_dir() else f"there is no folder {self.path}"
         except OSError as error:
             return f"can't be read: {error.strerror}"
-        return "not there" if not self._is_file(wanted) else "can't be read"
+        return "can't be read" if self._is_file(object_id) else "not there"
 
-    def mark_corrupt(self, wanted: ObjectId, reason: str) -> None:
-        """Not to be read again, while this process lives."""
-        self._bad[wanted] = reason
+    def mark_corrupt(self, object_id: ObjectId, reason: str) -> None:
+        """Mark this remote's copy as corrupt; treat it as absent for the rest of this process."""
+        self._corrupt[object_id] = reason
 
-    def _is_file(self, wanted: ObjectId) -> bool:
+    def put(self, object_id: ObjectId, frame: bytes) -> bool:
+        """Publish a verified frame, durably; return False if a good copy was there already. StorageError."""
+        path, temporary = self._file(object_id), self.path / "tmp"
+        for folder in (temporary, path.parent):
+            if fs.make_directory(folder):
+                fs.sync_directory(folder.parent)
+        is_new = fs.publish(path, frame, temporary)
+        if not is_new and self._is_good(object_id):
+            return False
+        if not is_new:
+            self._replace(path, frame, temporary)
+        self._corrupt.pop(object_id, None)
+        return True
+
+    def _is_good(self, object_id: ObjectId) -> bool:
+        """Whether the file decodes to the bytes that the id names, whatever was marked before."""
         try:
-            return stat.S_ISREG(os.lstat(self._file(wanted)).st_mode)
+            frame = fs.read(self._file(object_id), MAX_STORED) if self._is_file(object_id) else b""
+            plain = bytearray(plain_length(object_id, memoryview(frame)))
+            decode_frame(object_id, memoryview(frame), memoryview(plain))
+        except (CorruptObject, UnsupportedVersion, StorageError, FileNotFoundError):
+            return False
+        return True
+
+    def _replace(self, path: Path, frame: bytes, temporary: Path) -> None:
+        """Put a good file in the place of a corrupt one, or of a link, atomically."""
+        new = temporary / f"{path.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        fs.publish(new, frame, temporary)
+        try:
+            fs.rename(new, path)
+        finally:
+            fs.unlink(new)
+        fs.sync_directory(path.parent)
+
+    def _is_file(self, object_id: ObjectId) -> bool:
+        try:
+            return stat.S_ISREG(os.lstat(self._file(object_id)).st_mode)
         except OSError:
             return False
 
-    def _file(self, wanted: ObjectId) -> Path:
-        return self.path / "objects" / wanted[:2] / wanted
+    def _file(self, object_id: ObjectId) -> Path:
+        return self.path / "objects" / object_id[:2] / object_id
 
 
 def _open(path: str, flags: int) -> int:
-    # a link could lead to a terminal and a pipe has no end: neither may be what a load waits for
+    # a link could lead to a terminal, and a pipe has no end: a load must wait for neither
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -279,16 +279,16 @@ def _part_state(store: ObjectStore, part: Part, remotes: Sequence[Remote]) -> Pa
         chunk_ids = {chunk.id for chunk in part_index.decode_chunks(data)}
         absent = {chunk_id for chunk_id in chunk_ids if not store.has(chunk_id)}
     except ObjectMissing:
-        return PartState("missing", f"its data is not in the store{fallback.whereabouts(remotes, part.index)}")
+        return PartState("missing", f"its data is not in the store{fallback.explain_missing(remotes, part.index)}")
     except (CorruptionError, StorageError) as error:
         return PartState("missing", str(error))
     if frame is None and not absent:
         return PartState("local")
-    nowhere = sorted(absent - fallback.having(remotes, absent))
+    nowhere = sorted(absent - fallback.available(remotes, absent))
     if not nowhere:
         return PartState("remote")
     reason = f"{len(nowhere)} of its {len(chunk_ids)} objects are missing"
-    return PartState("missing", f"{reason}{fallback.whereabouts(remotes, nowhere[0])}")
+    return PartState("missing", f"{reason}{fallback.explain_missing(remotes, nowhere[0])}")
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------

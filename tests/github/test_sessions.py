@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,9 +21,10 @@ from project import Project
 import castore
 from castore import Repo
 from castore.errors import NotPushed, RemoteUnavailable, UploadRefused, UsageError
-from castore.github import sessions
-from castore.remotes import github_cache
-from castore.remotes.github_cache import CacheService
+from castore.github import sessions, summary
+from castore.progress import ignore_progress
+from castore.remotes import github_service
+from castore.remotes.github_service import CacheService
 
 MAIN = "refs/heads/main"
 
@@ -36,17 +38,13 @@ def cache() -> Iterator[Cache]:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     made: list[float] = []
-    monkeypatch.setattr(github_cache.time, "sleep", made.append)
+    monkeypatch.setattr(github_service.time, "sleep", made.append)
     return made
 
 
 def parts(seed: int) -> dict[str, Any]:
     made = plain_parts(seed)
     return {"model": made["model"], "optimizer": plain_parts(seed + 1000)["model"], "trainer": made["trainer"]}
-
-
-def nothing(done: int, total: int) -> None:
-    pass
 
 
 class World:
@@ -97,15 +95,15 @@ class Machine(Project):
     def repo(self) -> Repo:
         return Repo.open(self.root)
 
-    def restore(self, want: str = "best", allow_fresh: bool = False) -> sessions.Restored:
+    def restore(self, want: str = "best", allow_fresh: bool = False) -> sessions.RestoredSession:
         repo = self.repo
         remote, _ = sessions.connect(repo, CacheService.of_job(self.job))
-        return sessions.restore(repo, remote, want, allow_fresh=allow_fresh, progress=nothing)
+        return sessions.restore(repo, remote, want, allow_fresh=allow_fresh, progress=ignore_progress)
 
-    def save(self, **options: Any) -> sessions.HandedOn:
+    def save(self, **options: Any) -> sessions.SavedSession:
         repo = self.repo
         remote, _ = sessions.connect(repo, CacheService.of_job(self.job))
-        usual = {"commit": True, "ref": self.job["GITHUB_REF"], "progress": nothing, "pause": lambda _: None}
+        usual = {"commit": True, "ref": self.job["GITHUB_REF"], "progress": ignore_progress, "pause": lambda _: None}
         return sessions.save(repo, remote, **(usual | options))
 
     def checkpoint(
@@ -246,14 +244,14 @@ def test_only_the_match_is_fetched(world: World, one: castore.SaveResult) -> Non
     machine.save()
     other = world.machine()
     before = world.cache.downloaded_bytes
-    found = other.restore()
-    assert found.match is not None
-    assert found.match.step == 20
+    restored = other.restore()
+    assert restored.match is not None
+    assert restored.match.step == 20
     moved = world.cache.downloaded_bytes - before
-    stored = sum(part.stored_bytes for part in other.repo.find(found.match.id).manifest.parts.values())
+    stored = sum(part.stored_bytes for part in other.repo.find(restored.match.id).manifest.parts.values())
     assert stored <= moved < 1.1 * stored
-    assert found.traffic.downloaded == moved
-    assert other.repo.load(found.match.id).keys() == {"model", "optimizer", "trainer"}
+    assert restored.traffic.downloaded == moved
+    assert other.repo.load(restored.match.id).keys() == {"model", "optimizer", "trainer"}
 
 
 @pytest.mark.usefixtures("one")
@@ -291,16 +289,31 @@ def test_the_best_that_can_be_had_is_taken_and_the_better_one_told(
     (record,) = machine.save().records
     harm(world.cache, record.key)
     other = world.machine()
-    found = other.restore()
-    assert found.match is not None
-    assert found.match.id == one.id
-    assert found.resolution is not None
-    (rejected,) = found.resolution.rejected
+    restored = other.restore()
+    assert restored.match is not None
+    assert restored.match.id == one.id
+    assert restored.resolution is not None
+    (rejected,) = restored.resolution.rejected
     assert rejected.id == better.id
-    assert any(record.bundle[:12] in reason or "copy is bad" in reason for reason in rejected.reasons)
+    assert any(record.bundle[:12] in reason or "copy is corrupt" in reason for reason in rejected.reasons)
     assert other.repo.load(one.id)
-    text = sessions.restored_markdown(found)
+    text = summary.restored_markdown(restored)
     assert f"`{better.id[:12]}` of `a` | 20 |" in text
+
+
+@pytest.mark.usefixtures("one")
+def test_a_remote_that_was_passed_over_is_told_of(world: World) -> None:
+    first = world.machine()
+    first.restore()
+    machine = world.machine()
+    shutil.copytree(first.repo.store.objects, machine.root / "shared" / "objects")
+    for path in (machine.root / "shared").rglob("?" * 64):
+        path.write_bytes(path.read_bytes()[:-1])
+    world.configure(machine, '[remotes]\nshared = "shared"\n')
+    said = machine.run("ci", "restore")
+    assert "match   " in said
+    assert "WARNING remote shared was passed over: its copy of object " in said
+    assert "**A remote was passed over**: shared: its copy of object " in machine.summary.read_text()
 
 
 @pytest.mark.usefixtures("one")
@@ -322,9 +335,9 @@ def test_a_pull_request_sees_what_the_default_branch_has_but_not_the_other_way_r
     pull.checkpoint(20, 2.0)
     assert pull.save().commit
     # its manifest was merged, but its data stays where only that pull request sees it
-    found = world.machine().restore()
-    assert found.match is not None
-    assert found.match.id == one.id
+    restored = world.machine().restore()
+    assert restored.match is not None
+    assert restored.match.id == one.id
 
 
 @pytest.mark.usefixtures("one")
@@ -343,12 +356,12 @@ def test_where_sessions_from_the_best_have_led_is_fetched_too(world: World, one:
     worse = machine.checkpoint(20, 9.0, parent=one.id)
     machine.save()
     other = world.machine()
-    found = other.restore()
-    assert found.match is not None
-    assert found.match.id == one.id
-    assert [entry.id for entry in found.further] == [worse.id]
+    restored = other.restore()
+    assert restored.match is not None
+    assert restored.match.id == one.id
+    assert [entry.id for entry in restored.further] == [worse.id]
     assert other.repo.load(worse.id)
-    assert "was trained to step 20 before" in sessions.restored_markdown(found)
+    assert "trained on from there to step 20" in summary.restored_markdown(restored)
 
 
 def test_weights_alone_are_taken_when_there_is_nothing_else(world: World, one: castore.SaveResult) -> None:
@@ -361,9 +374,9 @@ def test_weights_alone_are_taken_when_there_is_nothing_else(world: World, one: c
     for entry in world.cache.entries():
         world.cache.evict(entry.key)
     machine.save()
-    found = world.machine().restore()
-    assert found.match is not None
-    assert found.match.availability == "weights-only"
+    restored = world.machine().restore()
+    assert restored.match is not None
+    assert restored.match.availability == "weights-only"
 
 
 @pytest.mark.usefixtures("one")
@@ -383,14 +396,14 @@ def test_hostile_text_in_the_summary_is_text(one: castore.SaveResult) -> None:
         reasons=("|<script>@all [x](http://x) `a` \x1b[2J\n# b",),
         unavailable=True,
     )
-    found = sessions.Restored(
+    restored = sessions.RestoredSession(
         resolution=castore.Resolution("best", None, (rejected,)),
         match=None,
         further=(),
         fresh="**a**",
         traffic=sessions.Traffic(uploaded=0, downloaded=0, requests=0),
     )
-    row = next(line for line in sessions.restored_markdown(found).splitlines() if line.startswith("| `"))
+    row = next(line for line in summary.restored_markdown(restored).splitlines() if line.startswith("| `"))
     assert row.count("|") == 5
     assert not {"<", "@", "[", "\x1b", "*"} & set(row)
 
@@ -402,12 +415,12 @@ def test_a_session_uploads_what_it_made_and_no_more(world: World, one: castore.S
     machine = world.machine()
     machine.restore()
     saved = machine.checkpoint(20, 2.0, parent=one.id)
-    found = machine.save()
-    assert found.records
+    outcome = machine.save()
+    assert outcome.records
     stored = sum(part.stored_bytes for part in saved.manifest.parts.values())
-    assert found.traffic.uploaded < 1.1 * stored
-    assert found.session is not None
-    assert (found.session.start_step, found.session.final_step, found.session.start_loss) == (10, 20, 3.0)
+    assert outcome.traffic.uploaded < 1.1 * stored
+    assert outcome.session is not None
+    assert (outcome.session.start_step, outcome.session.final_step, outcome.session.start_loss) == (10, 20, 3.0)
     again = machine.save()
     assert again.records == ()
     assert again.files == ()
@@ -420,9 +433,9 @@ def test_what_others_hold_is_relied_on(world: World, one: castore.SaveResult) ->
     machine.restore()
     state = parts(10) | {"trainer": parts(11)["trainer"] | {"epoch": 3}}
     saved = machine.repo.save(state, run="a", step=20, metrics={"val_loss": 2.0}, parent=one.id)
-    found = machine.save()
-    assert found.records
-    assert found.traffic.uploaded < 0.5 * sum(part.stored_bytes for part in saved.manifest.parts.values())
+    outcome = machine.save()
+    assert outcome.records
+    assert outcome.traffic.uploaded < 0.5 * sum(part.stored_bytes for part in saved.manifest.parts.values())
     other = world.machine()
     match = other.restore().match
     assert match is not None
@@ -437,8 +450,8 @@ def test_a_checkpoint_of_which_all_is_there_needs_a_record_alone(world: World) -
     state = parts(10)
     mixed = {"model": state["model"], "optimizer": state["optimizer"], "other": state["trainer"]}
     saved = machine.repo.save(mixed, run="b", step=20, metrics={"val_loss": 2.0})
-    found = machine.save()
-    assert found.records == () or found.traffic.uploaded < 20_000
+    outcome = machine.save()
+    assert outcome.records == () or outcome.traffic.uploaded < 20_000
     match = world.machine().restore().match
     assert match is not None
     assert match.id == saved.id
@@ -458,8 +471,11 @@ def test_what_was_damaged_on_the_disk_is_left_out_and_the_rest_handed_on(world: 
     machine = world.machine()
     good, bad = machine.checkpoint(20, 2.0), machine.checkpoint(30, 1.0)
     store = machine.repo.store
-    path = next(store.path(own) for own in store.stored() if own not in _objects(machine, good.id) and own not in
-                {part.index for part in bad.manifest.parts.values()})  # fmt: skip
+    path = next(
+        store.path(object_id)
+        for object_id in store.stored().keys() - _objects(machine, good.id)
+        if object_id not in {part.index for part in bad.manifest.parts.values()}
+    )
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -471,14 +487,14 @@ def test_what_was_damaged_on_the_disk_is_left_out_and_the_rest_handed_on(world: 
     assert match.id == good.id
 
 
-def _objects(machine: Machine, own: str) -> set[str]:
+def _objects(machine: Machine, checkpoint_id: str) -> set[str]:
     from castore.format import part_index
 
     repo = machine.repo
-    found = set()
-    for part in repo.find(own).manifest.parts.values():
-        found |= {part.index, *(chunk.id for chunk in part_index.decode_chunks(repo.store.read(part.index)))}
-    return found
+    object_ids: set[str] = set()
+    for part in repo.find(checkpoint_id).manifest.parts.values():
+        object_ids |= {part.index, *(chunk.id for chunk in part_index.decode_chunks(repo.store.read(part.index)))}
+    return object_ids
 
 
 @pytest.mark.parametrize(
@@ -535,9 +551,9 @@ def test_keep_and_max_size_are_those_of_gc(world: World) -> None:
     machine = world.machine()
     for step in range(1, 6):
         machine.checkpoint(step, 6.0 - step)
-    found = machine.save(policy=replace(machine.repo.policy, keep=2, keep_optimizer=1))
-    assert found.plan is not None
-    assert sum(bool(one.parts) for one in found.plan.decisions) == 2
+    outcome = machine.save(policy=replace(machine.repo.policy, keep=2, keep_optimizer=1))
+    assert outcome.plan is not None
+    assert sum(bool(decision.parts) for decision in outcome.plan.decisions) == 2
     assert "usage" not in machine.run("ci", "save", "--keep", "2", "--max-size", "1GB").lower()
     assert "is not a size" in machine.run("ci", "save", "--max-size", "much", code=2)
 
@@ -553,9 +569,9 @@ def test_manifests_whose_data_is_gone_take_nobodys_place(world: World) -> None:
         world.cache.evict(entry.key)
     other = world.machine()
     mine = [other.checkpoint(step, 5.0 - step / 1000).id for step in range(31, 34)]
-    found = other.save(policy=replace(other.repo.policy, keep=2, keep_latest=0))
-    assert found.plan is not None
-    assert [one.entry.id for one in found.plan.decisions if one.parts] == mine[:0:-1]
+    outcome = other.save(policy=replace(other.repo.policy, keep=2, keep_latest=0))
+    assert outcome.plan is not None
+    assert [decision.entry.id for decision in outcome.plan.decisions if decision.parts] == mine[:0:-1]
 
 
 # -- git -------------------------------------------------------------------------------------------------------------
@@ -568,7 +584,7 @@ def test_sessions_that_end_at_once_both_arrive(world: World) -> None:
     for process in processes:
         out, err = process.communicate()
         assert process.returncode == 0, out + err
-    assert {entry.id for entry in world.machine().repo.checkpoints()} == {one.id for one in saved}
+    assert {entry.id for entry in world.machine().repo.checkpoints()} == {result.id for result in saved}
 
 
 def test_only_what_is_castores_is_committed(world: World) -> None:
@@ -581,8 +597,8 @@ def test_only_what_is_castores_is_committed(world: World) -> None:
     other = world.machine()
     second = other.checkpoint(10, 2.0)
     other.save()
-    found = machine.save()  # others were faster, and there is work under way
-    assert found.commit
+    outcome = machine.save()  # others were faster, and there is work under way
+    assert outcome.commit
     names = subprocess.run(
         ["git", "-C", str(world.origin), "diff", "--name-only", f"{before}..main"], capture_output=True, text=True
     ).stdout.split()
@@ -632,7 +648,7 @@ def test_without_git_nothing_is_uploaded(tmp_path: Path, cache: Cache) -> None:
     repo.save(parts(1), run="a", step=1)
     remote, _ = sessions.connect(repo, CacheService.of_job(cache.environment()))
     with pytest.raises(UsageError, match="not a git repository"):
-        sessions.save(repo, remote, progress=nothing)
+        sessions.save(repo, remote, progress=ignore_progress)
     assert cache.entries() == []
 
 
@@ -712,7 +728,7 @@ def broken_on_another_branch(machine: Machine) -> None:
 
 def damaged_index(machine: Machine) -> None:
     repo = machine.repo
-    (entry,) = [one for one in repo.checkpoints() if one.manifest.step == 10]
+    (entry,) = [entry for entry in repo.checkpoints() if entry.manifest.step == 10]
     path = repo.store.path(entry.manifest.parts["model"].index)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
@@ -727,9 +743,9 @@ def test_a_session_is_handed_on_when_garbage_can_not_be_collected(world: World, 
     out = machine.run("ci", "save", "--commit")
     assert "WARNING no garbage was collected" in out
     assert "No garbage was collected" in machine.summary.read_text()
-    found = world.machine().restore()
-    assert found.match is not None
-    assert found.match.id == saved.id
+    restored = world.machine().restore()
+    assert restored.match is not None
+    assert restored.match.id == saved.id
 
 
 def test_more_parts_than_a_record_takes_are_in_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -762,9 +778,9 @@ def test_max_size_counts_what_only_the_cache_has(world: World) -> None:
         machine = world.machine()
         saved = machine.checkpoint(step, 6.0 - step)
         stored = sum(part.stored_bytes for part in saved.manifest.parts.values())
-        found = machine.save(policy=replace(machine.repo.policy, keep_optimizer=9, max_size=int(2.5 * stored)))
-        assert found.plan is not None
-        kept.append(sum(bool(one.parts) for one in found.plan.decisions))
+        outcome = machine.save(policy=replace(machine.repo.policy, keep_optimizer=9, max_size=int(2.5 * stored)))
+        assert outcome.plan is not None
+        kept.append(sum(bool(decision.parts) for decision in outcome.plan.decisions))
     assert kept == [1, 2, 2, 2]
 
 
@@ -773,7 +789,7 @@ def test_a_cache_that_can_not_be_asked_is_not_one_that_lost_everything(
 ) -> None:
     world.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(503), times=1000)
     for allow_fresh in (False, True):
-        with pytest.raises(RemoteUnavailable, match=r"503; so it can't be told"):
+        with pytest.raises(RemoteUnavailable, match=r"503; so it can't be told which checkpoints"):
             world.machine().restore(allow_fresh=allow_fresh)
     assert pauses
     assert world.machine().restore("none").fresh

@@ -79,7 +79,7 @@ class Azurite:
         """The answer to a request with a signature that permits everything in the account."""
         expiry = _timestamp(600)
         fields = {"sp": "rwdlac", "ss": "b", "srt": "sco", "st": "", "se": expiry, "sip": "", "spr": "", "sv": VERSION}
-        signature = _sign("".join(f"{one}\n" for one in [ACCOUNT, *fields.values()]))
+        signature = _sign("".join(f"{value}\n" for value in [ACCOUNT, *fields.values()]))
         query = urlencode({name: value for name, value in fields.items() if value} | {"sig": signature})
         url = f"{self.base}/{path}{'&' if '?' in path else '?'}{query}"
         response: HTTPResponse = urlopen(Request(url, data if verb == "PUT" else None, headers or {}, method=verb))
@@ -88,8 +88,8 @@ class Azurite:
     def _listening(self) -> str:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if found := re.search(r"listens on (http://\S+)", line):
-                return f"{found[1]}/{ACCOUNT}"
+            if match := re.search(r"listens on (http://\S+)", line):
+                return f"{match[1]}/{ACCOUNT}"
         raise RuntimeError("Azurite did not start")
 
 

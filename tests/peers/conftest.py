@@ -1,4 +1,4 @@
-"""Programs of others, to test against: `make test-peers` installs them."""
+"""Independent programs to test against: `make test-peers` installs them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Official:
         self._environment = {
             name: value
             for name, value in os.environ.items()
-            # GITHUB_SERVER_URL and proxies of whoever runs the tests would lead it elsewhere
+            # GITHUB_SERVER_URL and proxies of the machine that runs the tests would lead it elsewhere
             if not name.startswith(("ACTIONS_", "GITHUB_", "RUNNER_")) and not name.lower().endswith("_proxy")
         }
         self._environment |= environment
@@ -83,11 +83,11 @@ def modules() -> Path:
 @pytest.fixture
 def official(modules: Path, tmp_path: Path) -> Callable[[dict[str, str]], Official]:
     """Makes official clients, each on a runner of its own, from the variables of a job."""
-    made: list[Official] = []
+    clients: list[Official] = []
 
     def make(environment: dict[str, str]) -> Official:
-        made.append(Official(modules, tmp_path / f"runner-{len(made)}", environment))
-        return made[-1]
+        clients.append(Official(modules, tmp_path / f"runner-{len(clients)}", environment))
+        return clients[-1]
 
     return make
 

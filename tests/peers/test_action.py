@@ -69,8 +69,8 @@ class Runner:
         self.folder = folder
         self.log, self.output = folder / "log", folder / "output"
         self.bin, self.tools, self.work = folder / "bin", folder / "tools", folder / "work"
-        for one in (self.bin, self.tools, self.work):
-            one.mkdir()
+        for path in (self.bin, self.tools, self.work):
+            path.mkdir()
         self.output.touch()
         self.castore = self.write(self.tools / "castore", CASTORE)
         self.write(self.bin / "python3", PYTHON.replace("{castore!r}", repr(str(self.castore))))
@@ -209,11 +209,11 @@ def test_else_it_is_installed_once_without_torch_and_without_secrets(runner: Run
     *installing, castore = runner.calls()
     assert actions(castore) == CACHE
     assert Path(castore["argv"][0]).parent == runner.folder / "temp" / "castore-action" / "bin"
-    packages, own = (call["argv"][1:] for call in installing if call["argv"][1:3] == ["-m", "pip"])
+    packages, castore_itself = (call["argv"][1:] for call in installing if call["argv"][1:3] == ["-m", "pip"])
     assert packages[packages.index("--constraint") + 1] == str(ROOT / "constraints.txt")
     assert "blake3" in packages
     assert not {"torch", "safetensors"} & set(packages)
-    assert own[-2:] == ["--no-deps", str(ROOT)]
+    assert castore_itself[-2:] == ["--no-deps", str(ROOT)]
     for call in installing:
         assert not actions(call)
         assert not any(name.startswith(("INPUT_", "GIT_CONFIG")) for name in call["env"])

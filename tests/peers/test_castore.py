@@ -12,16 +12,14 @@ from conftest import Official
 
 from castore.format import bundle
 from castore.format.ids import ObjectId, hash_bytes
-from castore.remotes import github_cache
-from castore.remotes.github_cache import CacheService, GitHubCache
+from castore.progress import ignore_progress
+from castore.remotes import github_service
+from castore.remotes.github_cache import GitHubCache
+from castore.remotes.github_service import CacheService
 
 pytestmark = pytest.mark.peers
 
 Make = Callable[[dict[str, str]], Official]
-
-
-def nothing(done: int, total: int) -> None:
-    pass
 
 
 def saved(cache: Cache, make: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[str, bytes]:
@@ -31,7 +29,7 @@ def saved(cache: Cache, make: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[st
     (official.workspace / "folder" / "file").write_bytes(random.Random(1).randbytes(100_000))
     assert official.save("theirs", "folder").result > 0
     (entry,) = cache.entries()
-    monkeypatch.setattr(github_cache, "_VERSION", entry.version)
+    monkeypatch.setattr(github_service, "_VERSION", entry.version)
     return entry.key, cache.blob(entry.key)
 
 
@@ -52,11 +50,11 @@ def test_the_official_client_restores_an_entry_of_castore(
     any_service: Cache, official: Make, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     _, data = saved(any_service, official, monkeypatch)
-    monkeypatch.setattr(github_cache, "BLOCK", block)
+    monkeypatch.setattr(github_service, "BLOCK", block)
     service = CacheService.of_job(any_service.environment())
     url = service.reserve("ours")
     assert url is not None
-    assert service.send(url, len(data), lambda start, stop: data[start:stop], nothing)
+    assert service.send(url, len(data), lambda start, stop: data[start:stop], ignore_progress)
     service.finish("ours", len(data))
     other = official(any_service.environment())
     assert other.restore("ours", "folder").result == "ours"
@@ -67,12 +65,12 @@ def test_the_official_client_restores_an_entry_of_castore(
 def test_a_bundle_goes_into_azures_blobs_and_comes_back(
     any_service: Cache, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(github_cache, "BLOCK", block)
+    monkeypatch.setattr(github_service, "BLOCK", block)
     frames: dict[ObjectId, bytes] = {hash_bytes(bytes([i])): os.urandom(9_000) for i in range(8)}
-    layout = bundle.lay_out({own: len(frame) for own, frame in frames.items()})
+    layout = bundle.lay_out({object_id: len(frame) for object_id, frame in frames.items()})
     data = bundle.HEADER + b"".join(frames.values()) + layout.tail
     key = GitHubCache(CacheService.of_job(any_service.environment()), []).upload(
-        layout, lambda start, stop: data[start:stop], nothing
+        layout, lambda start, stop: data[start:stop], ignore_progress
     )
     record = bundle.Record(
         bundle=layout.id,
@@ -83,4 +81,4 @@ def test_a_bundle_goes_into_azures_blobs_and_comes_back(
         parts={},
     )
     remote = GitHubCache(CacheService.of_job(any_service.environment()), [record])
-    assert {own: remote.get(own) for own in frames} == frames
+    assert {object_id: remote.get(object_id) for object_id in frames} == frames

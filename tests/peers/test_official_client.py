@@ -33,14 +33,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_is_saved_and_restored_by_another_job(any_service: Service, official: Make) -> None:
-    one, two = official(any_service.environment()), official(any_service.environment("refs/heads/topic"))
-    files = fill(one.workspace / "data")
-    saved = one.save("key-1", "data")
+    saving, restoring = official(any_service.environment()), official(any_service.environment("refs/heads/topic"))
+    files = fill(saving.workspace / "data")
+    saved = saving.save("key-1", "data")
     (entry,) = any_service.entries()
     assert saved.result == entry.id, saved.said
-    restored = two.restore("key-1", "data")
+    restored = restoring.restore("key-1", "data")
     assert restored.result == "key-1", restored.said
-    assert contents(two.workspace / "data") == files
+    assert contents(restoring.workspace / "data") == files
 
 
 def test_misses_prefixes_and_scopes(any_service: Service, official: Make) -> None:
@@ -74,8 +74,8 @@ def test_a_large_archive_goes_up_in_blocks_and_down_in_ranges(any_service: Servi
     files = fill(client.workspace / "data", 129 << 20)
     assert client.save("key", "data").result > 0
     if any_service.log[1].kind == "blob":
-        assert sum("comp=block&" in one.path for one in any_service.log) == 3
-        assert sum("comp=blocklist" in one.path for one in any_service.log) == 1
+        assert sum("comp=block&" in logged.path for logged in any_service.log) == 3
+        assert sum("comp=blocklist" in logged.path for logged in any_service.log) == 1
     (entry,) = any_service.entries()
     assert entry.size is not None
     assert entry.size > 129 << 20
@@ -103,9 +103,9 @@ def test_the_mode_is_heeded_without_asking(service: Service, official: Make, mod
     fill(client.workspace / "data")
     client.save("key", "data")
     client.restore("key", "data")
-    called = [one.method for one in service.log if one.kind == "twirp"]
+    called = [logged.method for logged in service.log if logged.kind == "twirp"]
     assert len(called) == len(calls)
-    assert all(one.startswith(expected) for one, expected in zip(called, calls, strict=True))
+    assert all(method.startswith(expected) for method, expected in zip(called, calls, strict=True))
 
 
 def test_a_limit_is_no_reason_to_try_again(service: Service, official: Make) -> None:
@@ -167,7 +167,7 @@ def test_both_blob_stores_refuse_alike(any_service: Service) -> None:
         return status("PUT", f"{url('cw', 'two')}&comp=block&blockid={block_id}", block_id[:1].encode())
 
     def commit(*ids: str) -> int:
-        listed = "".join(f"<Latest>{one}</Latest>" for one in ids)
+        listed = "".join(f"<Latest>{block}</Latest>" for block in ids)
         return status("PUT", url("cw", "two") + "&comp=blocklist", f"<BlockList>{listed}</BlockList>".encode())
 
     assert status("PUT", url("cw")) == 201

@@ -70,9 +70,9 @@ class Client:
     def find(self, key: str, *restore_keys: str, version: str = V) -> str:
         """The key that is found, or nothing."""
         fields = {"restore_keys": list(restore_keys)} if restore_keys else {}
-        found = self.call("GetCacheEntryDownloadURL", key=key, version=version, **fields)
-        assert found["ok"] is bool(found["matched_key"]) is bool(found["signed_download_url"])
-        return str(found["matched_key"])
+        answer = self.call("GetCacheEntryDownloadURL", key=key, version=version, **fields)
+        assert answer["ok"] is bool(answer["matched_key"]) is bool(answer["signed_download_url"])
+        return str(answer["matched_key"])
 
     def url(self, key: str) -> str:
         return str(self.call("GetCacheEntryDownloadURL", key=key, version=V)["signed_download_url"])
@@ -111,7 +111,7 @@ def client(join: Callable[..., Client]) -> Client:
 
 
 def block_list(*ids: str) -> bytes:
-    return f"<BlockList>{''.join(f'<Latest>{one}</Latest>' for one in ids)}</BlockList>".encode()
+    return f"<BlockList>{''.join(f'<Latest>{block}</Latest>' for block in ids)}</BlockList>".encode()
 
 
 def block_id(text: str) -> str:
@@ -122,7 +122,7 @@ def test_what_is_saved_is_found_and_read(service: Service, client: Client) -> No
     client.save("k")
     assert client.find("k") == "k"
     assert client.read("k") == DATA == service.blob("k")
-    assert [(one.scope, one.key, one.version, one.size) for one in service.entries()] == [
+    assert [(entry.scope, entry.key, entry.version, entry.size) for entry in service.entries()] == [
         ("refs/heads/main", "k", V, len(DATA))
     ]
     client.send("PUT", client.create("empty"), b"", BLOCK_BLOB)
@@ -303,7 +303,7 @@ def test_the_environment_of_a_job(
     assert (variables["GITHUB_ACTIONS"], variables["GITHUB_REF"]) == ("true", "refs/heads/topic")
     client.token = variables["ACTIONS_RUNTIME_TOKEN"]
     assert client.call(CREATE, key="k", version=V)["ok"] is writes
-    assert [one.scope for one in service.entries()] == ["refs/heads/topic"] * writes
+    assert [entry.scope for entry in service.entries()] == ["refs/heads/topic"] * writes
     client.call(GET, key="k", version=V, status=200 if reads else 403)
     assert service.environment(token="t")["ACTIONS_RUNTIME_TOKEN"] == "t"
 
@@ -376,18 +376,18 @@ def test_a_blob_is_put_in_one_piece(service: Service, client: Client) -> None:
 
 def test_a_blob_is_put_in_blocks(service: Service, client: Client) -> None:
     url = client.create("k")
-    one, two, unused = map(block_id, ("0001", "0002", "0003"))
-    for name, data in ((two, b"two"), (one, b"old"), (unused, b"no"), (one, b"one")):
+    first, second, unused = map(block_id, ("0001", "0002", "0003"))
+    for name, data in ((second, b"two"), (first, b"old"), (unused, b"no"), (first, b"one")):
         assert client.send("PUT", f"{url}&comp=block&blockid={name}", data)[0] == 201
     assert client.finalize("k", 6)["ok"] is False
     assert client.send("GET", service.url[:-1] + service.blobs.url(service.entries()[0].blob, "r", 600))[0] == 404
     for _ in range(2):  # sent again, as the first answer may be lost
-        status, headers, _ = client.send("PUT", f"{url}&comp=blocklist", block_list(one, two))
+        status, headers, _ = client.send("PUT", f"{url}&comp=blocklist", block_list(first, second))
         assert (status, bool(headers["ETag"])) == (201, True)
     assert client.finalize("k", 6)["ok"] is True
     assert service.blob("k") == b"onetwo"
-    assert client.send("PUT", f"{url}&comp=blocklist", block_list(one, unused))[0] == 400, "the rest was dropped"
-    assert client.send("PUT", f"{url}&comp=blocklist", block_list(two, one, two))[0] == 201
+    assert client.send("PUT", f"{url}&comp=blocklist", block_list(first, unused))[0] == 400, "the rest was dropped"
+    assert client.send("PUT", f"{url}&comp=blocklist", block_list(second, first, second))[0] == 201
     assert service.blob("k") == b"twoonetwo"
 
 
@@ -433,21 +433,21 @@ def test_a_blob_has_so_many_blocks(service: Service, client: Client) -> None:
 
 @pytest.mark.parametrize("name", ["Range", "x-ms-range"])
 @pytest.mark.parametrize(
-    ("wanted", "start", "end"),
+    ("asked", "start", "end"),
     [("bytes=0-9", 0, 10), ("bytes=5-5", 5, 6), ("bytes=2000-", 2000, 2048), ("bytes=2000-9999", 2000, 2048)],
 )
-def test_ranges(service: Service, client: Client, name: str, wanted: str, start: int, end: int) -> None:
+def test_ranges(service: Service, client: Client, name: str, asked: str, start: int, end: int) -> None:
     client.save("k")
-    status, headers, data = client.send("GET", client.url("k"), headers={name: wanted})
+    status, headers, data = client.send("GET", client.url("k"), headers={name: asked})
     assert (status, data) == (206, DATA[start:end])
     assert headers["Content-Range"] == f"bytes {start}-{end - 1}/{len(DATA)}"
     assert headers["Content-Length"] == str(end - start)
-    assert service.log[-1].range == wanted
+    assert service.log[-1].range == asked
     assert service.downloaded_bytes == end - start
 
 
 @pytest.mark.parametrize(
-    ("wanted", "status"),
+    ("asked", "status"),
     [
         ("bytes=2048-", 416),
         ("bytes=9999-10000", 416),
@@ -457,9 +457,9 @@ def test_ranges(service: Service, client: Client, name: str, wanted: str, start:
         ("0-1", 400),
     ],
 )
-def test_wrong_ranges_are_refused(client: Client, wanted: str, status: int) -> None:
+def test_wrong_ranges_are_refused(client: Client, asked: str, status: int) -> None:
     client.save("k")
-    got, headers, data = client.send("GET", client.url("k"), headers={"Range": wanted})
+    got, headers, data = client.send("GET", client.url("k"), headers={"Range": asked})
     assert (got, DATA in data) == (status, False)
     if status == 416:
         assert headers["Content-Range"] == "bytes */2048"
@@ -514,7 +514,7 @@ def test_requests_are_logged_without_signatures(service: Service, client: Client
     client.read("k")
     client.send("GET", url)
     path = urlsplit(url).path
-    assert [(one.kind, one.method, one.path, one.status) for one in service.log] == [
+    assert [(logged.kind, logged.method, logged.path, logged.status) for logged in service.log] == [
         ("twirp", CREATE, TWIRP + CREATE, 200),
         ("blob", "PUT", f"{path}?comp=block&blockid={block_id('01').replace('=', '%3D')}", 201),
         ("blob", "PUT", f"{path}?comp=blocklist", 201),
@@ -572,7 +572,7 @@ def test_faults_break_the_connection(service: Service, client: Client) -> None:
     service.fault(CREATE, lost())
     with pytest.raises(http.client.RemoteDisconnected):
         client.create("other")
-    assert [one.key for one in service.entries()] == ["k", "other"], "it was done all the same"
+    assert [entry.key for entry in service.entries()] == ["k", "other"], "it was done all the same"
     assert service.log[-1].status == 0
 
     service.fault("GET", endless())

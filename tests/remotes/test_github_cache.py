@@ -15,14 +15,16 @@ import pytest
 from actions_service import Service as Cache
 from builders import parts
 
-from castore import Repo, transfer
+from castore import Repo
 from castore.errors import NotInActions, RemoteUnavailable, UploadRefused
-from castore.format import bundle
+from castore.format import bundle, ids
 from castore.format.bundle import Record
-from castore.format.ids import ObjectId, hash_bytes
-from castore.github import sessions
-from castore.remotes import fallback, github_cache
-from castore.remotes.github_cache import CacheService, GitHubCache
+from castore.format.ids import ObjectId
+from castore.github import bundling, sessions
+from castore.progress import ignore_progress
+from castore.remotes import fallback, github_service
+from castore.remotes.github_cache import GitHubCache
+from castore.remotes.github_service import CacheService
 
 
 @pytest.fixture
@@ -35,16 +37,12 @@ def cache() -> Iterator[Cache]:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Pauses are noted instead of made."""
     made: list[float] = []
-    monkeypatch.setattr(github_cache.time, "sleep", made.append)
+    monkeypatch.setattr(github_service.time, "sleep", made.append)
     return made
 
 
 def client(cache: Cache, **options: Any) -> CacheService:
     return CacheService.of_job(cache.environment(**options))
-
-
-def nothing(done: int, total: int) -> None:
-    pass
 
 
 class Box:
@@ -53,10 +51,11 @@ class Box:
     def __init__(self, repo: Repo, cache: Cache) -> None:
         self.cache = cache
         self.saved = repo.save(parts(1), run="a", step=1)
-        found = [own for own, _ in sorted(repo.store.stored().items())]
-        self.frames = {own: repo.store.path(own).read_bytes() for own in found}
-        self.layout = bundle.lay_out({own: len(frame) for own, frame in self.frames.items()})
-        self.key = GitHubCache(client(cache), []).upload(self.layout, transfer.reader(repo.store, self.layout), nothing)
+        self.frames = {object_id: repo.store.path(object_id).read_bytes() for object_id in sorted(repo.store.stored())}
+        self.layout = bundle.lay_out({object_id: len(frame) for object_id, frame in self.frames.items()})
+        self.key = GitHubCache(client(cache), []).upload(
+            self.layout, bundling.read_ranges(repo.store, self.layout), ignore_progress
+        )
         indexes = [part.index for part in self.saved.manifest.parts.values()]
         self.record = Record(
             bundle=self.layout.id,
@@ -64,14 +63,14 @@ class Box:
             created="2026-01-02T03:04:05.000006Z",
             bytes=self.layout.size,
             objects=len(self.frames),
-            parts={own: [self.layout.id] for own in indexes},
+            parts={index_id: [self.layout.id] for index_id in indexes},
         )
 
     def remote(self, **options: Any) -> GitHubCache:
         return GitHubCache(client(self.cache, **options), [self.record])
 
     @property
-    def one(self) -> ObjectId:
+    def index_id(self) -> ObjectId:
         return next(iter(self.record.parts))
 
 
@@ -119,8 +118,8 @@ def test_the_mode_of_the_job_is_kept_to(cache: Cache, mode: str | None, may_read
 def test_a_job_that_may_not_read_asks_nothing(box: Box) -> None:
     before = len(box.cache.log)
     remote = box.remote(mode="write-only")
-    assert remote.has([box.one]) == set()
-    assert remote.explain_missing(box.one) == "ACTIONS_CACHE_MODE = write-only"
+    assert remote.has([box.index_id]) == set()
+    assert remote.explain_missing(box.index_id) == "ACTIONS_CACHE_MODE = write-only"
     assert len(box.cache.log) == before
 
 
@@ -130,22 +129,22 @@ def test_a_job_that_may_not_read_asks_nothing(box: Box) -> None:
 def test_every_object_of_a_bundle_can_be_read_by_itself(box: Box) -> None:
     remote = box.remote()
     assert remote.has(box.frames) == box.frames.keys()
-    assert {own: remote.get(own) for own in box.frames} == box.frames
+    assert {object_id: remote.get(object_id) for object_id in box.frames} == box.frames
     assert box.cache.count("GetCacheEntryDownloadURL") == 2  # one of them confirmed the upload
 
 
 def test_only_what_is_asked_for_is_fetched(box: Box) -> None:
     before = box.cache.downloaded_bytes
-    assert box.remote().get(box.one) == box.frames[box.one]
-    assert box.cache.downloaded_bytes - before == len(box.frames[box.one]) + bundle.tail_bytes(len(box.frames))
+    assert box.remote().get(box.index_id) == box.frames[box.index_id]
+    assert box.cache.downloaded_bytes - before == len(box.frames[box.index_id]) + bundle.tail_bytes(len(box.frames))
 
 
 def test_what_no_record_names_is_looked_for_in_every_bundle_and_else_a_miss(box: Box) -> None:
     remote = box.remote()
-    chunk = next(own for own in box.frames if own not in box.record.parts)
+    chunk = next(object_id for object_id in box.frames if object_id not in box.record.parts)
     assert remote.get(chunk) == box.frames[chunk]
-    assert remote.get(hash_bytes(b"unknown")) is None
-    assert remote.explain_missing(hash_bytes(b"unknown")) == "no bundle has it"
+    assert remote.get(ids.hash_bytes(b"unknown")) is None
+    assert remote.explain_missing(ids.hash_bytes(b"unknown")) == "no bundle has it"
 
 
 def truncated(box: Box) -> None:
@@ -179,7 +178,7 @@ def named_by_a_prefix(box: Box) -> None:
     service = client(box.cache)
     url = service.reserve(box.key + "-x")
     assert url is not None
-    assert service.send(url, len(data), lambda start, stop: data[start:stop], nothing)
+    assert service.send(url, len(data), lambda start, stop: data[start:stop], ignore_progress)
     service.finish(box.key + "-x", len(data))
 
 
@@ -207,39 +206,40 @@ def test_a_bundle_that_is_not_what_git_says_is_a_miss_with_its_reason(
     harm(box)
     remote = box.remote()
     if reason is None:  # bytes behind a good bundle harm nothing
-        assert remote.get(box.one) == box.frames[box.one]
+        assert remote.get(box.index_id) == box.frames[box.index_id]
         return
-    assert remote.get(box.one) is None
+    assert remote.get(box.index_id) is None
     assert remote.has(box.frames) == set()
-    assert re.search(reason, remote.explain_missing(box.one))
+    assert re.search(reason, remote.explain_missing(box.index_id))
     assert remote.missing() == {box.layout.id}
 
 
 def test_an_object_with_wrong_bytes_is_not_stored_and_not_asked_for_again(box: Box, tmp_path: Path) -> None:
-    place = box.layout.places[box.one]
+    place = box.layout.places[box.index_id]
     data = bytearray(box.cache.blob(box.key))
     data[place.offset + place.length - 1] ^= 1
     box.cache.replace(box.key, bytes(data))
     other = Repo.init(tmp_path / "other")
     other.remotes.append(remote := box.remote())
-    assert fallback.fetch(other.store, other.remotes, box.one) is None
-    assert not other.store.has(box.one)
-    assert "its copy is bad" in remote.explain_missing(box.one)
-    assert remote.has([box.one]) == set()
-    assert all(fallback.fetch(other.store, other.remotes, own) for own in box.frames if own != box.one)
+    assert fallback.fetch(other.store, other.remotes, box.index_id) is None
+    assert not other.store.has(box.index_id)
+    assert "its copy is corrupt" in remote.explain_missing(box.index_id)
+    assert remote.has([box.index_id]) == set()
+    others = box.frames.keys() - {box.index_id}
+    assert all(fallback.fetch(other.store, other.remotes, object_id) for object_id in others)
 
 
 def test_a_bomb_costs_no_more_than_its_claim_allows(box: Box, tmp_path: Path) -> None:
     """Its header claims more than the index that git vouches for, or more than any object has."""
-    place = box.layout.places[box.one]
+    place = box.layout.places[box.index_id]
     for claim in (1 << 62, (64 << 20) + 1, 64 << 20):
         frame = struct.pack("<4sBBHQ", b"CSTO", 1, 1, 0, claim) + zlib.compress(bytes(1 << 20))
         data = bytearray(box.cache.blob(box.key))
         data[place.offset : place.offset + place.length] = frame[: place.length].ljust(place.length, b"\0")
         box.cache.replace(box.key, bytes(data))
         other = Repo.init(tmp_path / f"other{claim}")
-        assert fallback.fetch(other.store, [box.remote()], box.one) is None
-        assert not other.store.has(box.one)
+        assert fallback.fetch(other.store, [box.remote()], box.index_id) is None
+        assert not other.store.has(box.index_id)
 
 
 # -- trouble on the way ----------------------------------------------------------------------------------------------
@@ -259,14 +259,14 @@ def test_a_bomb_costs_no_more_than_its_claim_allows(box: Box, tmp_path: Path) ->
 @pytest.mark.parametrize("method", ["GetCacheEntryDownloadURL", "GET"])
 def test_what_may_pass_is_tried_again(box: Box, method: str, action: Any, pauses: list[float]) -> None:
     box.cache.fault(method, action, times=2)
-    assert box.remote().get(box.one) == box.frames[box.one]
+    assert box.remote().get(box.index_id) == box.frames[box.index_id]
     assert len(pauses) == 2 + 1  # one was before the upload was confirmed
 
 
 def test_retry_after_is_waited_for_but_not_for_ever(box: Box, pauses: list[float]) -> None:
     for seconds in ("7", "999999", "Wed, 21 Oct 2026 07:28:00 GMT"):
         box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(429, {"Retry-After": seconds}))
-    assert box.remote().get(box.one) == box.frames[box.one]
+    assert box.remote().get(box.index_id) == box.frames[box.index_id]
     assert pauses[-3] == 7
     assert pauses[-2] == 60
     assert pauses[-1] < 5
@@ -278,9 +278,9 @@ def test_a_service_that_is_down_is_asked_about_one_thing_only(box: Box) -> None:
     before = box.cache.count("GetCacheEntryDownloadURL")
     assert remote.has(box.frames) == set()
     assert remote.has(box.frames) == set()
-    assert remote.get(box.one) is None
+    assert remote.get(box.index_id) is None
     assert box.cache.count("GetCacheEntryDownloadURL") - before == 5
-    assert remote.explain_missing(box.one) == "no answer of use after 5 tries: HTTP 502"
+    assert remote.explain_missing(box.index_id) == "no usable answer after 5 tries: HTTP 502"
     assert remote.missing() == set()  # it isn't known to be gone
 
 
@@ -299,12 +299,12 @@ def test_a_service_that_is_down_is_asked_about_one_thing_only(box: Box) -> None:
 )
 def test_an_answer_that_is_none_is_a_miss(box: Box, action: Any) -> None:
     box.cache.fault("GET", action, times=1000)
-    assert box.remote().get(box.one) is None
+    assert box.remote().get(box.index_id) is None
 
 
 def test_corrupt_bytes_of_the_index_are_a_miss(box: Box) -> None:
     box.cache.fault("GET", actions_service.corrupt(), times=1000)
-    assert box.remote().get(box.one) is None
+    assert box.remote().get(box.index_id) is None
 
 
 NONSENSE = [
@@ -322,7 +322,7 @@ NONSENSE = [
 @pytest.mark.parametrize("body", NONSENSE, ids=range(len(NONSENSE)))
 def test_an_answer_of_the_service_that_makes_no_sense_is_a_miss(box: Box, body: bytes) -> None:
     box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(200, {}, body), times=1000)
-    assert box.remote().get(box.one) is None
+    assert box.remote().get(box.index_id) is None
 
 
 @pytest.mark.parametrize(
@@ -331,36 +331,36 @@ def test_an_answer_of_the_service_that_makes_no_sense_is_a_miss(box: Box, body: 
 def test_an_address_that_is_none_is_not_followed(box: Box, url: Any) -> None:
     body = json.dumps({"ok": True, "matched_key": box.key, "signed_download_url": url}).encode()
     box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(200, {}, body), times=1000)
-    assert box.remote().get(box.one) is None
+    assert box.remote().get(box.index_id) is None
 
 
 def test_a_signature_that_ran_out_is_renewed(box: Box) -> None:
     remote = box.remote()
-    assert remote.has([box.one])
+    assert remote.has([box.index_id])
     box.cache.expire_urls()
-    assert remote.get(box.one) == box.frames[box.one]
-    assert remote.get(box.one) == box.frames[box.one]
+    assert remote.get(box.index_id) == box.frames[box.index_id]
+    assert remote.get(box.index_id) == box.frames[box.index_id]
     assert box.cache.count("GetCacheEntryDownloadURL") == 3
 
 
 def test_signatures_that_never_hold_are_a_miss(box: Box) -> None:
     box.cache.url_lifetime = -1
     remote = box.remote()
-    assert remote.get(box.one) is None
-    assert "addresses that it then refuses" in remote.explain_missing(box.one)
+    assert remote.get(box.index_id) is None
+    assert "addresses that it then refuses" in remote.explain_missing(box.index_id)
 
 
 def test_a_denial_to_read_is_a_miss_with_its_reason(box: Box) -> None:
     remote = GitHubCache(CacheService(box.cache.url, box.cache.token(read=False)), [box.record])
-    assert remote.get(box.one) is None
-    assert "cache read denied" in remote.explain_missing(box.one)
+    assert remote.get(box.index_id) is None
+    assert "cache read denied" in remote.explain_missing(box.index_id)
 
 
 def test_a_token_that_is_not_accepted_is_a_miss_and_never_shown(box: Box) -> None:
     remote = GitHubCache(CacheService(box.cache.url, "secret-token"), [box.record])
-    assert remote.get(box.one) is None
-    assert "HTTP 401" in remote.explain_missing(box.one)
-    assert "secret" not in remote.explain_missing(box.one)
+    assert remote.get(box.index_id) is None
+    assert "HTTP 401" in remote.explain_missing(box.index_id)
+    assert "secret" not in remote.explain_missing(box.index_id)
 
 
 def test_an_upload_that_is_refused_shows_no_signature(cache: Cache) -> None:
@@ -375,10 +375,10 @@ def test_an_upload_that_is_refused_shows_no_signature(cache: Cache) -> None:
 
 
 def test_an_answer_that_drips_is_given_up(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(github_cache, "_SLOWEST", -1.0)
+    monkeypatch.setattr(github_service, "_ANSWER_SECONDS", -1.0)
     remote = box.remote()
-    assert remote.get(box.one) is None
-    assert "TimeoutError" in remote.explain_missing(box.one)
+    assert remote.get(box.index_id) is None
+    assert "TimeoutError" in remote.explain_missing(box.index_id)
 
 
 def test_a_proxy_is_gone_through_but_not_to_this_machine(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +391,7 @@ def test_a_proxy_is_gone_through_but_not_to_this_machine(box: Box, monkeypatch: 
     monkeypatch.setattr("urllib3.ProxyManager.request", asking)
     environment = box.cache.environment() | {"HTTPS_PROXY": "http://proxy.example:3128"}
     service = CacheService.of_job(environment)
-    assert GitHubCache(service, [box.record]).get(box.one) == box.frames[box.one]
+    assert GitHubCache(service, [box.record]).get(box.index_id) == box.frames[box.index_id]
     with pytest.raises(ZeroDivisionError):
         service.read("https://cache.example/x?sig=1", 0, 1)
     assert asked == ["https://cache.example/x?sig=1"]
@@ -401,30 +401,30 @@ def test_a_message_that_repeats_the_token_is_shown_without_it(box: Box) -> None:
     body = json.dumps({"code": "x", "msg": "no: secret-token\x1b[2J" + "y" * 5000}).encode()
     box.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(400, {}, body))
     remote = GitHubCache(CacheService(box.cache.url, "secret-token"), [box.record])
-    assert remote.get(box.one) is None
-    assert "no: ***\\x1b[2J" in remote.explain_missing(box.one)
-    assert len(remote.explain_missing(box.one)) < 300
+    assert remote.get(box.index_id) is None
+    assert "no: ***\\x1b[2J" in remote.explain_missing(box.index_id)
+    assert len(remote.explain_missing(box.index_id)) < 300
 
 
 # -- uploading -------------------------------------------------------------------------------------------------------
 
 
 def upload(cache: Cache, data: dict[ObjectId, bytes], remote: GitHubCache | None = None) -> str:
-    layout = bundle.lay_out({own: len(frame) for own, frame in data.items()})
+    layout = bundle.lay_out({object_id: len(frame) for object_id, frame in data.items()})
     whole = bundle.HEADER + b"".join(data.values()) + layout.tail
     remote = remote or GitHubCache(client(cache), [])
-    key = remote.upload(layout, lambda start, stop: whole[start:stop], nothing)
+    key = remote.upload(layout, lambda start, stop: whole[start:stop], ignore_progress)
     assert cache.blob(key) == whole
     return key
 
 
-FRAMES = {hash_bytes(bytes([i])): bytes([i]) * (100 + i) for i in range(5)}
+FRAMES = {ids.hash_bytes(bytes([i])): bytes([i]) * (100 + i) for i in range(5)}
 
 
 def test_a_bundle_of_several_blocks_arrives_whole(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(github_cache, "BLOCK", 64)
+    monkeypatch.setattr(github_service, "BLOCK", 64)
     upload(cache, FRAMES)
-    assert sum("comp=block&" in one.path for one in cache.log) > 8
+    assert sum("comp=block&" in logged.path for logged in cache.log) > 8
 
 
 def test_the_same_bundle_is_not_sent_twice(cache: Cache) -> None:
@@ -433,7 +433,7 @@ def test_the_same_bundle_is_not_sent_twice(cache: Cache) -> None:
 
 
 def test_a_key_that_a_failed_upload_left_reserved_is_passed_over(cache: Cache) -> None:
-    layout = bundle.lay_out({own: len(frame) for own, frame in FRAMES.items()})
+    layout = bundle.lay_out({object_id: len(frame) for object_id, frame in FRAMES.items()})
     client(cache).reserve(f"castore-{layout.id}")
     assert upload(cache, FRAMES).startswith(f"castore-{layout.id}-")
 
@@ -446,7 +446,7 @@ def test_something_else_under_the_key_is_passed_over(cache: Cache) -> None:
 
 def test_signatures_that_never_hold_end_it(cache: Cache) -> None:
     cache.fault("PUT", actions_service.answer(403), times=1000)
-    with pytest.raises(UploadRefused, match="no signature held"):
+    with pytest.raises(UploadRefused, match="every signature expired"):
         upload(cache, FRAMES)
 
 
@@ -482,7 +482,7 @@ def test_a_refusal_is_told_in_the_words_of_the_service(cache: Cache) -> None:
 def test_a_signature_that_runs_out_during_an_upload_begins_another(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(github_cache, "BLOCK", 64)
+    monkeypatch.setattr(github_service, "BLOCK", 64)
     cache.fault("PUT", actions_service.answer(403), when=lambda request: "blockid" in request.query)
     assert re.fullmatch(r"castore-[0-9a-f]{64}-[0-9a-f]{8}", upload(cache, FRAMES))
 
@@ -504,12 +504,12 @@ def test_a_look_up_that_takes_a_moment_to_find_it_is_tried_again(cache: Cache) -
 def test_evicted_bundles_are_looked_up_once_each(cache: Cache) -> None:
     records = [
         Record(
-            bundle=hash_bytes(b"b%d" % i),
+            bundle=ids.hash_bytes(b"b%d" % i),
             key=f"castore-{i}",
             created="2026-01-02T03:04:05.000006Z",
             bytes=1000,
             objects=3,
-            parts={hash_bytes(b"p%d" % i): [hash_bytes(b"b%d" % i)]},
+            parts={ids.hash_bytes(b"p%d" % i): [ids.hash_bytes(b"b%d" % i)]},
         )
         for i in range(50)
     ]

@@ -1,0 +1,230 @@
+"""Bundles for GitHub's cache: choose the objects of a new one, upload it, write its records, and drop old records.
+
+The cache limits how many entries a job makes and reads, so a session uploads one entry, a bundle, with all the objects
+that earlier bundles lack.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TypeVar
+
+from castore.errors import CorruptionError, CorruptObject, ObjectMissing, UploadRefused
+from castore.format import bundle, manifest, part_index
+from castore.format.bundle import BundleLayout, Record
+from castore.format.ids import ObjectId
+from castore.format.manifest import Entry
+from castore.progress import Progress
+from castore.remotes.github_cache import GitHubCache
+from castore.repo import Repo
+from castore.storage import fs
+from castore.storage.object_store import ObjectStore
+
+KeptParts = Sequence[tuple[Entry, Sequence[str]]]
+"""Checkpoints, and the names of the parts of each that are kept."""
+
+_STALE_AFTER = timedelta(days=14)  # GitHub evicts an entry that nobody read for seven days
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class BundlePlan:
+    """What a new bundle would hold, in order, and the bundles that each part then needs, by the part's index.
+
+    None marks the new bundle. ``left_out`` lists checkpoints that can't be uploaded, as (id, reason).
+    """
+
+    objects: tuple[ObjectId, ...]
+    bundles_of_parts: Mapping[ObjectId, tuple[ObjectId | None, ...]]
+    left_out: tuple[tuple[ObjectId, str], ...]
+
+
+# -- planning --------------------------------------------------------------------------------------------------------
+
+
+def plan_bundle(repo: Repo, remote: GitHubCache, kept: KeptParts) -> BundlePlan:
+    """Plan a bundle of what another machine could not get of ``kept`` from the bundles in the cache.
+
+    New objects are verified: damage is found here, not by the machine that fetches them. The caller holds the shared
+    lock.
+    """
+    held = {
+        bundle_id: remote.holds(bundle_id)
+        for entry, parts in kept
+        for name in parts
+        for bundle_id in remote.bundles_of(entry.manifest.parts[name].index)
+    }
+    bundled: set[ObjectId] = set()
+    bundles_of_parts: dict[ObjectId, tuple[ObjectId | None, ...]] = {}
+    order: list[list[ObjectId]] = []
+    left_out = []
+    for entry, parts in kept:
+        indexes = [entry.manifest.parts[name].index for name in parts]
+        try:
+            sizes_of_parts = {
+                index_id: _stored_sizes(repo.store, index_id)
+                for index_id in indexes
+                if not _is_in_bundles(repo.store, remote, index_id) and repo.store.has(index_id)
+            }
+        except (CorruptionError, ObjectMissing) as error:
+            left_out.append((entry.id, str(error)))
+            continue
+        needed = {object_id: size for sizes in sizes_of_parts.values() for object_id, size in sizes.items()}
+        relied, new = bundle.choose_bundles(needed, held)
+        problem = _find_damage(repo.store, new - bundled)
+        if problem:
+            left_out.append((entry.id, problem))
+            continue
+        bundled |= new
+        for index_id, sizes in sizes_of_parts.items():
+            order.append(list(sizes))
+            existing = [bundle_id for bundle_id in relied if held[bundle_id].keys() & sizes.keys()]
+            bundles_of_parts[index_id] = (*existing, *([None] if new & sizes.keys() else []))
+    return BundlePlan(tuple(bundle.in_order(order, bundled)), bundles_of_parts, tuple(left_out))
+
+
+def _is_in_bundles(store: ObjectStore, remote: GitHubCache, index_id: ObjectId) -> bool:
+    """Whether the bundles that some record names for a part hold all of it, as far as can be told here."""
+    needed = {index_id}
+    if store.has(index_id):
+        with contextlib.suppress(CorruptionError):  # the bundles may have a good one
+            needed |= {chunk.id for chunk in part_index.decode_chunks(store.read(index_id, mend=False))}
+    return any(
+        needed <= {object_id for bundle_id in record.parts[index_id] for object_id in remote.holds(bundle_id)}
+        for record in remote.records
+        if index_id in record.parts
+    )
+
+
+def _stored_sizes(store: ObjectStore, index_id: ObjectId) -> dict[ObjectId, int]:
+    """Return the stored size in bytes of each object of a part, the index first. ObjectMissing, CorruptionError."""
+    chunks = part_index.decode_chunks(store.read(index_id, mend=False))
+    sizes = {}
+    for object_id in (index_id, *(chunk.id for chunk in chunks)):
+        size = store.stored_size(object_id)
+        if size is None:
+            raise ObjectMissing(object_id)
+        sizes[object_id] = size
+    return sizes
+
+
+def _find_damage(store: ObjectStore, object_ids: Collection[ObjectId]) -> str:
+    """Verify objects; return what is wrong with the first bad one, or an empty string."""
+    scratch = bytearray()
+    for object_id in sorted(object_ids):
+        try:
+            store.check(object_id, scratch)
+        except (CorruptObject, ObjectMissing) as error:
+            return str(error)
+    return ""
+
+
+# -- uploading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """The records of a new bundle, none when no upload was needed, and the checkpoints left out, as (id, reason)."""
+
+    records: tuple[Record, ...]
+    left_out: tuple[tuple[ObjectId, str], ...]
+
+
+def upload_missing(
+    repo: Repo, remote: GitHubCache, kept: KeptParts, *, ref: str, progress: Progress, now: datetime
+) -> Uploaded:
+    """Upload what the cache lacks of ``kept`` as one bundle, then write the records that name it to the repository.
+
+    Records are written only once a look-up has confirmed the bundle. ``ref`` is the git ref of the job. UploadRefused,
+    RemoteUnavailable.
+    """
+    with repo.lock():
+        plan = plan_bundle(repo, remote, kept)
+        if not plan.bundles_of_parts:
+            return Uploaded((), plan.left_out)
+        if len(plan.objects) > bundle.MAX_OBJECTS:
+            reason = f"{len(plan.objects)} objects are more than a bundle holds: a larger chunk_size makes fewer"
+            raise UploadRefused(remote.name, reason)
+        if plan.objects:
+            layout = bundle.lay_out({object_id: repo.store.stored_size(object_id) or 0 for object_id in plan.objects})
+            key = remote.upload(layout, read_ranges(repo.store, layout), progress)
+            bundle_id, size, count = layout.id, layout.size, len(layout.places)
+        else:  # the cache has all the objects: only the records that say so are missing
+            relied = {bundle_id for bundle_ids in plan.bundles_of_parts.values() for bundle_id in bundle_ids}
+            basis = next(record for record in remote.records if record.bundle in relied)
+            bundle_id, key, size, count = basis.bundle, basis.key, basis.bytes, basis.objects
+        parts = {
+            index_id: [needed or bundle_id for needed in bundle_ids]
+            for index_id, bundle_ids in plan.bundles_of_parts.items()
+        }
+        created = manifest.timestamp(now)
+        records = tuple(
+            Record(bundle=bundle_id, key=key, created=created, bytes=size, objects=count, ref=ref, parts=dict(batch))
+            for batch in _batches(list(parts.items()), bundle.PARTS_OF_A_RECORD)
+        )
+        for record in records:
+            repo.catalog.add_record(record)
+    return Uploaded(records if plan.objects else (), plan.left_out)
+
+
+def read_ranges(store: ObjectStore, layout: BundleLayout) -> Callable[[int, int], bytes]:
+    """Return a function that reads any range of a bundle from the objects' files: the whole is never copied.
+
+    It raises ObjectMissing when a file has changed its size since the layout was made, StorageError.
+    """
+    pieces: list[tuple[int, ObjectId | None]] = [
+        (0, None),  # the header
+        *((place.offset, object_id) for object_id, place in layout.places.items()),
+    ]
+    starts = [start for start, _ in pieces]
+    tail_start = layout.size - len(layout.tail)
+
+    def read(start: int, stop: int) -> bytes:
+        data = bytearray()
+        at = start
+        while at < stop:
+            if at >= tail_start:
+                data += layout.tail[at - tail_start : stop - tail_start]
+                break
+            first, object_id = pieces[bisect.bisect_right(starts, at) - 1]
+            if object_id is None:
+                data += bundle.HEADER[at - first : stop - first]
+            else:
+                length = layout.places[object_id].length
+                if store.stored_size(object_id) != length:
+                    raise ObjectMissing(object_id)  # replaced meanwhile by one that is encoded differently
+                data += fs.read_range(store.path(object_id), at - first, min(length, stop - first))
+            at = start + len(data)
+        return bytes(data)
+
+    return read
+
+
+def _batches(items: list[_Item], size: int) -> Iterator[list[_Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+# -- old records -----------------------------------------------------------------------------------------------------
+
+
+def remove_stale_records(
+    repo: Repo, remote: GitHubCache, kept: KeptParts, *, ref: str, now: datetime
+) -> tuple[str, ...]:
+    """Remove old records of bundles that are gone or that nothing kept needs; return their paths in the repository.
+
+    Every session would look them up. Only records of this ref are removed: jobs of other refs see other entries.
+    """
+    needed = {entry.manifest.parts[name].index for entry, parts in kept for name in parts}
+    removed = []
+    for record in remote.records:
+        is_old = now - datetime.fromisoformat(record.created) > _STALE_AFTER
+        is_useless = record.bundle in remote.missing() or not needed & record.parts.keys()
+        if is_old and is_useless and record.ref == ref:
+            path = repo.catalog.remove_record(record)
+            removed.append(path.relative_to(repo.root).as_posix())
+    return tuple(removed)

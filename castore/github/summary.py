@@ -1,0 +1,144 @@
+"""Job summaries: what a session restored and saved, as GitHub's Markdown. Text from elsewhere is always escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from castore.github.sessions import RestoredSession, SavedSession, SessionProgress, Traffic
+from castore.policy.resolution import Rejected
+from castore.text import escape_markdown, format_number, format_size
+
+_MAX_ROWS = 20
+
+
+def restored_markdown(restored: RestoredSession) -> str:
+    """Return the section that tells where the session begins, and why there."""
+    return _section(_restored_lines(restored))
+
+
+def saved_markdown(saved: SavedSession) -> str:
+    """Return the section that tells what the session made, and what of it the next one can get."""
+    return _section(_saved_lines(saved))
+
+
+def failed_markdown(reason: str) -> str:
+    """Return the section for a command that ended in an error; lines after the first become a list.
+
+    >>> print(failed_markdown("save: no access\\n  a detail"), end="")
+    ### castore: failed
+    <BLANKLINE>
+    **save&#58; no access**
+    <BLANKLINE>
+    - a detail
+    <BLANKLINE>
+    """
+    first, *details = reason.split("\n")
+    items = (f"- {escape_markdown(detail.strip())}" for detail in details[:_MAX_ROWS])
+    return _section(["### castore: failed", "", f"**{escape_markdown(first)}**", "", *items])
+
+
+# -- building blocks -------------------------------------------------------------------------------------------------
+
+
+def _section(lines: Iterable[str]) -> str:
+    return "\n".join(lines) + "\n\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield a table's lines. The cells are Markdown: what comes from elsewhere is escaped already."""
+    for cells in (header, ["---"] * len(header), *rows):
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _traffic_line(traffic: Traffic) -> str:
+    up, down = format_size(traffic.uploaded), format_size(traffic.downloaded)
+    return f"{up} up, {down} down, {traffic.requests} requests to the cache."
+
+
+# -- restored --------------------------------------------------------------------------------------------------------
+
+
+def _restored_lines(restored: RestoredSession) -> Iterator[str]:
+    yield "### castore: restored"
+    yield ""
+    if match := restored.match:
+        told = f"Resuming from step **{match.step:,}** of run `{match.run}`, checkpoint `{match.id[:12]}`"
+        score = "" if match.score is None else f", score {match.score:.4f}"
+        want = escape_markdown(restored.resolution.selector) if restored.resolution else ""
+        yield f"{told}{score}: {match.availability}, {want}."
+        for descendant in restored.further:
+            step = descendant.manifest.step
+            yield ""
+            yield f"An earlier session trained on from there to step {step:,}; its last checkpoint was fetched too."
+        for difference in match.differences:
+            yield f"- differs: {escape_markdown(difference)}"
+    else:
+        yield f"**Nothing to resume from**: {escape_markdown(restored.fresh)}. Training begins at step 0."
+    yield from _rejected_lines(restored.resolution.rejected if restored.resolution else ())
+    for name, error in restored.remote_errors.items():
+        yield ""
+        yield f"**A remote was passed over**: {escape_markdown(name)}: {escape_markdown(error)}"
+    yield ""
+    yield _traffic_line(restored.traffic)
+
+
+def _rejected_lines(rejected: Sequence[Rejected]) -> Iterator[str]:
+    if not rejected:
+        return
+    rows = [
+        (
+            f"`{checkpoint.id[:12]}` of `{checkpoint.run}`",
+            f"{checkpoint.step:,}",
+            format_number(checkpoint.score),
+            "; ".join(map(escape_markdown, checkpoint.reasons)),
+        )
+        for checkpoint in rejected[:_MAX_ROWS]
+    ]
+    if len(rejected) > _MAX_ROWS:
+        rows.append((f"and {len(rejected) - _MAX_ROWS} more", "", "", ""))
+    yield ""
+    yield from _table(("passed over", "step", "score", "why"), rows)
+
+
+# -- saved -----------------------------------------------------------------------------------------------------------
+
+
+def _saved_lines(saved: SavedSession) -> Iterator[str]:
+    yield "### castore: saved"
+    yield ""
+    if saved.skipped:
+        yield f"**Nothing was saved**: {escape_markdown(saved.skipped)}."
+        return
+    if saved.session:
+        yield from _progress_lines(saved.session)
+    else:
+        yield "No new checkpoint."
+    yield ""
+    if saved.records:
+        record = saved.records[0]
+        yield f"Bundle `{record.bundle[:12]}`: {record.objects} objects, {format_size(record.bytes)}, confirmed."
+    else:
+        yield "The cache has all that is kept already."
+    if saved.plan:
+        decisions = [decision for decision in saved.plan.decisions if decision.entry.manifest.kind == "checkpoint"]
+        kept = sum(bool(decision.parts) for decision in decisions)
+        freed = format_size(saved.plan.freed_bytes)
+        yield f"{kept} checkpoints are kept, {len(decisions) - kept} are history; {freed} were deleted here."
+    if saved.not_collected:
+        yield f"**No garbage was collected**: {escape_markdown(saved.not_collected)}"
+    yield from (f"- left out: `{checkpoint_id[:12]}`: {escape_markdown(why)}" for checkpoint_id, why in saved.left_out)
+    told = f"pushed as `{saved.commit[:12]}`" if saved.commit else "staged"
+    yield f"In git: {len(saved.files)} files added or removed, {told}."
+    yield ""
+    yield _traffic_line(saved.traffic)
+
+
+def _progress_lines(session: SessionProgress) -> Iterator[str]:
+    row = (
+        f"`{session.run}`",
+        f"step {session.start_step:,} to {session.final_step:,} ({session.final_step - session.start_step:,})",
+        f"{format_number(session.start_loss)} to {format_number(session.final_loss)}",
+        format_number(session.best_loss),
+        f"{session.checkpoints}",
+    )
+    yield from _table(("run", "steps", "validation loss", "best", "checkpoints"), [row])
