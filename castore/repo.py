@@ -121,8 +121,8 @@ class Repo:
     def lock(self, *, exclusive: bool = False, wait: bool = True) -> Iterator[None]:
         """Hold the repository's lock while the block runs.
 
-        Shared, it keeps other processes from deleting; ``exclusive``, from doing anything. Locked when it can't be had
-        within the configured time, or at once without ``wait``.
+        Shared, it keeps other processes from deleting; ``exclusive``, from doing anything. Raise Locked if it is not
+        free within the configured time, or at once without ``wait``.
         """
         timeout = self.config.store.lock_timeout if wait else 0.0
         with fs.lock(self.root / "lock", exclusive=exclusive, timeout=timeout):
