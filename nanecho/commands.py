@@ -182,6 +182,7 @@ class _SessionBar:
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[text]}"),
             console=console.Console(file=out, highlight=False),
+            redirect_stdout=False,  # it may be a file that is to hold the JSON of the summary
         )
         self._task = progress.TaskID(0)
 

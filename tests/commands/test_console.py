@@ -160,6 +160,43 @@ def test_an_error_ends_the_display_before_it_is_told(
     assert capsys.readouterr().err == ""
 
 
+# -- standard output ---------------------------------------------------------------------------------------------------
+
+
+def test_json_in_a_file_is_whole_while_a_terminal_shows_the_progress(project: Project, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    project.environment = project.environment | {"TERM": "xterm"}
+    with open(tmp_path / "summary.json", "w+") as file:
+        process = project.start("train", "--json", "--data-dir", "texts", *TINY, stdout=file, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end, when nobody holds the other side
+            while True:
+                shown += os.read(ours, 65536)
+        os.close(ours)
+        assert process.wait() == 0
+        file.seek(0)
+        assert json.load(file)["final_step"] == 4
+    assert "━" in shown.decode()
+
+
+@pytest.mark.parametrize("command", ["log", "log --json", "show latest", "report --format json"])
+def test_a_reader_that_goes_away_ends_the_program_quietly(tmp_path: Path, command: str) -> None:
+    project = Project(tmp_path)
+    repo = Repo.init(tmp_path)
+    for step in range(80 if command != "show latest" else 1):
+        note = "n" * (3000 if command != "show latest" else 300_000)
+        repo.save({"model": {"x": step}}, run="r", step=step, note=note, tags=[note[:3000]])
+    process = project.start(*command.split())
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait() == 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
 # -- logs --------------------------------------------------------------------------------------------------------------
 
 LOGS = r"""
