@@ -78,12 +78,31 @@ def train(
         session = run_session(
             repo, config, started=console.timestamp(now), stop=lambda: received.name, tags=tag or (), note=note
         )
-        for summary in _follow(session, out, received):
-            path = repo.add_session(config.run.run, now, msgspec.to_builtins(summary))
-            if as_json:
-                console.print_json({**msgspec.to_builtins(summary), "path": str(path)})
+        for ending in _follow(session, out, received):
+            _record_ending(repo, config.run.run, now, ending, as_json)
     if received.number:
         sys.exit(128 + received.number)
+
+
+def _record_ending(
+    repo: castore.Repo, run: str, started: datetime, ending: events.Finished | events.Failed, as_json: bool
+) -> None:
+    """Write the session's summary into the repository, and print it as JSON if asked to.
+
+    An error of the session comes after this, so one of writing its summary is only told then.
+    """
+    from nanecho import events
+
+    summary = msgspec.to_builtins(ending.summary)
+    path: Path | None = None
+    try:
+        path = repo.add_session(run, started, summary)
+    except errors.CastoreError as error:
+        if isinstance(ending, events.Finished):
+            raise
+        console.warn(f"the session's summary was not written: {error}")
+    if as_json:
+        console.print_json({**summary, "path": str(path) if path else None})
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
@@ -144,15 +163,17 @@ def _stop_signals() -> Iterator[_Received]:
             signal.signal(number, handler)
 
 
-def _follow(session: Iterator[events.Event], out: TextIO, received: _Received) -> Iterator[events.Summary]:
-    """Show a session's events and yield its summary: with a progress bar on a terminal, as plain lines elsewhere."""
+def _follow(
+    session: Iterator[events.Event], out: TextIO, received: _Received
+) -> Iterator[events.Finished | events.Failed]:
+    """Show a session's events and yield how it ended: with a progress bar on a terminal, as plain lines elsewhere."""
     from nanecho import events, report
 
     bar = _SessionBar(out) if out.isatty() else None
     try:
         for event in session:
             if isinstance(event, events.Finished | events.Failed):
-                yield event.summary
+                yield event
                 lines = report.describe_summary(event.summary) if isinstance(event, events.Finished) else []
             else:
                 lines = report.describe(event)

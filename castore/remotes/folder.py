@@ -113,7 +113,7 @@ class Folder:
         try:
             fs.rename(new, path)
         finally:
-            fs.unlink(new)
+            fs.discard(new)
         fs.sync_directory(path.parent)
 
     def _is_file(self, object_id: ObjectId) -> bool:

@@ -130,6 +130,24 @@ def unlink(path: Path) -> None:
         os.unlink(path)
 
 
+def discard(path: Path) -> None:
+    """Remove a temporary file if that is possible. Whatever led here matters more than an error of the removal."""
+    with contextlib.suppress(StorageError):
+        unlink(path)
+
+
+@contextlib.contextmanager
+def closing(descriptor: int, path: Path) -> Iterator[None]:
+    """Close a file after the block. An error of closing it is raised unless the block has failed already."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            close(descriptor, path)
+        raise
+    close(descriptor, path)
+
+
 def remove_directory(path: Path) -> None:
     """Remove a folder if it is empty; leave it alone, without an error, if it is not or is gone."""
     with contextlib.suppress(OSError):
@@ -158,18 +176,16 @@ def publish(path: Path, data: bytes, temporary_folder: Path, *, durable: bool = 
     """
     descriptor, temporary = create_temporary(temporary_folder)
     try:
-        try:
+        with closing(descriptor, temporary):
             write(descriptor, temporary, [data])
             if durable:
                 sync(descriptor, temporary)
-        finally:
-            close(descriptor, temporary)
         is_new = link(temporary, path)
         if durable:
             sync_directory(path.parent)
         return is_new
     finally:
-        unlink(temporary)
+        discard(temporary)
 
 
 def read(path: Path | str, limit: int) -> bytes:

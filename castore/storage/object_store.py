@@ -171,15 +171,13 @@ class ObjectStore:
         fs.make_directory(path.parent)
         descriptor, temp = fs.create_temporary(self.temporary)
         try:
-            try:
+            with fs.closing(descriptor, temp):
                 fs.write(descriptor, temp, [frame])
                 if self.durable:
                     fs.sync(descriptor, temp)
-            finally:
-                fs.close(descriptor, temp)
             fs.rename(temp, path)
         except BaseException:
-            fs.unlink(temp)
+            fs.discard(temp)
             raise
 
     # -- removing: trash and quarantine ------------------------------------------------------------------------------
@@ -363,7 +361,7 @@ class Writer:
             self._slots.release()
             with contextlib.suppress(StorageError):
                 fs.close(descriptor, temp)
-            fs.unlink(temp)
+            fs.discard(temp)
             raise
         with self._lock:
             self._new_objects += 1
@@ -374,17 +372,17 @@ class Writer:
     def _finish(self, descriptor: int, temp: Path, path: Path) -> None:
         try:
             try:
-                self._raise_if_failed()
-                if self._store.durable:
-                    fs.sync(descriptor, temp)
+                with fs.closing(descriptor, temp):
+                    self._raise_if_failed()
+                    if self._store.durable:
+                        fs.sync(descriptor, temp)
             finally:
                 self._slots.release()
-                fs.close(descriptor, temp)
             # only after the sync: a torn file under a valid id would be deduplicated against for ever
             fs.rename(temp, path)
         except BaseException as error:
             self._fail(error)
-            fs.unlink(temp)
+            fs.discard(temp)
             raise
 
     def _fail(self, error: BaseException | None) -> None:

@@ -105,22 +105,21 @@ class OutputFile:
     def finish(self, *, replace: bool, durable: bool) -> None:
         """Give the file its name. Raise RefusedPath if something of that name appeared and ``replace`` is not set."""
         try:
-            try:
+            with fs.closing(self._descriptor, self._temporary):
                 if durable:
                     fs.sync(self._descriptor, self._temporary)
-            finally:
-                fs.close(self._descriptor, self._temporary)
             if replace:
                 fs.rename(self._temporary, self._target)
             elif not fs.link(self._temporary, self._target):
                 raise RefusedPath(str(self._target), "it appeared in the meantime: --force replaces it")
         finally:
-            fs.unlink(self._temporary)
+            fs.discard(self._temporary)
 
     def discard(self) -> None:
         """Remove the temporary file; nothing appears under the target's name."""
-        os.close(self._descriptor)
-        fs.unlink(self._temporary)
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        fs.discard(self._temporary)
 
 
 def write_link(target: Path, text: str, *, replace: bool = False) -> None:

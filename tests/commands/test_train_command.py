@@ -292,3 +292,12 @@ def test_old_prepared_data_is_collected_and_prepared_again(tmp_path: Path) -> No
     assert gone["availability"] == "history"
     assert data_line(project.train()) == f"prepared now: {checkpoint_id['id'][:12]} is older than data_ttl = 0.0001s"
     assert len(project.json("log", "--kind", "dataset")) == 2
+
+
+def test_an_error_of_the_summary_does_not_hide_the_error_of_the_session(project: Project) -> None:
+    project.run("init")
+    (project.root / ".castore" / "sessions").write_text("in the way")
+    out = project.train("--learning-rate", "1e30", "--warmup-iters", "0", "--session-iters", "20", code=1)
+    assert "is not finite after step" in out.splitlines()[-1]
+    assert "the session's summary was not written: can't create directory" in out
+    assert "can't create directory" in project.train(code=1)  # a session that went well says so too
