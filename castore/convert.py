@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import pickletools
+import re
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from castore.errors import InvalidFile, NotFound, StorageError, UnsupportedFile, UnsupportedValue
 from castore.format.ids import is_object_id
 from castore.format.manifest import Entry, Experiment
 from castore.format.part_index import MAX_DEPTH
 from castore.repo import Repo, SaveResult
-from castore.storage import output_file
+from castore.storage import fs, output_file, safe_paths
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +42,10 @@ _MAX_GROWTH = 8
 _MAX_VALUES = 1_000_000
 _MAX_NAME = 1000
 _MAX_PICKLE = 32 << 20
+_MAX_KEPT_METADATA = 64 << 10  # characters, so that a manifest stays small
+_INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.(?:safetensors|pt|pth)")
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 # -- export ----------------------------------------------------------------------------------------------------------
@@ -56,13 +63,16 @@ class Exported:
 
 
 def export(repo: Repo, selector: str, out: Path, *, part: str = "model", force: bool = False) -> Exported:
-    """Write one part of a checkpoint to a file: as torch.save does if its name ends in .pt or .pth, else safetensors.
+    """Write one part of a checkpoint to a file: as torch.save does if its name ends in .pt or .pth, or .safetensors.
 
     In safetensors nested states become names with dots, and a tied tensor is written once for each of its names. The
     file appears complete or not at all, and replaces another only with ``force``. Raise RefusedPath if ``out`` may not
-    be written to, UnsupportedValue naming the key that safetensors can't hold, and what :meth:`castore.Repo.load` does.
+    be written to, UnsupportedFile for another extension,
+    UnsupportedValue naming the key that safetensors can't hold, and what :meth:`castore.Repo.load` does.
     """
     output_file.check_target(out, replace=force)  # before anything is read
+    if out.suffix.lower() not in (_SAFETENSORS, *PT):
+        raise UnsupportedFile(str(out), f"export writes {_SAFETENSORS}, .pt and .pth: use one of these names")
     entry = repo.find(selector, kind="checkpoint")
     state = repo.load(entry.id, [part])[part]
     if out.suffix.lower() in PT:
@@ -77,7 +87,11 @@ def export(repo: Repo, selector: str, out: Path, *, part: str = "model", force: 
 
 
 def _metadata(entry: Entry, part: str) -> dict[str, str]:
+    """What a safetensors file says of itself: what an imported one said, and which checkpoint this is."""
+    kept = entry.manifest.info.get("safetensors_metadata")
+    kept = kept if isinstance(kept, dict) and all(isinstance(value, str) for value in kept.values()) else {}
     return {
+        **kept,
         "format": "pt",
         "castore_id": entry.id,
         "castore_run": entry.manifest.run,
@@ -183,8 +197,13 @@ def import_file(
     """
     similar = repo.find(like, kind="checkpoint") if like else None
     pattern = similar.manifest if similar else None
-    state, exported_from = read(path)
+    state, metadata = read(path)
+    claimed = metadata.pop("castore_id", "")
+    exported_from = claimed if is_object_id(claimed) else ""
     info: dict[str, Any] = {"imported_from": path.name.encode(errors="replace").decode()[:200]}
+    kept = {name: value for name, value in metadata.items() if not name.startswith("castore_")}
+    if kept and sum(len(name) + len(value) for name, value in kept.items()) <= _MAX_KEPT_METADATA:
+        info["safetensors_metadata"] = kept
     if similar:
         info["like"] = similar.id
     if exported_from:
@@ -204,23 +223,29 @@ def import_file(
     )
 
 
-def read(path: Path) -> tuple[Any, str]:
-    """Return (the state in a file, the id of the checkpoint it claims to be exported from or an empty string).
+def read(path: Path) -> tuple[Any, dict[str, str]]:
+    """Return (the state in a file, what it says of itself in the metadata of a safetensors file).
 
-    Raise UnsupportedFile or InvalidFile. No code in the file is run, and reading takes at most a few times its size in
+    The index of a sharded model, or any of its shards beside that index, stands for the whole model. Raise
+    UnsupportedFile or InvalidFile. No code in the file is run, and reading takes at most a few times its size in
     memory.
     """
     size = _check_readable(path)
     suffix = path.suffix.lower()
+    if path.name.endswith(_INDEX):
+        return _read_shards(path)
+    if shard := _SHARD.fullmatch(path.name):
+        index = path.with_name(shard[1] + _INDEX)
+        if suffix == _SAFETENSORS and index.is_file():
+            return _read_shards(index)
+        raise UnsupportedFile(str(path), f"one shard of several, and {index.name} is not beside it: put it there")
     if suffix == _SAFETENSORS:
-        state, metadata = _read_safetensors(path)
-        claimed = metadata.get("castore_id")
-        return state, claimed if claimed and is_object_id(claimed) else ""
+        return _read_safetensors(path)
     if suffix in PT:
         _check_pt(path, size)
         state = _read_pt(path)
         _check_claims(path, state, size)
-        return state, ""
+        return state, {}
     raise UnsupportedFile(str(path), f"neither {_SAFETENSORS} nor {' nor '.join(PT)}")
 
 
@@ -236,10 +261,46 @@ def _check_readable(path: Path) -> int:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UnsupportedFile(str(path), "not a regular file")
-        with open(path, "rb"):
+        with open(path, "rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise UnsupportedFile(str(path), "a pointer of Git LFS, not the file itself: run `git lfs pull` first")
             return status.st_size
     except OSError as error:
         raise UnsupportedFile(str(path), f"can't be read: {error.strerror}") from error
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return (every tensor that the index of a sharded model lists, the metadata of its shards)."""
+    state: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    weight_map = _read_weight_map(index)
+    for name in sorted(set(weight_map.values())):
+        shard = index.with_name(name)
+        _check_readable(shard)
+        tensors, said = _read_safetensors(shard)
+        metadata |= said
+        state |= {key: tensor for key, tensor in tensors.items() if weight_map.get(key) == name}
+    if missing := weight_map.keys() - state.keys():
+        raise InvalidFile(str(index), f"its shards don't hold {min(missing)[:200]}")
+    return state, metadata
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Return which file beside the index holds each tensor. A shard's name that leads elsewhere is refused."""
+    try:
+        weight_map = msgspec.json.decode(fs.read(index, _MAX_HEADER), type=_ShardIndex).weight_map
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise InvalidFile(str(index), f"not the index of a sharded model ({_first_line(error)})") from error
+    for name in weight_map.values():
+        if safe_paths.why_not_member(name) or "/" in name or not name.endswith(_SAFETENSORS):
+            raise InvalidFile(str(index), f"it lists {name[:200]!r}, which is not a {_SAFETENSORS} file beside it")
+    if not weight_map:
+        raise InvalidFile(str(index), "it lists no tensor")
+    return weight_map
+
+
+class _ShardIndex(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

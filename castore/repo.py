@@ -179,6 +179,7 @@ class Repo:
             config=dict(config or {}),
             info=dict(info or {}),
         )
+        self.catalog.check_run(run)
         manifest.encode(draft)  # what can't be recorded fails before gigabytes are written
         flat = {name: _flatten(state, name) for name, state in parts.items()}
         with self.lock():

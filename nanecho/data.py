@@ -131,7 +131,17 @@ def _folder_files(folder: Path) -> Iterator[bytes]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and os.path.isfile(os.path.join(path, name)):
-                yield _read(Path(path, name))
+                text = _read(Path(path, name))
+                # a report written beside the texts must not turn them into other data
+                if not _is_report(text):
+                    yield text
+
+
+def _is_report(text: bytes) -> bool:
+    """Whether it is what `castore report` writes, as a page or as Markdown."""
+    return b'<meta name="generator" content="castore report">' in text[:_PROBE_BYTES] or text.startswith(
+        b"### castore: "
+    )
 
 
 def _standard_library() -> Iterator[bytes]:

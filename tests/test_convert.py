@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import stat
 import struct
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import bits, exact
+from builders import bits, exact, parts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -408,7 +409,7 @@ def test_a_compressed_or_lying_zip_is_refused(repo: Repo, tmp_path: Path) -> Non
     assert nothing_was_saved(repo)
 
 
-@pytest.mark.parametrize("name", ["x.bin", "x", "x.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["x.bin", "x", "x.index.json"])
 def test_another_kind_of_file_is_told(repo: Repo, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(errors.UnsupportedFile, match=r"neither \.safetensors nor \.pt"):
@@ -466,3 +467,89 @@ def test_what_was_read_is_independent_of_the_file(tmp_path: Path, suffix: str) -
     with open(path, "r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert exact(state) == exact(model)
+
+
+# -- sharded models and what only looks like a model -------------------------------------------------------------------
+
+
+def shards(folder: Path, weight_map: dict[str, str]) -> dict[str, torch.Tensor]:
+    """A model of tensors in several files, with the index that names the file of each."""
+    model = {key: torch.full((3,), float(number)) for number, key in enumerate(weight_map)}
+    for name in set(weight_map.values()):
+        save_file(
+            {key: model[key] for key in model if weight_map[key] == name}, folder / name, {"format": "pt", "by": "a b"}
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return model
+
+
+TWO = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", *TWO.values()])
+def test_a_shard_or_the_index_stands_for_the_whole_model(repo: Repo, tmp_path: Path, name: str) -> None:
+    model = shards(tmp_path, TWO)
+    saved = convert.import_file(repo, tmp_path / name)
+    assert exact(repo.load(saved.id)["model"]) == exact(model)
+    assert saved.manifest.info["safetensors_metadata"] == {"format": "pt", "by": "a b"}
+
+
+def test_a_shard_that_is_missing_or_without_its_index_is_refused(repo: Repo, tmp_path: Path) -> None:
+    shards(tmp_path, TWO)
+    (tmp_path / TWO["b"]).unlink()
+    with pytest.raises(errors.UnsupportedFile, match=r"model-00002-of-00002\.safetensors: can't be read"):
+        convert.import_file(repo, tmp_path / TWO["a"])
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(errors.UnsupportedFile, match=r"one shard of several, and model\.safetensors\.index\.json"):
+        convert.import_file(repo, tmp_path / TWO["a"])
+    torch.save({"a": torch.ones(1)}, tmp_path / "m-00001-of-00003.pt")
+    with pytest.raises(errors.UnsupportedFile, match="one shard of several"):
+        convert.import_file(repo, tmp_path / "m-00001-of-00003.pt")
+    assert not repo.checkpoints()
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "says"),
+    [
+        ({"a": "../secret.safetensors"}, "not a .safetensors file beside it"),
+        ({"a": "/etc/passwd"}, "not a .safetensors file beside it"),
+        ({"a": "x.pt"}, "not a .safetensors file beside it"),
+        ({"a": 3}, "not the index of a sharded model"),
+        ({}, "it lists no tensor"),
+        ({"z": "model-00001-of-00002.safetensors"}, "its shards don't hold z"),
+    ],
+)
+def test_a_hostile_index_of_shards_is_an_error(repo: Repo, tmp_path: Path, weight_map: Any, says: str) -> None:
+    shards(tmp_path, TWO)
+    save_file({"a": torch.zeros(1)}, tmp_path.parent / "secret.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(errors.InvalidFile, match=re.escape(says)):
+        convert.import_file(repo, index)
+    assert not repo.checkpoints()
+
+
+def test_metadata_of_an_imported_file_is_written_back(repo: Repo, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", {"format": "pt", "license": "mit"})
+    saved = convert.import_file(repo, tmp_path / "x.safetensors")
+    convert.export(repo, saved.id, tmp_path / "y.safetensors")
+    with safe_open(tmp_path / "y.safetensors", framework="pt") as file:
+        assert file.metadata().items() >= {("license", "mit"), ("castore_id", saved.id)}
+    again = convert.import_file(repo, tmp_path / "y.safetensors")
+    assert again.manifest.info["safetensors_metadata"] == {"format": "pt", "license": "mit"}
+    assert again.manifest.parent == saved.id
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+def test_a_pointer_of_git_lfs_is_named(repo: Repo, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(errors.UnsupportedFile, match="a pointer of Git LFS, not the file itself: run `git lfs pull`"):
+        convert.import_file(repo, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model", "model.safetensor", "model.onnx"])
+def test_export_refuses_an_extension_that_it_does_not_write(repo: Repo, tmp_path: Path, name: str) -> None:
+    repo.save(parts(1), run="r", step=1)
+    with pytest.raises(errors.UnsupportedFile, match=r"export writes \.safetensors, \.pt and \.pth"):
+        convert.export(repo, "latest", tmp_path / name)
+    assert not (tmp_path / name).exists()

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castore.errors import CorruptBundle, CorruptManifest, StorageError, UnsupportedVersion
+from castore.errors import CorruptBundle, CorruptManifest, InvalidManifest, StorageError, UnsupportedVersion
 from castore.format import manifest
 from castore.format.bundle import MAX_RECORD_BYTES, Record, decode_record, encode_record
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry, Manifest
 from castore.policy.scoring import newest_first
-from castore.storage import fs, git
+from castore.storage import fs, git, safe_paths
 
 _ID_DIGITS = 12  # how many digits of a manifest's id stand in the name of its file
 
@@ -91,12 +91,19 @@ class Catalog:
         """Yield the first 12 digits of every manifest's id, from the names of the files alone."""
         yield from map(_digits_in, self._manifest_paths()[0])
 
+    def check_run(self, run: str) -> None:
+        """Raise InvalidManifest if a run of the same name in other case is here: on some disks they are one folder."""
+        for folder in fs.scan(self.root):
+            if folder.name != run and safe_paths.collision_key(folder.name) == safe_paths.collision_key(run):
+                raise InvalidManifest(f"run {run} differs from run {folder.name} in case alone: use another name")
+
     def add(self, new: Manifest) -> tuple[ObjectId, Path]:
         """Write a manifest durably; return its id and path. This is the commit point of a save.
 
         The objects that it refers to must be durable already. CorruptManifest when a file of that name holds something
         else.
         """
+        self.check_run(new.run)
         data = manifest.encode(new)
         checkpoint_id, _ = manifest.decode(data)
         path = self.root / new.file_name(checkpoint_id)

@@ -58,7 +58,7 @@ def why_not_link(path: str, target: str) -> str:
     return ""
 
 
-def _collision_key(path: str) -> str:
+def collision_key(path: str) -> str:
     """Return a key that is equal for paths a file system that ignores case, or composes accents, would merge."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
 
@@ -70,7 +70,7 @@ def colliding(paths: Iterable[str]) -> list[tuple[str, str]]:
     [('data/a', 'data/A')]
     """
     first: dict[str, str] = {}
-    return [(first[key], path) for path in paths if first.setdefault(key := _collision_key(path), path) != path]
+    return [(first[key], path) for path in paths if first.setdefault(key := collision_key(path), path) != path]
 
 
 def check_target(target: Path) -> None:

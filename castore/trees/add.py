@@ -86,6 +86,7 @@ def add_tree(
     cut = _cutter()
     tree = _scan(path)
     draft = _draft(tree, name, tags, note, created or datetime.now(UTC))
+    repo.catalog.check_run(draft.run)
     manifest.encode(draft)  # what can't be recorded fails before gigabytes are read
     with repo.lock():
         part, written = _store(repo, tree, cut, progress)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castore import CastoreError
-from nanecho import data, seeding
+from castore import CastoreError, Repo
+from castore.report.collect import collect_report
+from castore.report.html import report_as_html
+from castore.report.markdown import report_as_markdown
+from nanecho import config, data, seeding
 from nanecho.config import Data
 
 
@@ -150,3 +154,17 @@ def test_a_pipe_is_passed_over_and_not_waited_for(tmp_path: Path) -> None:
     path = folder(tmp_path, TEXTS)
     os.mkfifo(path / "pipe")
     assert loaded(path).files[0] > 0
+
+
+def test_a_report_among_the_texts_does_not_make_them_other_texts(tmp_path: Path) -> None:
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_bytes(text)
+    options = config.make({"data_dir": str(tmp_path)}).data
+    before = data.read(options).digest
+    repo = Repo.init(tmp_path)
+    found = collect_report(repo, datetime.now(UTC))
+    (tmp_path / "report.html").write_text(report_as_html(found))
+    (tmp_path / "report.md").write_text(report_as_markdown(found))
+    assert data.read(options).digest == before
+    (tmp_path / "more.txt").write_text("one text more")
+    assert data.read(options).digest != before

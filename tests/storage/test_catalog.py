@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from builders import manifest, tree
 
+from castore import Repo, errors
 from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId
 from castore.format.manifest import Entry
 from castore.policy.selector import Selector
 from castore.storage.catalog import Catalog
+from castore.trees.add import add_tree
 
 
 @pytest.fixture
@@ -156,3 +158,19 @@ def test_a_damaged_manifest_is_an_error_to_who_asks_for_it_and_to_no_one_else(ca
     with pytest.raises(CorruptManifest, match="changed or moved"):
         find(catalog, checkpoint_id)
     assert find(catalog, other).id == other
+
+
+@pytest.mark.parametrize(("first", "second"), [("Main", "main"), ("ci", "CI")])
+def test_runs_that_are_one_folder_on_some_disks_are_refused(
+    repo: Repo, tmp_path: Path, first: str, second: str
+) -> None:
+    repo: Repo, tmp_path: Path, first: str, second: str
+) -> None:
+    repo.save({"model": {"x": 1}}, run=first, step=1)
+    with pytest.raises(errors.InvalidManifest, match=f"run {second} differs from run {first} in case alone"):
+        repo.save({"model": {"x": 2}}, run=second, step=2)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(errors.InvalidManifest, match="in case alone"):
+        add_tree(repo, tmp_path / "file", name=second)
+    repo.save({"model": {"x": 2}}, run=first, step=2)
+    assert {entry.manifest.run for entry in repo.checkpoints()} == {first}
