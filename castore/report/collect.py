@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from castore.errors import CastoreError
+from castore.errors import CastoreError, printable
 from castore.format import manifest
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Experiment
@@ -174,7 +174,7 @@ def collect_report(repo: Repo, now: datetime, run: str | None = None) -> Report:
         experiment=experiments[0] if experiments else Experiment(), weights_only=True, tie_tolerance=tie_tolerance
     )
     return Report(
-        name=repo.root.parent.name,
+        name=printable(repo.root.parent.name),
         made=manifest.timestamp(now),
         run=run,
         checkpoints=checkpoints,
@@ -200,7 +200,7 @@ def _is_reported(entry: Entry, run: str | None = None) -> bool:
 
 def _below(path: Path, root: Path) -> str:
     """Return ``path`` relative to ``root``: the rest of it is no business of the people a report is shown to."""
-    return os.path.relpath(path, root)
+    return printable(os.path.relpath(path, root))
 
 
 def _judge(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castore.errors import CorruptBundle, CorruptManifest, InvalidManifest, StorageError, UnsupportedVersion
+from castore.errors import CorruptBundle, CorruptManifest, InvalidManifest, StorageError, UnsupportedVersion, printable
 from castore.format import manifest
 from castore.format.bundle import MAX_RECORD_BYTES, Record, decode_record, encode_record
 from castore.format.ids import ObjectId, is_object_id
@@ -251,7 +251,7 @@ def read_roots(catalog: Catalog) -> Roots:
         inside, (top, *linked) = git.worktrees(folder)
         for path in linked:
             linked_catalog = Catalog(path / inside, durable=False)
-            sources[f"worktree {path}"] = {entry.id: entry for entry in _read_all(linked_catalog)}
+            sources[printable(f"worktree {path}")] = {entry.id: entry for entry in _read_all(linked_catalog)}
             pins_elsewhere.update(linked_catalog.pins())
         index = git.index(top, inside, ROOT_FOLDERS)
         linked_indexes = [git.index(path, inside, ROOT_FOLDERS) for path in linked]

@@ -31,7 +31,10 @@ def commit(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Files below a folder as one ref, stash or index has them: path relative to the folder -> blob."""
+    """Files below a folder as one ref, stash or index has them: path relative to the folder -> blob.
+
+    ``name`` is for people to read, with whatever can't be printed escaped.
+    """
 
     name: str
     files: dict[str, str]
@@ -51,7 +54,9 @@ def index(top: Path, inside: str, names: Sequence[str]) -> Snapshot:
     out = _demand(top, "ls-files", "--stage", "-z", "--full-name", "--", *(f"{inside}/{name}" for name in names))
     files = _files(out, blob_field=1, prefix=f"{inside}/")
     # a file of `git add --intent-to-add` has no content yet
-    return Snapshot(f"the index of {top}", {path: blob for path, blob in files.items() if blob not in _EMPTY})
+    return Snapshot(
+        printable(f"the index of {top}"), {path: blob for path, blob in files.items() if blob not in _EMPTY}
+    )
 
 
 _EMPTY = (
@@ -71,7 +76,7 @@ def tips(folder: Path, names: Sequence[str]) -> list[Snapshot]:
     for tip, commit_id in _tips(folder):
         if commit_id not in snapshots:
             out = _demand(folder, "ls-tree", "-r", "-z", "--full-tree", commit_id, "--", *paths)
-            snapshots[commit_id] = Snapshot(tip, _files(out, blob_field=2, prefix=prefix))
+            snapshots[commit_id] = Snapshot(printable(tip), _files(out, blob_field=2, prefix=prefix))
     return list(snapshots.values())
 
 

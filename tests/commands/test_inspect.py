@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from project import Project
 from stores import by_step, chunks_of, flip, repo_of, set_remote
+
+from castore import Repo
 
 # -- log --------------------------------------------------------------------------------------------------------------
 
@@ -273,3 +277,30 @@ def test_stats_say_why_gc_can_not_plan(history_copy: Project) -> None:
     out = history_copy.call("stats")
     assert "can't be told what is still needed: git" in out
     assert "stored" in out
+
+
+def test_names_that_are_not_utf8_are_shown_escaped_everywhere(tmp_path: Path) -> None:
+    """A branch, the project's folder and a damaged manifest may be called anything."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\x1b"))
+    folder.mkdir()
+    project = Project(folder)
+    repo = Repo.init(folder)
+    repo.save({"model": {"x": 1}}, run="r", step=1, metrics={"val_loss": 1.0})
+    project.git("add", "-f", ".castore/manifests")
+    project.git("commit", "-qm", "one")
+    project.git("checkout", "-q", "-b", os.fsdecode(b"branch-\xe9"))
+    repo.save({"model": {"x": 2}}, run="r", step=2, metrics={"val_loss": 0.5})
+    project.git("add", "-f", ".castore/manifests")
+    project.git("commit", "-qm", "two")
+    project.git("checkout", "-q", "-")
+    assert "the best on branch-\\udce9" in project.run("gc", "--dry-run")
+    for arguments in (["gc", "--dry-run"], ["report"], ["log"], ["stats"], ["doctor"]):
+        project.json(*arguments)
+    for form in ("html", "md"):
+        project.run("report", "--format", form, "-o", "report")
+        text = (folder / "report").read_text(encoding="utf-8")
+        assert "caf" in text
+        assert "\x1b" not in text
+    (repo.root / "manifests" / "r" / os.fsdecode(b"\xe9.json")).write_text("{")
+    assert "manifests/r/\\udce9.json" in project.json("report")["broken"][0]["path"]
+    project.run("report", "-o", "report2.html")

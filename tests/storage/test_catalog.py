@@ -164,8 +164,6 @@ def test_a_damaged_manifest_is_an_error_to_who_asks_for_it_and_to_no_one_else(ca
 def test_runs_that_are_one_folder_on_some_disks_are_refused(
     repo: Repo, tmp_path: Path, first: str, second: str
 ) -> None:
-    repo: Repo, tmp_path: Path, first: str, second: str
-) -> None:
     repo.save({"model": {"x": 1}}, run=first, step=1)
     with pytest.raises(errors.InvalidManifest, match=f"run {second} differs from run {first} in case alone"):
         repo.save({"model": {"x": 2}}, run=second, step=2)
