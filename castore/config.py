@@ -66,6 +66,7 @@ GITIGNORE = """\
 /trash
 /quarantine
 /lock
+/lock.gate
 """
 
 GITATTRIBUTES = """\

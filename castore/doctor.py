@@ -118,6 +118,7 @@ def _file_operations(folder: Path) -> Iterator[Check]:
             yield Check("hard links", "problem", f"can't be created in {folder}: {error.strerror}", advice)
         else:
             yield Check("hard links", "ok", "work")
+        created.append(fs.gate_of(path))
         with fs.lock(path, exclusive=True, timeout=0):
             try:
                 with fs.lock(path, exclusive=True, timeout=0):

@@ -22,6 +22,7 @@ import stat
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -290,22 +291,82 @@ else:
 def lock(path: Path, *, exclusive: bool, timeout: float) -> Iterator[None]:
     """Hold a shared or exclusive advisory lock on the file ``path`` while the block runs.
 
-    Each call opens its own descriptor: two threads must not share a lock, and converting one isn't atomic. Locked after
+    Each call opens its own descriptor: two threads must not share a lock, and converting one isn't atomic. A process
+    that waits for the exclusive lock comes before those that ask for a shared one after it. A thread that has the lock
+    already never waits for those who wait for it. A forked child doesn't have the locks of its parent. Locked after
     ``timeout`` seconds.
     """
-    descriptor = _open_lock(path, exclusive)
+    deadline = time.monotonic() + timeout
+    is_nested = _holds(path)
+    with contextlib.ExitStack() as gate:
+        if not is_nested:
+            # closed while somebody waits for the exclusive lock, whom overlapping shared holders would keep out
+            gate.enter_context(_flock(gate_of(path), path, exclusive, deadline, timeout))
+        held = _flock(path, path, exclusive, deadline, timeout)
+        held.__enter__()
+    _count_hold(path, 1)
+    try:
+        yield
+    finally:
+        _count_hold(path, -1)
+        held.__exit__(None, None, None)
+
+
+def gate_of(path: Path) -> Path:
+    """Return the file beside a lock that decides who may ask for it."""
+    return path.with_name(path.name + ".gate")
+
+
+@contextlib.contextmanager
+def _flock(file: Path, path: Path, exclusive: bool, deadline: float, timeout: float) -> Iterator[None]:
+    """Hold ``flock`` on ``file``, which serves the lock ``path``. Locked after the ``deadline``."""
+    descriptor = _open_lock(file, exclusive)
     if descriptor is None:
         yield
         return
+    _lock_descriptors.add(descriptor)
     try:
-        deadline = time.monotonic() + timeout
         while not _try_lock(descriptor, path, exclusive):
             if time.monotonic() >= deadline:
                 raise Locked(str(path), timeout)
             time.sleep(_POLL_SECONDS)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _lock_descriptors:  # else this is a forked child, which closed it
+            _lock_descriptors.discard(descriptor)
+            os.close(descriptor)
+
+
+class _Holds(threading.local):
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+
+_holds_of_thread = _Holds()
+
+
+def _holds(path: Path) -> bool:
+    return _holds_of_thread.counts[os.path.abspath(path)] > 0
+
+
+def _count_hold(path: Path, change: int) -> None:
+    _holds_of_thread.counts[os.path.abspath(path)] += change
+
+
+_lock_descriptors: set[int] = set()
+
+
+def _forget_locks() -> None:
+    """Close what a forked child inherited: as long as it is open anywhere, the lock of the parent doesn't end."""
+    global _holds_of_thread
+    for descriptor in _lock_descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _lock_descriptors.clear()
+    _holds_of_thread = _Holds()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _open_lock(path: Path, exclusive: bool) -> int | None:

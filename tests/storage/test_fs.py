@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from castore import Repo
-from castore.errors import StorageError
+from castore.errors import Locked, StorageError
 from castore.storage import fs, output_file
 
 
@@ -53,3 +59,77 @@ def test_nor_why_a_save_failed(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("castore.storage.fs.os.unlink", fail(errno.EROFS))
     with pytest.raises(StorageError, match="No space left"):
         repo.save({"model": {"x": 1}}, run="r", step=1)
+
+
+# -- the lock ----------------------------------------------------------------------------------------------------------
+
+
+def hold_again_and_again(path: str, start: float, until: float) -> None:
+    """Hold the shared lock for 0.3 s, and again at once, as a process that loads one checkpoint after another does."""
+    time.sleep(start)
+    while time.monotonic() < until:
+        with fs.lock(Path(path), exclusive=False, timeout=10):
+            time.sleep(0.3)
+
+
+def test_overlapping_shared_holders_do_not_keep_the_exclusive_lock_out(
+    tmp_path: Path, start: Callable[..., BaseProcess]
+) -> None:
+    path = tmp_path / "lock"
+    until = time.monotonic() + 8
+    for number in range(4):  # one of them has the lock at any time
+        start(hold_again_and_again, str(path), number * 0.08, until)
+    while not path.exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    for _ in range(3):
+        with fs.lock(path, exclusive=True, timeout=3):
+            assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_a_thread_that_has_the_lock_does_not_wait_for_those_who_wait_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    waited = threading.Event()
+
+    def wait_for_exclusive() -> None:
+        waited.set()
+        with fs.lock(path, exclusive=True, timeout=10):
+            pass
+
+    with fs.lock(path, exclusive=False, timeout=1):
+        thread = threading.Thread(target=wait_for_exclusive)
+        thread.start()
+        waited.wait()
+        time.sleep(0.2)
+        with fs.lock(path, exclusive=False, timeout=1):
+            pass
+        with pytest.raises(Locked):  # a stranger queues up behind it
+            run_in_thread(lambda: hold_once(path))
+    thread.join()
+
+
+def hold_once(path: Path) -> None:
+    with fs.lock(path, exclusive=False, timeout=0.3):
+        pass
+
+
+def run_in_thread(function: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with fs.lock(path, exclusive=False, timeout=1):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    try:
+        with fs.lock(path, exclusive=True, timeout=2):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
