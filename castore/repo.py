@@ -16,7 +16,15 @@ from typing import Any
 import msgspec
 
 from castore import config as configs
-from castore.errors import ConfigError, InvalidManifest, NotFound, RepoNotFound, StorageError, UsageError
+from castore.errors import (
+    ConfigError,
+    InvalidManifest,
+    NotFound,
+    NothingAvailable,
+    RepoNotFound,
+    StorageError,
+    UsageError,
+)
 from castore.format import manifest
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry, Experiment, Kind, Manifest
@@ -366,6 +374,28 @@ class Repo:
         experiment = entry.manifest.experiment
         comparable = [other for other in self.checkpoints() if other.manifest.experiment == experiment]
         return lineage.furthest(comparable, entry.id, config)
+
+    def pin(self, entry: Entry) -> tuple[Path, dict[str, PartState]]:
+        """Keep all of a checkpoint whatever the policy says; return the pin's path and where the parts' data is.
+
+        NothingAvailable if no data is left that a pin could keep.
+        """
+        with self.lock():  # gc may be about to delete the data
+            states = self.part_states(entry)
+            if all(state.where == "missing" for state in states.values()):
+                reason = next(iter(states.values())).reason
+                raise NothingAvailable(f"{entry.id[:12]} can't be pinned, as no data of it is left to keep: {reason}")
+            return self.catalog.pin(entry.id), states
+
+    def unpin(self, checkpoint_id: ObjectId) -> bool:
+        """Remove a pin; return whether there was one in the work tree. A pin in another branch still counts."""
+        with self.lock():
+            return self.catalog.unpin(checkpoint_id)
+
+    def forget(self, entry: Entry) -> Path:
+        """Remove a manifest from the work tree, so that gc may delete its data; return its path."""
+        with self.lock():
+            return self.catalog.forget(entry)
 
     def part_states(self, entry: Entry) -> dict[str, PartState]:
         """Return where the data of each part of a checkpoint is: in the store, in a remote, or nowhere."""

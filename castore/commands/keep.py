@@ -10,7 +10,7 @@ import typer
 
 import castore
 from castore import errors
-from castore.commands.console import JsonOption, Selector, print_json, say
+from castore.commands.console import JsonOption, Selector, print_json, say, warn
 from castore.text import format_size
 
 if TYPE_CHECKING:
@@ -140,12 +140,15 @@ def pin(selector: Selector, as_json: JsonOption = False) -> None:
     The pin is a file: commit it, and it counts in any branch.
     """
     repo = castore.Repo.open()
-    checkpoint_id = repo.find(selector).id
-    path = repo.catalog.pin(checkpoint_id)
+    entry = repo.find(selector)
+    path, states = repo.pin(entry)
+    for name, state in states.items():
+        if state.where == "missing":
+            warn(f"part {name} of {entry.id[:12]} is not kept by that: {state.reason}")
     if as_json:
-        print_json({"id": checkpoint_id, "path": str(path)})
+        print_json({"id": entry.id, "path": str(path)})
     else:
-        say(f"pinned {checkpoint_id[:12]}: commit {path}")
+        say(f"pinned {entry.id[:12]}: commit {path}")
 
 
 @app.command(epilog="Example: castore unpin 3f2a91")
@@ -153,7 +156,7 @@ def unpin(selector: Selector, as_json: JsonOption = False) -> None:
     """Remove a pin. A pin in another branch still counts."""
     repo = castore.Repo.open()
     checkpoint_id = _find_pinned(repo, selector)
-    if not repo.catalog.unpin(checkpoint_id):
+    if not repo.unpin(checkpoint_id):
         raise errors.NotFound(f"{checkpoint_id[:12]} isn't pinned in the work tree")
     if as_json:
         print_json({"id": checkpoint_id})
@@ -195,7 +198,7 @@ def forget(
         raise errors.UsageError(f"{short} is pinned: `castore unpin {short}` first")
     if not force and not git.is_committed(repo.catalog.root / entry.manifest.file_name(entry.id)):
         raise errors.UsageError(f"{short} isn't in git's last commit: commit it, or lose it with --force")
-    path = repo.catalog.forget(entry)
+    path = repo.forget(entry)
     if as_json:
         print_json({"path": str(path)})
     else:

@@ -264,3 +264,34 @@ def test_forgetting_leaves_the_data_to_gc(history_copy: Project) -> None:
     assert history_copy.json(*gc)["freed_bytes"] > 0
     history_copy.call("show", first, code=3)
     history_copy.call("forget", first, code=3)
+
+
+def test_a_pin_is_acknowledged_only_where_there_is_data_to_keep(eight: Project) -> None:
+    eight.call("gc", "--keep", "1", "--keep-latest", "0")
+    dropped = eight.json("log")[0]["id"]
+    assert "can't be pinned, as no data of it is left to keep: its data is not in the store" in eight.call(
+        "pin", dropped, code=4
+    )
+    assert not (eight.root / ".castore" / "pins").exists()
+
+
+def test_a_pin_waits_for_a_gc_that_may_be_deleting_the_data(eight: Project) -> None:
+    config = eight.root / ".castore" / "config.toml"
+    config.write_text("[store]\nlock_timeout = 0.2\n")
+    with Repo.open(eight.root).lock(exclusive=True):
+        for command in ("pin", "forget"):
+            assert "is held by another castore process" in eight.call(command, "best", code=6)
+    checkpoint_id = eight.json("pin", "best")["id"]
+    with Repo.open(eight.root).lock(exclusive=True):
+        assert "is held by another castore process" in eight.call("unpin", checkpoint_id, code=6)
+
+
+def test_a_pin_of_what_is_partly_gone_says_what_it_does_not_keep(history_copy: Project) -> None:
+    repo = Repo.open(history_copy.root)
+    entry = repo.checkpoints()[0]
+    repo.store.path(entry.manifest.parts["optimizer"].index).unlink()
+    process = history_copy.start("pin", entry.id)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "pinned" in out
+    assert f"part optimizer of {entry.id[:12]} is not kept by that: its data is not in the store" in err
