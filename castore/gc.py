@@ -7,15 +7,19 @@ an object is gone for good, a save or a load that wants it takes it back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
-from castore.errors import CorruptionError, CorruptObject, RootsUnreadable
+from castore.errors import CorruptionError, CorruptObject, ObjectMissing, RootsUnreadable
 from castore.format import part_index
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
-from castore.policy.retention import Decision, Policy, Source, decide, kept_parts
+from castore.parallel import map_ahead
+from castore.policy.retention import RESUME_PARTS, Decision, Policy, Source, Usability, decide, kept_parts
+from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback
 from castore.repo import Repo
 from castore.storage import catalog
@@ -63,6 +67,8 @@ def collect_garbage(
     wait: bool = True,
     now: datetime | None = None,
     elsewhere: bool = False,
+    verify: bool = True,
+    progress: Progress = ignore_progress,
 ) -> GCPlan:
     """Delete what ``policy``, by default that of config.toml, does not keep, and return the plan that was applied.
 
@@ -71,6 +77,9 @@ def collect_garbage(
     ``elsewhere``, what remotes have of the rest. Raise Locked if others are at work (with ``wait``, for longer than the
     configured time), and RootsUnreadable, CorruptionError or StorageError if it can't be told what is needed: then
     nothing was deleted.
+
+    Before the data of a checkpoint is deleted, what stays in its place is read and verified, unless this process has
+    done that before; ``progress`` counts those objects. Without ``verify``, for an estimate, it is not read.
 
     >>> import tempfile, castore
     >>> from castore.policy.retention import Policy
@@ -82,48 +91,124 @@ def collect_garbage(
     ...     [(decision.entry.manifest.step, decision.parts) for decision in plan.decisions]
     [(3, ('model',)), (2, ('model',)), (1, ())]
     """
-    policy = policy or repo.policy
-    grace = repo.config.retention.grace_period if grace is None else grace
-    now = now or datetime.now(UTC)
-    with repo.lock(exclusive=not dry_run, wait=wait):
-        if not dry_run:
-            # a gc that was cut short left it: what is kept by now must not be emptied with the rest
-            repo.store.restore_trash()
-        plan = plan_garbage(repo, policy, grace=grace, in_use=in_use, now=now, elsewhere=elsewhere)
-        if not dry_run:
-            repo.store.discard(plan.delete)
-            repo.store.remove_leftovers((now - _LEFTOVER_AGE).timestamp())
+    request = _Request(
+        policy=policy or repo.policy,
+        grace=repo.config.retention.grace_period if grace is None else grace,
+        in_use=frozenset(in_use),
+        now=now or datetime.now(UTC),
+        elsewhere=elsewhere,
+    )
+    damaged: set[ObjectId] = set()
+    while True:
+        with repo.lock(exclusive=not dry_run, wait=wait):
+            plan, unverified = _plan(repo, request, damaged, restore=not dry_run)
+            if not (unverified and verify):
+                if not dry_run:
+                    repo.store.discard(plan.delete)
+                    repo.store.remove_leftovers((request.now - _LEFTOVER_AGE).timestamp())
+                break
+        # data is to go because better data stays: that is read first, while others may work
+        with repo.lock(wait=wait):
+            damaged |= _find_damage(repo, unverified, progress, mend=not dry_run)
     if not dry_run:
-        repo.store.empty_trash()
+        order = {object_id: place for place, object_id in enumerate(plan.delete)}
+        repo.store.empty_trash(lambda object_id: order.get(object_id, len(order)))
     return plan
 
 
-def plan_garbage(
-    repo: Repo,
-    policy: Policy,
-    *,
-    grace: timedelta,
-    in_use: Collection[str],
-    now: datetime,
-    elsewhere: bool = False,
-) -> GCPlan:
-    """Return what :func:`collect_garbage` would delete, and raise what it raises. The caller holds the lock."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What a collection was asked for."""
+
+    policy: Policy
+    grace: timedelta
+    in_use: frozenset[str]
+    now: datetime
+    elsewhere: bool
+
+
+def _plan(
+    repo: Repo, request: _Request, damaged: Collection[ObjectId], *, restore: bool
+) -> tuple[GCPlan, set[ObjectId]]:
+    """Return (the plan, the objects to verify before it may be applied). The caller holds the lock."""
     roots = catalog.read_roots(repo.catalog)
+    entries = _entries(roots)
+    if restore:
+        # a gc that was cut short left it: what is kept by now must not be emptied with the rest
+        repo.store.restore_trash(_deletion_rank(entries.values()))
+    plan = plan_garbage(repo, request, roots, damaged)
+    if not any(plan.deleted_parts(decision) for decision in plan.decisions):
+        return plan, set()
+    kept = {object_id for entry, part in kept_parts(plan.decisions) for object_id in _objects_here(repo, entry, part)}
+    return plan, {object_id for object_id in kept if not repo.store.is_verified(object_id)} - set(damaged)
+
+
+def _objects_here(repo: Repo, entry: Entry, part: str) -> set[ObjectId]:
+    """Return the objects of a part that are in the store, its index among them."""
+    index_id = entry.manifest.parts[part].index
+    if not repo.store.has(index_id):
+        return set()
+    chunks = part_index.decode_chunks(repo.store.read(index_id, mend=False))
+    return {index_id, *(chunk.id for chunk in chunks if repo.store.has(chunk.id))}
+
+
+def _find_damage(repo: Repo, object_ids: Collection[ObjectId], progress: Progress, *, mend: bool) -> set[ObjectId]:
+    """Read objects and return those that are damaged; with ``mend`` they are moved to quarantine."""
+    scratch = threading.local()
+
+    def check(object_id: ObjectId) -> ObjectId | None:
+        if not hasattr(scratch, "buffer"):
+            scratch.buffer = bytearray()
+        try:
+            repo.store.check(object_id, scratch.buffer, mend=mend)
+        except (CorruptObject, ObjectMissing):
+            return object_id
+        return None
+
+    damaged = set()
+    for done, result in enumerate(map_ahead(check, sorted(object_ids), repo.threads, name="castore-gc"), 1):
+        damaged |= {result} if result else set()
+        progress(done, len(object_ids))
+    return damaged
+
+
+def _deletion_rank(entries: Iterable[Entry]) -> Callable[[ObjectId], int]:
+    """Return in which order objects go, so that what is left of a checkpoint at any moment makes sense.
+
+    First the indexes of parts that only serve to resume, then those of models, then chunks. They come back in reverse.
+    """
+    ranks: dict[ObjectId, int] = {}
+    for entry in entries:
+        for name, part in entry.manifest.parts.items():
+            ranks[part.index] = max(ranks.get(part.index, 0), 0 if name in RESUME_PARTS else 1)
+    return lambda object_id: ranks.get(object_id, 2)
+
+
+def _entries(roots: Roots) -> dict[ObjectId, Entry]:
+    """Return every manifest that counts, by id."""
+    sources = (roots.here, *(entries for _, entries in roots.elsewhere))
+    return {entry.id: entry for entries in sources for entry in entries}
+
+
+def plan_garbage(repo: Repo, request: _Request, roots: Roots, damaged: Collection[ObjectId] = ()) -> GCPlan:
+    """Return what :func:`collect_garbage` would delete, and raise what it raises. The caller holds the lock.
+
+    The objects in ``damaged`` are known to be bad where they lie.
+    """
     stored = repo.store.stored()
     if stored and not roots.here and not roots.elsewhere:
         raise RootsUnreadable(f"there are {len(stored)} objects, but not one manifest")
     contents = _Contents(repo, stored)
-    decisions = _decide(repo, policy, roots, contents, in_use=in_use, now=now, elsewhere=elsewhere)
+    decisions = _decide(repo, request, roots, contents, frozenset(damaged))
     live = _live_objects(decisions, contents)
     dropped = _dropped_objects(decisions, contents)
-    oldest_kept = now.timestamp() - grace.total_seconds()
+    oldest_kept = request.now.timestamp() - request.grace.total_seconds()
     delete = [
         object_id
         for object_id in stored
         if object_id not in live and (object_id in dropped or stored[object_id].modified <= oldest_kept)
     ]
-    # a gc that is cut short must not leave an index without its chunks
-    delete.sort(key=lambda object_id: object_id not in contents.indexes)
+    delete.sort(key=_deletion_rank(_entries(roots).values()))
     return GCPlan(
         decisions=decisions,
         delete={object_id: stored[object_id].size for object_id in delete},
@@ -133,22 +218,15 @@ def plan_garbage(
 
 
 def _decide(
-    repo: Repo,
-    policy: Policy,
-    roots: Roots,
-    contents: _Contents,
-    *,
-    in_use: Collection[str],
-    now: datetime,
-    elsewhere: bool,
+    repo: Repo, request: _Request, roots: Roots, contents: _Contents, damaged: frozenset[ObjectId]
 ) -> tuple[Decision, ...]:
     sources = [Source("the work tree", roots.here), *(Source(name, entries) for name, entries in roots.elsewhere)]
-    entries = {entry.id: entry for source in sources for entry in source.entries}
+    entries = _entries(roots)
     remote = _remote_indexes(repo, entries.values(), contents.stored)
 
     def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
         described = entry.manifest.parts[part]
-        if elsewhere and described.index in remote:
+        if request.elsewhere and described.index in remote:
             # which objects it shares with others isn't known from here
             return {described.index: described.stored_bytes}
         return contents.of_part(entry, part)
@@ -156,26 +234,60 @@ def _decide(
     return decide(
         sources[0],
         sources[1:],
-        policy,
+        request.policy,
         sizes,
-        now=now,
+        now=request.now,
         pinned=roots.pins,
         pinned_elsewhere=roots.pins_elsewhere,
-        in_use=frozenset(in_use),
-        gone=_without_data(repo, entries.values(), contents.stored.keys() | remote),
+        in_use=request.in_use,
+        usable=_usability(repo, entries.values(), contents, remote, damaged),
     )
+
+
+_PartState = Literal["usable", "damaged", "gone"]
+
+
+def _usability(
+    repo: Repo,
+    entries: Iterable[Entry],
+    contents: _Contents,
+    remote: Collection[ObjectId],
+    damaged: frozenset[ObjectId],
+) -> Usability:
+    """Tell which manifests can't be loaded: what is here counts, and what remotes have."""
+    quarantined = repo.store.quarantined()
+    absent = contents.absent_chunks(entries) | damaged
+    absent -= fallback.available(repo.remotes, absent)
+
+    def state_of(entry: Entry, part: str) -> _PartState:
+        index_id = entry.manifest.parts[part].index
+        if index_id not in contents.stored:
+            # what an index in quarantine lists isn't known: it counts, and if it is kept gc refuses
+            return "usable" if index_id in remote or index_id in quarantined else "gone"
+        is_bad = index_id in absent or not absent.isdisjoint(contents.chunks_of(index_id))
+        return "damaged" if is_bad else "usable"
+
+    gone, incomplete, weights_only = set(), set(), set()
+    for entry in entries:
+        states = {part: state_of(entry, part) for part in entry.manifest.parts}
+        if all(state == "gone" for state in states.values()):
+            gone.add(entry.id)
+        elif entry.manifest.kind != "checkpoint":
+            continue
+        elif "model" not in states:
+            if any(state != "usable" for state in states.values()):
+                incomplete.add(entry.id)
+        elif states["model"] != "usable":
+            (gone if states["model"] == "gone" else incomplete).add(entry.id)
+        elif any(state != "usable" for state in states.values()):
+            weights_only.add(entry.id)
+    return Usability(frozenset(gone), frozenset(incomplete), frozenset(weights_only))
 
 
 def _remote_indexes(repo: Repo, entries: Iterable[Entry], stored: Collection[ObjectId]) -> set[ObjectId]:
     """Return the indexes that aren't here and that remotes say they have."""
     absent = {part.index for entry in entries for part in entry.manifest.parts.values()}.difference(stored)
     return fallback.available(repo.remotes, absent)
-
-
-def _without_data(repo: Repo, entries: Iterable[Entry], available: Collection[ObjectId]) -> set[ObjectId]:
-    """Return the ids of manifests of which nothing is here, not even damaged, and nothing can be fetched."""
-    traces = repo.store.quarantined().union(available)
-    return {entry.id for entry in entries if all(part.index not in traces for part in entry.manifest.parts.values())}
 
 
 def _live_objects(decisions: Iterable[Decision], contents: _Contents) -> set[ObjectId]:
@@ -204,12 +316,8 @@ class _Contents:
         self.stored = stored
         self._repo = repo
         self._objects: dict[ObjectId, dict[ObjectId, int]] = {}
+        self._chunks: dict[ObjectId, frozenset[ObjectId]] = {}
         self._damaged: dict[ObjectId, CorruptionError] = {}
-
-    @property
-    def indexes(self) -> Collection[ObjectId]:
-        """The indexes of the parts that were asked about."""
-        return self._objects.keys()
 
     def of_part(self, entry: Entry, part: str) -> Mapping[ObjectId, int]:
         """Return the stored bytes of a part's objects, its index among them, as far as they are in the store."""
@@ -217,6 +325,18 @@ class _Contents:
         if index_id not in self._objects:
             self._objects[index_id] = self._read(index_id)
         return self._objects[index_id]
+
+    def chunks_of(self, index_id: ObjectId) -> frozenset[ObjectId]:
+        """Return the chunks that an index lists, as far as it is in the store and can be read."""
+        if index_id not in self._objects:
+            self._objects[index_id] = self._read(index_id)
+        return self._chunks.get(index_id, frozenset())
+
+    def absent_chunks(self, entries: Iterable[Entry]) -> set[ObjectId]:
+        """Return the chunks that the indexes here list and that are not in the store."""
+        index_ids = {part.index for entry in entries for part in entry.manifest.parts.values()}
+        chunk_ids = {chunk_id for index_id in index_ids for chunk_id in self.chunks_of(index_id)}
+        return chunk_ids.difference(self.stored)
 
     def require(self, entry: Entry, part: str) -> None:
         """Raise CorruptionError if the index of a part that is kept can't be read: what it needs isn't known then."""
@@ -237,5 +357,6 @@ class _Contents:
         except CorruptionError as error:
             self._damaged[index_id] = error
             return sizes
+        self._chunks[index_id] = frozenset(chunk.id for chunk in chunks)
         sizes.update((chunk.id, self.stored[chunk.id].size) for chunk in chunks if chunk.id in self.stored)
         return sizes

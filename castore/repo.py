@@ -94,7 +94,7 @@ class Repo:
     def init(cls, path: str | os.PathLike[str] = ".") -> Repo:
         """Create ``path/.castore``, or add what an existing one lacks; existing files are left as they are."""
         root = Path(path).resolve() / FOLDER
-        for name in ("manifests", "objects", "tmp"):
+        for name in ("manifests", "objects", "tmp", "trash"):
             fs.make_directory(root / name)
         fs.sync_directory(root.parent)
         fs.publish(root / ".gitignore", configs.GITIGNORE.encode(), root / "tmp")

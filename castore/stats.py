@@ -117,7 +117,7 @@ def count(parts: Iterable[tuple[str, PlainLengths]], sizes: Mapping[ObjectId, in
 def plan_gc(repo: Repo, now: datetime) -> gc.GCPlan | CastoreError:
     """Return the plan of a collection under the policy of config.toml, or the error that explains why there is none."""
     try:
-        return gc.collect_garbage(repo, dry_run=True, now=now)
+        return gc.collect_garbage(repo, dry_run=True, verify=False, now=now)
     except CastoreError as error:
         return error
 

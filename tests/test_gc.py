@@ -502,7 +502,7 @@ def test_a_save_takes_back_from_the_trash_what_it_needs(repo: Repo) -> None:
 
 def test_a_gc_cut_short_takes_nothing_along_that_is_kept_by_now(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [save(repo, step, 5.0 - step) for step in range(3)]
-    monkeypatch.setattr(repo.store, "empty_trash", lambda: None)
+    monkeypatch.setattr(repo.store, "empty_trash", lambda _: None)
     castore.collect_garbage(repo, ONE)
     monkeypatch.undo()
     repo.catalog.pin(ObjectId(ids[0]))

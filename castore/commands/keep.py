@@ -10,7 +10,7 @@ import typer
 
 import castore
 from castore import errors
-from castore.commands.console import JsonOption, Selector, print_json, say, warn
+from castore.commands.console import Display, JsonOption, Selector, print_json, say, warn
 from castore.text import format_size
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def gc(
         period = config.parse_duration(grace) if grace is not None else None
     except ValueError as error:
         raise errors.UsageError(str(error)) from error
-    plan = collect_garbage(repo, policy, grace=period, dry_run=dry_run)
+    with Display("verifying what is kept", "count") as display:
+        plan = collect_garbage(repo, policy, grace=period, dry_run=dry_run, progress=display)
     if as_json:
         print_json(_plan_json(plan, dry_run))
     else:

@@ -66,6 +66,19 @@ class Decision:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Usability:
+    """What of the manifests can't be loaded as it should be; all others can.
+
+    ``gone``: nothing is left that would be worth keeping. ``damaged``: objects are missing or bad, the rest is there.
+    ``weights_only``: the model can be loaded, but not all that resuming takes.
+    """
+
+    gone: AbstractSet[ObjectId] = frozenset()
+    damaged: AbstractSet[ObjectId] = frozenset()
+    weights_only: AbstractSet[ObjectId] = frozenset()
+
+
 Contents = Callable[[Entry, str], Mapping[ObjectId, int]]
 """Return the objects of a part that are in the store, with their stored sizes in bytes."""
 
@@ -80,7 +93,7 @@ def decide(
     pinned: AbstractSet[ObjectId] = frozenset(),
     pinned_elsewhere: AbstractSet[ObjectId] = frozenset(),
     in_use: AbstractSet[str] = frozenset(),
-    gone: AbstractSet[ObjectId] = frozenset(),
+    usable: Usability | None = None,
 ) -> tuple[Decision, ...]:
     """Return one decision for every manifest of every source, newest first.
 
@@ -88,16 +101,18 @@ def decide(
     use. Keep the resume parts (optimizer, trainer) of the best, of the newest ``keep_optimizer`` of those kept, and of
     those pinned or in use. If the total exceeds ``max_size``, evict the worst checkpoints first, but never the best,
     the newest, those pinned or in use.
-    Manifests in ``gone``, whose data no longer exists anywhere, count towards none of these numbers.
+    What can't be loaded counts towards none of these numbers, by ``usable``; where something may be left to repair,
+    it is kept beside them.
     What ``others`` keep or pin gets the space that the work tree leaves: it never evicts anything of the work tree.
     """
     own_drafts = {entry.id: _Draft(entry) for entry in work_tree.entries}
-    _judge_source(work_tree, policy, own_drafts, now, "", gone)
+    usable = usable or Usability()
+    _judge_source(work_tree, policy, own_drafts, now, "", usable)
     _hold(own_drafts, pinned, "pinned")
     _hold(own_drafts, in_use, "in use")
     other_drafts = {entry.id: _Draft(entry) for source in (work_tree, *others) for entry in source.entries}
     for source in others:
-        _judge_source(source, policy, other_drafts, now, f" on {source.name}", gone)
+        _judge_source(source, policy, other_drafts, now, f" on {source.name}", usable)
     _hold(other_drafts, pinned_elsewhere, "pinned elsewhere")
     if policy.max_size is not None:
         used = _evict(list(own_drafts.values()), policy.max_size, contents, {})
@@ -144,7 +159,9 @@ class _Draft:
         names = self.entry.manifest.parts
         if not self.kept:
             return ()
-        return tuple(name for name in names if self.whole or name not in RESUME_PARTS)
+        # without a part that is called model it isn't known what would be of use without the rest
+        every = self.whole or "model" not in names
+        return tuple(name for name in names if every or name not in RESUME_PARTS)
 
 
 def _judge_source(
@@ -153,11 +170,11 @@ def _judge_source(
     drafts: Mapping[ObjectId, _Draft],
     now: datetime,
     where: str,
-    gone: AbstractSet[ObjectId],
+    usable: Usability,
 ) -> None:
     experiments: dict[bytes, list[Entry]] = {}
     for entry in source.entries:
-        if entry.id in gone:
+        if entry.id in usable.gone:
             drafts[entry.id].why_not = "its data is gone"
         elif entry.manifest.kind == "checkpoint":
             key = msgspec.json.encode(entry.manifest.experiment, order="sorted")
@@ -167,10 +184,28 @@ def _judge_source(
         else:
             drafts[entry.id].hold("added by hand: `castore forget` removes it", every_part=True, protect=not where)
     for entries in experiments.values():
-        _judge_experiment(entries, policy, drafts, where)
+        loadable = [entry for entry in entries if entry.id not in usable.damaged]
+        _judge_experiment(loadable, policy, drafts, where, usable)
+        if len(loadable) < len(entries):
+            _judge_damaged(entries, policy, drafts, usable)
 
 
-def _judge_experiment(entries: Sequence[Entry], policy: Policy, drafts: Mapping[ObjectId, _Draft], where: str) -> None:
+def _judge_damaged(
+    entries: Sequence[Entry], policy: Policy, drafts: Mapping[ObjectId, _Draft], usable: Usability
+) -> None:
+    """Keep what is left of a damaged checkpoint that would be kept if it were whole: a good copy may turn up."""
+    ranked = rank(entries, policy.tie_tolerance)
+    wanted = {entry.id for entry in [*ranked[: policy.keep], *newest_first(entries)[: policy.keep_latest]]}
+    for entry in entries:
+        if entry.id in usable.damaged:
+            drafts[entry.id].why_not = "it can't be loaded, as objects of it are missing"
+            if entry.id in wanted:
+                drafts[entry.id].hold("damaged, kept for `castore verify --repair`, in nobody's place", every_part=True)
+
+
+def _judge_experiment(
+    entries: Sequence[Entry], policy: Policy, drafts: Mapping[ObjectId, _Draft], where: str, usable: Usability
+) -> None:
     ranked = rank(entries, policy.tie_tolerance)
     newest = newest_first(entries)
     kept_ids = {entry.id for entry in [*ranked[: policy.keep], *newest[: policy.keep_latest]]}
@@ -185,7 +220,8 @@ def _judge_experiment(entries: Sequence[Entry], policy: Policy, drafts: Mapping[
     for entry in newest[: policy.keep_latest]:
         drafts[entry.id].hold("the newest" + where, protect=not where)
     # only of those that this source keeps by itself: otherwise another source could change what this one keeps
-    for entry in [entry for entry in newest if entry.id in kept_ids][: policy.keep_optimizer]:
+    exact = [entry for entry in newest if entry.id in kept_ids and entry.id not in usable.weights_only]
+    for entry in exact[: policy.keep_optimizer]:
         drafts[entry.id].whole = True
 
 

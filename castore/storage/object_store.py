@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,25 @@ class Written:
     bytes: int
 
 
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextlib.contextmanager
+def _unless_full() -> Iterator[list[bool]]:
+    """Yield a list that is empty after the block if the disk, or the user's share of it, is full."""
+    room = [True]
+    try:
+        yield room
+    except StorageError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        room.clear()
+
+
+def _unranked(_object_id: ObjectId) -> int:
+    return 0
+
+
 class ObjectStore:
     """Objects at ``root/objects/ab/<id>``. Safe for any number of threads and processes at once.
 
@@ -58,6 +77,8 @@ class ObjectStore:
         self.durable = durable
         # the objects whose content and name are known to be on the disk, since this process verified or wrote them
         self._settled: dict[ObjectId, fs.Stamp] = {}
+        # objects whose content this process has verified, or written itself
+        self._verified: dict[ObjectId, fs.Stamp] = {}
         self._scratch = fs.Scratch()
 
     def path(self, object_id: ObjectId) -> Path:
@@ -91,18 +112,24 @@ class ObjectStore:
         with self._frame(object_id) as frame:
             decode_frame(object_id, frame, out)
 
-    def check(self, object_id: ObjectId, scratch: bytearray) -> int:
-        """Read and verify an object without changing anything in the store; return its plain length in bytes.
+    def check(self, object_id: ObjectId, scratch: bytearray, *, mend: bool = False) -> int:
+        """Read and verify an object; return its plain length in bytes.
 
-        The object is decoded into ``scratch``, which grows as needed and can be reused. ObjectMissing, CorruptObject.
+        The object is decoded into ``scratch``, which grows as needed and can be reused. Nothing in the store changes,
+        but that with ``mend`` a damaged object is moved to quarantine. ObjectMissing, CorruptObject.
         """
-        with self._frame(object_id, mend=False) as frame:
+        with self._frame(object_id, mend) as frame:
             length = plain_length(object_id, frame)
             if len(scratch) < length:
                 scratch.extend(bytes(length - len(scratch)))
             with memoryview(scratch) as whole, whole[:length] as out:
                 decode_frame(object_id, frame, out)
         return length
+
+    def is_verified(self, object_id: ObjectId) -> bool:
+        """Whether this process has read or written the very file that the object has now."""
+        stamp = self._verified.get(object_id)
+        return stamp is not None and stamp == self._stamp(object_id)
 
     def stored(self) -> dict[ObjectId, StoredObject]:
         """List every object in the store. Whatever else lies among them is left out: see :meth:`strays`."""
@@ -143,6 +170,7 @@ class ObjectStore:
             if stamp[1] > MAX_STORED:
                 raise CorruptObject(object_id, f"its file has {stamp[1]} bytes, over the limit")
             yield fs.read_into(self.path(object_id), MAX_STORED, self._scratch.take)
+            self._verified[object_id] = stamp
         except FileNotFoundError:
             raise ObjectMissing(object_id) from None
         except CorruptObject:
@@ -183,21 +211,47 @@ class ObjectStore:
     # -- removing: trash and quarantine ------------------------------------------------------------------------------
 
     def discard(self, object_ids: Iterable[ObjectId]) -> None:
-        """Move objects to the trash, in the order given. The caller holds the exclusive lock."""
-        fs.make_directory(self.trash)
-        _refuse_link(self.trash)
+        """Move objects to the trash, in the order given. The caller holds the exclusive lock.
+
+        On a disk so full that the trash can't take another name, delete what was moved, and the rest where it lies.
+        """
+        moved: list[ObjectId] = []
+        is_full = not self._make_trash()
         for object_id in object_ids:
-            fs.rename(self.path(object_id), self.trash / object_id)
+            is_full = is_full or not self._move_to_trash(object_id, moved)
+            if is_full:
+                fs.unlink(self.path(object_id))
             self._settled.pop(object_id, None)
 
-    def empty_trash(self) -> None:
-        """Delete what is in the trash for good. Needs no lock: restoring an object from it is one atomic rename."""
-        for path in self._files_in_trash():
+    def _make_trash(self) -> bool:
+        """Whether the trash is there, or could be made."""
+        with _unless_full() as room:
+            fs.make_directory(self.trash)
+        _refuse_link(self.trash)
+        return bool(room)
+
+    def _move_to_trash(self, object_id: ObjectId, moved: list[ObjectId]) -> bool:
+        """Move one object; if there is no room, delete those ``moved`` before, and return False."""
+        with _unless_full() as room:
+            fs.rename(self.path(object_id), self.trash / object_id)
+        if room:
+            moved.append(object_id)
+        else:
+            for earlier in moved:
+                fs.unlink(self.trash / earlier)
+        return bool(room)
+
+    def empty_trash(self, rank: Callable[[ObjectId], int] = _unranked) -> None:
+        """Delete what is in the trash for good, lower ranks first.
+
+        Needs no lock: restoring an object from it is one atomic rename.
+        """
+        for path in self._files_in_trash(rank):
             fs.unlink(path)
 
-    def restore_trash(self) -> None:
-        """Restore every object from the trash. The caller holds the exclusive lock."""
-        for path in self._files_in_trash():
+    def restore_trash(self, rank: Callable[[ObjectId], int] = _unranked) -> None:
+        """Restore every object from the trash, higher ranks first. The caller holds the exclusive lock."""
+        for path in reversed(self._files_in_trash(rank)):
             if is_object_id(path.name) and not self.has(ObjectId(path.name)):
                 self._restore_from_trash(ObjectId(path.name))
 
@@ -214,13 +268,14 @@ class ObjectStore:
             raise
         return True
 
-    def _files_in_trash(self) -> list[Path]:
-        """List the files in the trash; castore puts no folders there, so any are left alone."""
+    def _files_in_trash(self, rank: Callable[[ObjectId], int]) -> list[Path]:
+        """List the files in the trash, by rank; castore puts no folders there, so any are left alone."""
         if not self.trash.is_dir():
             return []
         _refuse_link(self.trash)
         with os.scandir(self.trash) as files:
-            return [Path(file.path) for file in files if not file.is_dir(follow_symlinks=False)]
+            names = [file.name for file in files if not file.is_dir(follow_symlinks=False)]
+        return [self.trash / name for name in sorted(names, key=lambda name: rank(ObjectId(name)))]
 
     def quarantined(self) -> frozenset[ObjectId]:
         """Return the ids of the objects of which a damaged copy was moved to quarantine."""
@@ -323,7 +378,7 @@ class Writer:
         for object_id in self._claimed:
             stamp = self._store._stamp(object_id)
             if stamp is not None:
-                self._store._settled[object_id] = stamp
+                self._store._settled[object_id] = self._store._verified[object_id] = stamp
         return Written(self._new_objects, self._new_bytes)
 
     def _is_settled(self, object_id: ObjectId, length: int) -> bool:
