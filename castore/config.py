@@ -30,7 +30,7 @@ lock_timeout = 60.0
 [resume]
 # If checkpoints exist but none can be used: "error" stops, "fresh" starts from scratch and says so.
 on_missing = "error"
-# Scores that differ by at most this are a tie, which the later step wins.
+# A tie, which the later step wins: every loss and metric differs by no more than this share of itself.
 tie_tolerance = 0.0001
 # Allow resuming from a checkpoint trained on other data (listed as a difference).
 allow_data_change = false

@@ -121,7 +121,7 @@ def _experiment(manifest: Manifest) -> dict[str, Any]:
         "model": experiment.model,
         "evaluation": experiment.evaluation,
         "metrics": {
-            name: f"{metric.direction} of {metric.low:g} to {metric.high:g}"
+            name: metric.direction if metric.low is None else f"{metric.direction} of {metric.low:g} to {metric.high:g}"
             for name, metric in experiment.metrics.items()
         },
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import msgspec
 from castore import config as configs
 from castore.errors import (
     ConfigError,
+    CorruptionError,
     InvalidManifest,
     NotFound,
     NothingAvailable,
@@ -32,6 +34,7 @@ from castore.parallel import processors
 from castore.policy import lineage
 from castore.policy.resolution import Damaged, PartState, Requirement, Resolution, resolve
 from castore.policy.retention import Policy, policy_of
+from castore.policy.scoring import score
 from castore.policy.selector import Selector
 from castore.remotes.base import Remote
 from castore.remotes.registry import open_configured
@@ -41,6 +44,8 @@ from castore.storage import fs, git
 from castore.storage.catalog import Catalog, Listing
 from castore.storage.object_store import ObjectStore
 
+_log = logging.getLogger(__name__)
+
 FOLDER = ".castore"
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -49,7 +54,8 @@ _MAX_CONFIG_BYTES = 1 << 20
 class SaveResult:
     """A checkpoint that is on the disk: its id, its manifest and that file's ``path``, and what the save added.
 
-    ``new_objects`` and ``new_bytes`` (as stored) count only what the store did not have before.
+    ``new_objects`` and ``new_bytes`` (as stored) count only what the store did not have before. ``warnings`` say what
+    may surprise later; they are logged, too.
 
         >>> import tempfile
         >>> repo = Repo.init(tempfile.mkdtemp())
@@ -63,6 +69,7 @@ class SaveResult:
     path: Path
     new_objects: int
     new_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 class Repo:
@@ -87,6 +94,7 @@ class Repo:
         self.store = ObjectStore(root, durable=config.store.fsync)
         self.catalog = Catalog(root, durable=config.store.fsync)
         self.remotes: list[Remote] = open_configured(config.remotes, root)
+        self._unscored_runs: set[str] = set()
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
@@ -173,12 +181,13 @@ class Repo:
 
         UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing becomes visible.
         """
+        parent_id = self._parent_id(parent) if parent else None
         draft = Manifest(
             kind=kind,
             run=run,
             step=_check_step(step),
-            created=manifest.timestamp(created or datetime.now(UTC)),
-            parent=self._parent_id(parent) if parent else None,
+            created=self._time_after(parent_id, created or datetime.now(UTC)),
+            parent=parent_id,
             parts=dict.fromkeys(parts, _PLACEHOLDER),
             experiment=experiment or Experiment(),
             metrics={name: _check_metric(name, value) for name, value in (metrics or {}).items()},
@@ -195,8 +204,33 @@ class Repo:
             final = msgspec.structs.replace(draft, parts=saved.parts)
             checkpoint_id, path = self.catalog.add(final)
         return SaveResult(
-            id=checkpoint_id, manifest=final, path=path, new_objects=saved.new_objects, new_bytes=saved.new_bytes
+            id=checkpoint_id,
+            manifest=final,
+            path=path,
+            new_objects=saved.new_objects,
+            new_bytes=saved.new_bytes,
+            warnings=self._warn_unscored(final),
         )
+
+    def _time_after(self, parent_id: ObjectId | None, moment: datetime) -> str:
+        """Return the time to record: ``moment``, but later than that of the parent, whose clock may have been ahead."""
+        time = manifest.timestamp(moment)
+        with contextlib.suppress(CorruptionError, StorageError, OverflowError):  # of the parent: that is for verify
+            for parent in self.catalog.matching(parent_id or ""):
+                if parent.manifest.created >= time:
+                    before = datetime.fromisoformat(parent.manifest.created)
+                    time = manifest.timestamp(before + timedelta(microseconds=1))
+        return time
+
+    def _warn_unscored(self, saved: Manifest) -> tuple[str, ...]:
+        """Return, and log once a run, that nothing was measured by which the best could be told."""
+        if saved.kind != "checkpoint" or score(saved) is not None:
+            return ()
+        text = "neither val_loss nor a metric that the experiment declares: `best` will be the newest"
+        if saved.run not in self._unscored_runs:
+            self._unscored_runs.add(saved.run)
+            _log.warning("run %s is saved with %s", saved.run, text)
+        return (text,)
 
     def _parent_id(self, selector: str) -> ObjectId:
         # a full id is taken as it is: the manifest of a parent may have been removed

@@ -49,6 +49,8 @@ def _describe_begin(event: events.Began) -> list[str]:
         why = "the furthest descendant of the best"
     loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
     lines.append(f"resume  {event.match.id[:12]}, step {event.step:,} of run {event.match.run}{loss} ({why})")
+    if event.resolution and event.resolution.note:
+        lines.append(f"note    {event.resolution.note}")
     lines += [f"differs {difference}" for difference in event.match.differences]
     if event.weights_only:
         lines.append("WARNING only the weights are available: the optimizer starts from zero, so the loss may jump")

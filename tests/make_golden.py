@@ -38,7 +38,11 @@ def states() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         tokenizer="0a" * 32,
         data="0b" * 32,
         evaluation={"data": "0c" * 32, "samples": 64, "seed": 1337},
-        metrics={"accuracy": castore.Metric(), "latency": castore.Metric(direction="min", low=1e-7, high=250.0)},
+        metrics={
+            "accuracy": castore.Metric(low=0.0, high=1.0),
+            "bleu": castore.Metric(),
+            "latency": castore.Metric(direction="min", low=1e-7, high=250.0),
+        },
     )
     config = {
         "learning_rate": 1.5e-05,

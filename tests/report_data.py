@@ -34,7 +34,7 @@ def experiment_of(n_layer: int = 4) -> Experiment:
         tokenizer="1c" * 32,
         data="13" * 32,
         evaluation={"samples": 128, "tokens": 128, "data": "20" * 32},
-        metrics={"val_accuracy": Metric()},
+        metrics={"val_accuracy": Metric(low=0.0, high=1.0)},
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from builders import exact, parts, tree
 
+import castore
 from castore import Experiment, Metric, Repo
 from castore.errors import (
     AmbiguousId,
@@ -31,6 +33,7 @@ from castore.errors import (
 )
 from castore.format import part_index
 from castore.format.ids import ObjectId, hash_bytes
+from castore.policy.retention import Policy
 
 
 def save(repo: Repo, step: int, loss: float | None = None, **fields: Any) -> ObjectId:
@@ -365,3 +368,44 @@ def test_a_state_without_tensors_is_saved_without_torch(repo: Repo) -> None:
     done = subprocess.run([sys.executable, "-c", script, repo.root], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert repo.load(done.stdout.strip()) == {"trainer": {"step": 5}}
+
+
+# -- clocks and what `best` goes by ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_never_older_than_its_parent(repo: Repo) -> None:
+    """The machine that saved the parent was a day ahead, and this one isn't."""
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    first = repo.save(parts(1), run="ci", step=1, metrics={"val_loss": 2.0}, created=tomorrow)
+    second = repo.save(parts(2), run="ci", step=2, metrics={"val_loss": 3.0}, parent=first.id)
+    assert second.manifest.created > first.manifest.created
+    assert repo.resolve("latest").require().id == second.id
+    assert [entry.id for entry in repo.checkpoints()] == [second.id, first.id]
+    third = repo.save(parts(3), run="ci", step=3, parent="f" * 64)  # which is not here
+    assert third.manifest.created < first.manifest.created
+
+
+def test_gc_keeps_the_newest_by_lineage_whatever_clocks_said(repo: Repo) -> None:
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    first = repo.save(parts(1), run="ci", step=1, metrics={"val_loss": 2.0}, created=tomorrow)
+    manifest_now = datetime.now(UTC)
+    second = repo.save(parts(2), run="ci", step=2, metrics={"val_loss": 3.0}, parent=first.id, created=manifest_now)
+    best = repo.save(parts(3), run="other", step=3, metrics={"val_loss": 1.0}, created=manifest_now - timedelta(days=9))
+    castore.collect_garbage(repo, Policy(keep=1, keep_latest=1))
+    kept = {entry.id for entry in repo.checkpoints() if repo.part_states(entry)["model"].where == "local"}
+    assert kept == {second.id, best.id}
+
+
+def test_a_save_without_anything_that_is_scored_says_so(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "castore"):
+        saved = repo.save(parts(1), run="ci", step=1, metrics={"train_loss": 2.0})
+        again = repo.save(parts(2), run="ci", step=2)
+    assert saved.warnings == again.warnings
+    assert "neither val_loss nor a metric" in saved.warnings[0]
+    assert len(caplog.records) == 1
+    assert "the newest was taken for the best" in repo.resolve("best").note
+    assert repo.resolve("latest").note == ""
+    scored = repo.save(parts(3), run="ci", step=3, metrics={"acc": 0.5}, experiment=Experiment(metrics={"acc": "max"}))  # type: ignore[dict-item]
+    assert scored.warnings == ()
+    assert repo.resolve("best").note == ""
+    assert scored.manifest.experiment.metrics["acc"] == Metric("max")

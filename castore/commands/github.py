@@ -69,6 +69,8 @@ def _describe_restored(restored: RestoredSession) -> Iterator[str]:
     for reason in restored.resolution.explain_rejections() if restored.resolution else ():
         yield f"no      {reason}"
     yield describe_match(restored.match) if restored.match else f"fresh   {restored.fresh}"
+    if restored.resolution and restored.resolution.note:
+        yield f"note    {restored.resolution.note}"
     for further in restored.further:
         step = further.manifest.step
         yield f"also    {further.id[:12]}, step {step:,}: an earlier session trained from the match up to there"

@@ -222,6 +222,7 @@ def resolve(
     if not as_json:
         say(*(f"no      {reason}" for reason in resolution.explain_rejections()))
         say(describe_match(match))
+        say(*(f"note    {text}" for text in filter(None, [resolution.note])))
         say(*(f"differs {difference}" for difference in match.differences))
 
 

@@ -32,21 +32,24 @@ Kind = Literal["checkpoint", "dataset", "files"]
 class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a metric is scored: which ``direction`` is better, and the range that is mapped into [0, 1].
 
+    Without a range, which is both ends or neither, any value counts: see :mod:`castore.policy.scoring`.
+
     >>> perplexity = Metric(direction="min", low=1.0, high=100.0)
     >>> (perplexity.direction, perplexity.high)
     ('min', 100.0)
     """
 
     direction: Literal["max", "min"] = "max"
-    low: float = 0.0
-    high: float = 1.0
+    low: float | None = None
+    high: float | None = None
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What makes checkpoints comparable: scores are compared within one experiment only.
 
     ``model`` holds the parameters that loading a checkpoint depends on; ``tokenizer`` and ``data`` are digests;
-    ``evaluation`` describes what the validation loss was measured on; ``metrics`` declares the metrics that are scored.
+    ``evaluation`` describes what the validation loss was measured on; ``metrics`` declares the metrics that are scored,
+    for short by ``"max"`` or ``"min"`` alone.
 
     >>> experiment = Experiment(model={"n_layer": 4, "n_embd": 128}, metrics={"accuracy": Metric()})
     >>> experiment == Experiment(model={"n_layer": 6, "n_embd": 128}, metrics={"accuracy": Metric()})
@@ -58,6 +61,17 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     data: str = ""
     evaluation: dict[str, Scalar] = msgspec.field(default_factory=dict)
     metrics: dict[str, Metric] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(isinstance(metric, str) for metric in self.metrics.values()):
+            msgspec.structs.force_setattr(
+                self, "metrics", {name: _metric(metric) for name, metric in self.metrics.items()}
+            )
+
+
+def _metric(given: Any) -> Any:
+    """A direction stands for a metric without a range. Anything else is judged when the manifest is encoded."""
+    return Metric(direction=given) if given in ("max", "min") else given
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -217,6 +231,12 @@ def _check_quality(manifest: Manifest) -> None:
     for name, metric in manifest.experiment.metrics.items():
         if name == "val_loss":
             raise ValueError("val_loss is always scored and can't be declared as a metric")
+        if not isinstance(metric, Metric):
+            raise ValueError(f"metric {name} is declared by 'max', 'min' or a Metric, not by {str(metric)[:40]!r}")
+        if (metric.low is None) != (metric.high is None):
+            raise ValueError(f"metric {name} has half a range: give both low and high, or neither")
+        if metric.low is None or metric.high is None:
+            continue
         if not (math.isfinite(metric.low) and math.isfinite(metric.high) and metric.low < metric.high):
             raise ValueError(f"metric {name} has an invalid range: low must be below high, both finite")
 

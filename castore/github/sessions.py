@@ -29,6 +29,7 @@ from castore.format.manifest import Entry
 from castore.github import bundling
 from castore.github.bundling import KeptParts
 from castore.github.publish import publish
+from castore.policy.order import newest_first
 from castore.policy.resolution import Match, Resolution
 from castore.policy.retention import Policy
 from castore.progress import Progress
@@ -316,7 +317,7 @@ def _session_progress(repo: Repo, new: Sequence[Entry]) -> SessionProgress | Non
     """Return how far the ``new`` checkpoints lead; None when there are none."""
     if not new:
         return None
-    manifests = sorted((entry.manifest for entry in new), key=lambda manifest: (manifest.created, manifest.step))
+    manifests = [entry.manifest for entry in newest_first(new)[::-1]]
     new_ids = {entry.id for entry in new}
     parents = (manifest.parent for manifest in manifests)
     start_id = next((parent for parent in parents if parent and parent not in new_ids), None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
+from castore.policy.order import newest_first
 
 
 def draw(entries: Sequence[Entry]) -> Iterator[tuple[str, Entry | None]]:
@@ -63,13 +65,17 @@ def _ordered(children: dict[ObjectId | None, list[Entry]], weights: dict[ObjectI
 def _by_newest(children: dict[ObjectId | None, list[Entry]]) -> list[Entry]:
     """Return the roots, the one with the newest descendant first."""
 
-    def newest(root: Entry) -> str:
+    age = {
+        entry.id: place for place, entry in enumerate(newest_first(itertools.chain.from_iterable(children.values())))
+    }
+
+    def age_of_newest(root: Entry) -> int:
         descendants = [root]
         for entry in descendants:  # grows while it is walked
             descendants += children.get(entry.id, ())
-        return max(entry.manifest.created for entry in descendants)
+        return min(age[entry.id] for entry in descendants)
 
-    return sorted(children.get(None, ()), key=newest, reverse=True)
+    return sorted(children.get(None, ()), key=age_of_newest)
 
 
 def furthest(entries: Sequence[Entry], ancestor_id: ObjectId, config: Mapping[str, Any]) -> Entry | None:
@@ -79,12 +85,13 @@ def furthest(entries: Sequence[Entry], ancestor_id: ObjectId, config: Mapping[st
     """
     reached = {ancestor_id}
     descendants = []
-    for entry in sorted(entries, key=lambda entry: (entry.manifest.created, entry.manifest.step)):
+    oldest_first = newest_first(entries)[::-1]
+    for entry in oldest_first:
         if entry.manifest.parent in reached and entry.manifest.config == config:
             reached.add(entry.id)
             descendants.append(entry)
     # of several at the same step the newest: its data is the most likely to be available
-    return max(descendants, key=lambda entry: (entry.manifest.step, entry.manifest.created), default=None)
+    return max(reversed(descendants), key=lambda entry: entry.manifest.step, default=None)
 
 
 def ancestors(entries: Iterable[Entry], checkpoint_id: ObjectId) -> list[ObjectId]:
@@ -105,7 +112,7 @@ def lanes(entries: Iterable[Entry], best_path: frozenset[ObjectId]) -> dict[Obje
     """
     known = {entry.id: entry for entry in entries}
     children: dict[ObjectId | None, list[Entry]] = {}
-    for entry in sorted(known.values(), key=lambda entry: (entry.manifest.created, entry.manifest.step, entry.id)):
+    for entry in newest_first(known.values())[::-1]:
         parent = entry.manifest.parent
         children.setdefault(parent if parent in known else None, []).append(entry)
     weights = _weights(children)

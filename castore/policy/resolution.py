@@ -14,7 +14,8 @@ from typing import Any, Literal
 from castore.errors import CorruptManifest, NothingAvailable, NothingMatches, printable
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Experiment
-from castore.policy.scoring import newest_first, rank, score
+from castore.policy.order import newest_first
+from castore.policy.scoring import rank, score
 
 _MOST_LINES = 10  # of rejections in an error or explanation
 _LISTED_EACH = 3  # rejections with the same reason; more of them are summed up in one line
@@ -104,6 +105,8 @@ class Damaged:
 class Resolution:
     """The ``match``, or None, and every checkpoint that was preferred to it or incompatible, with reasons.
 
+    ``note`` says what else whoever asked should know of the choice.
+
     >>> rejected = Rejected(id="ab" * 32, step=500, run="ci", score=0.5, reasons=("tokenizer is a there, b here",))
     >>> resolution = Resolution(selector="best", match=None, rejected=(rejected,))
     >>> resolution.explain_rejections()
@@ -118,6 +121,7 @@ class Resolution:
     match: Match | None
     rejected: tuple[Rejected, ...]
     damaged: tuple[Damaged, ...] = ()
+    note: str = ""
 
     @property
     def unavailable(self) -> tuple[Rejected, ...]:
@@ -193,7 +197,10 @@ def resolve(
         for entry, _, reasons in unavailable
         if match is None or entry.id != match.id
     ]
-    return Resolution(requirement.selector, match, tuple(passed_over + incompatible))
+    note = ""
+    if requirement.selector == "best" and match and match.score is None:
+        note = "no candidate has a val_loss or a metric that its experiment declares: the newest was taken for the best"
+    return Resolution(requirement.selector, match, tuple(passed_over + incompatible), note=note)
 
 
 def _missing(parts: Mapping[str, PartState], needed: Sequence[str]) -> list[str]:

@@ -18,7 +18,8 @@ import msgspec
 from castore.config import Config, parse_duration, parse_size
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
-from castore.policy.scoring import newest_first, rank
+from castore.policy.order import newest_first
+from castore.policy.scoring import rank
 
 RESUME_PARTS = frozenset({"optimizer", "trainer"})
 """Parts needed only to resume training exactly: two thirds of a checkpoint's bytes, so kept for few checkpoints."""

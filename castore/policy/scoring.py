@@ -7,9 +7,12 @@ time are recorded, never scored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Manifest, Metric
+from castore.policy.order import newest_first
 
 LOSS_WEIGHT = 0.7
 METRICS_WEIGHT = 0.3
@@ -23,7 +26,7 @@ def score(manifest: Manifest) -> float | None:
     >>> about = {"run": "ci", "step": 500, "created": "2026-01-02T03:04:05.000006Z", "parts": {"model": part}}
     >>> score(Manifest(metrics={"val_loss": 1.0}, **about))
     0.5
-    >>> experiment = Experiment(metrics={"accuracy": Metric()})
+    >>> experiment = Experiment(metrics={"accuracy": Metric(low=0.0, high=1.0)})
     >>> round(score(Manifest(metrics={"val_loss": 1.0, "accuracy": 0.9}, experiment=experiment, **about)), 3)
     0.62
     >>> score(Manifest(**about)) is None
@@ -47,35 +50,56 @@ def score(manifest: Manifest) -> float | None:
 def rank(entries: Iterable[Entry], tie_tolerance: float) -> list[Entry]:
     """Return the entries of one experiment, best first, then those without a score, newest first.
 
-    Scores within ``tie_tolerance`` of the highest not yet ranked are a tie, which the later step wins: training
-    progress decides where quality does not. The order of ``entries`` does not matter.
+    Where scores are equal, as they are when rounding or a metric's range hides a difference, the losses and metrics
+    themselves decide. Two are a tie only if every one of these differs by at most ``tie_tolerance`` of its size: of
+    those that tie with the best not yet ranked the later step comes first, as training progress decides where quality
+    does not. The order of ``entries`` does not matter.
     """
-    scored = [(score(entry.manifest), entry) for entry in entries]
-    unscored = newest_first(entry for value, entry in scored if value is None)
-    by_score = sorted(
-        ((value, entry) for value, entry in scored if value is not None),
-        key=lambda pair: (pair[0], pair[1].id),
-        reverse=True,
-    )
+    entries = list(entries)
+    scored = sorted((entry for entry in entries if score(entry.manifest) is not None), key=_best_first)
     ranked: list[Entry] = []
     start = 0
-    while start < len(by_score):
-        stop = start
-        while stop < len(by_score) and by_score[stop][0] >= by_score[start][0] - tie_tolerance:
+    while start < len(scored):
+        stop = start + 1
+        while stop < len(scored) and _is_tie(scored[start].manifest, scored[stop].manifest, tie_tolerance):
             stop += 1
-        tied = by_score[start:stop]
-        tied.sort(key=lambda pair: (pair[1].manifest.step, pair[0], pair[1].id), reverse=True)
-        ranked.extend(entry for _, entry in tied)
+        # sorted() is stable: of one step the better one stays first
+        ranked += sorted(scored[start:stop], key=lambda entry: -entry.manifest.step)
         start = stop
-    return ranked + unscored
+    return ranked + newest_first(entry for entry in entries if score(entry.manifest) is None)
 
 
-def newest_first(entries: Iterable[Entry]) -> list[Entry]:
-    """Return the entries by descending time of creation, then step, then id."""
-    return sorted(entries, key=lambda entry: (entry.manifest.created, entry.manifest.step, entry.id), reverse=True)
+def _factors(manifest: Manifest) -> dict[str, float]:
+    """Return what was measured of what counts, each so that lower is better."""
+    factors = {"val_loss": manifest.metrics["val_loss"]} if "val_loss" in manifest.metrics else {}
+    for name, metric in sorted(manifest.experiment.metrics.items()):
+        if name in manifest.metrics:
+            factors[name] = manifest.metrics[name] if metric.direction == "min" else -manifest.metrics[name]
+    return factors
+
+
+def _best_first(entry: Entry) -> tuple[float, list[float], ObjectId]:
+    """Sort key: the score, then each factor; what was not measured counts as the worst."""
+    manifest = entry.manifest
+    factors = _factors(manifest)
+    names = ("val_loss", *sorted(manifest.experiment.metrics))
+    return -(score(manifest) or 0.0), [factors.get(name, math.inf) for name in names], entry.id
+
+
+def _is_tie(one: Manifest, other: Manifest, tolerance: float) -> bool:
+    first, second = _factors(one), _factors(other)
+    return first.keys() == second.keys() and all(
+        math.isclose(first[name], second[name], rel_tol=tolerance, abs_tol=0.0) for name in first
+    )
 
 
 def _normalise(value: float, metric: Metric) -> float:
-    """Map a metric's value into [0, 1], clipped to its range, so that 1 is the better end."""
-    position = min(1.0, max(0.0, (value - metric.low) / (metric.high - metric.low)))
+    """Map a metric's value into [0, 1] so that 1 is the better end.
+
+    With a range, linearly and clipped to it; without one, by ``(1 + x / (1 + |x|)) / 2``, which never clips.
+    """
+    if metric.low is None or metric.high is None:
+        position = (1.0 + value / (1.0 + abs(value))) / 2.0
+    else:
+        position = min(1.0, max(0.0, (value - metric.low) / (metric.high - metric.low)))
     return position if metric.direction == "max" else 1.0 - position

@@ -23,9 +23,10 @@ from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Experiment
 from castore.gc import GCPlan
 from castore.policy.lineage import ancestors, lanes
+from castore.policy.order import newest_first
 from castore.policy.resolution import Availability, Damaged, PartState, Requirement, Resolution, availability, resolve
 from castore.policy.retention import Decision, Policy
-from castore.policy.scoring import newest_first, rank, score
+from castore.policy.scoring import rank, score
 from castore.repo import Repo
 from castore.stats import Stats, plan_gc, stats
 from castore.storage import fs, output_file

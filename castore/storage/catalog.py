@@ -16,7 +16,7 @@ from castore.format import manifest
 from castore.format.bundle import MAX_RECORD_BYTES, Record, decode_record, encode_record
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry, Manifest
-from castore.policy.scoring import newest_first
+from castore.policy.order import newest_first
 from castore.storage import fs, git, safe_paths
 
 _ID_DIGITS = 12  # how many digits of a manifest's id stand in the name of its file

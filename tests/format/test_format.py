@@ -440,9 +440,9 @@ FREE_FORM = st.dictionaries(
 )
 ID = st.binary(min_size=32, max_size=32).map(bytes.hex)
 METRIC = st.builds(
-    lambda direction, ends: {"direction": direction, "low": min(ends), "high": max(ends)},
+    lambda direction, ends: {"direction": direction, "low": ends and min(ends), "high": ends and max(ends)},
     st.sampled_from(["max", "min"]),
-    st.lists(FINITE, min_size=2, max_size=2, unique=True),
+    st.none() | st.lists(FINITE, min_size=2, max_size=2, unique=True),
 )
 PART = st.fixed_dictionaries({"index": ID, "bytes": st.integers(0, 2**63 - 1), "stored_bytes": st.integers(0, 2**40)})
 DOCUMENT = st.fixed_dictionaries(

@@ -25,7 +25,7 @@ ranges = st.tuples(finite, finite).filter(lambda pair: pair[0] < pair[1])
 metrics = st.builds(
     lambda direction, pair: Metric(direction=direction, low=pair[0], high=pair[1]),
     st.sampled_from(["max", "min"]),
-    ranges,
+    ranges | st.just((None, None)),
 )
 names = st.text(max_size=9).filter(lambda name: name != "val_loss")
 objects = st.dictionaries(st.text(max_size=5), json_values, max_size=3)
@@ -109,7 +109,9 @@ def deep(levels: int) -> Any:
         ({"metrics": {"acc": "high"}}, "must be real number"),
         ({"experiment": Experiment(metrics={"val_loss": Metric()})}, "can't be declared"),
         ({"experiment": Experiment(metrics={"acc": Metric(low=1.0, high=1.0)})}, "low must be below high"),
-        ({"experiment": Experiment(metrics={"acc": Metric(high=float("inf"))})}, "low must be below high"),
+        ({"experiment": Experiment(metrics={"acc": Metric(low=0.0, high=float("inf"))})}, "low must be below high"),
+        ({"experiment": Experiment(metrics={"acc": Metric(low=0.0)})}, "half a range"),
+        ({"experiment": Experiment(metrics={"acc": "maximum"})}, "declared by 'max', 'min' or a Metric"),  # type: ignore[dict-item]
         ({"experiment": Experiment(model={"dropout": float("nan")})}, "nan is not a finite number"),
         ({"experiment": Experiment(evaluation={"seed": 2**64})}, "64 bits"),
         ({"experiment": Experiment(model={"sizes": [1]})}, "Expected"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
 from castore.policy.lineage import ancestors, draw, lanes
-from castore.policy.scoring import newest_first
+from castore.policy.order import newest_first
 
 
 def drawn(entries: list[Entry]) -> list[str]:
