@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import inspect
 import logging
 import operator
 import os
@@ -181,6 +183,65 @@ class Repo:
 
         UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing becomes visible.
         """
+        draft = self._draft(
+            parts,
+            run=run,
+            step=step,
+            metrics=metrics,
+            experiment=experiment,
+            parent=parent,
+            tags=tags,
+            note=note,
+            config=config,
+            info=info,
+            created=created,
+            kind=kind,
+        )
+        flat = {name: _flatten(state, name) for name, state in parts.items()}
+        with self.lock():
+            saved = state_parts.save_parts(self.store, flat, self.config.chunk_bytes, self.threads)
+            final = msgspec.structs.replace(draft, parts=saved.parts)
+            checkpoint_id, path = self.catalog.add(final)
+        return SaveResult(
+            id=checkpoint_id,
+            manifest=final,
+            path=path,
+            new_objects=saved.new_objects,
+            new_bytes=saved.new_bytes,
+            warnings=self._warn_unscored(final),
+        )
+
+    def check_save(self, parts: Iterable[str], **fields: Any) -> None:
+        """Raise what :meth:`save` would for these names of parts and keyword arguments, without looking at any state.
+
+        UsageError for an unknown keyword, InvalidManifest for what can't be recorded.
+        """
+        known = inspect.signature(self._draft).parameters.keys() - {"parts"}
+        for name in sorted(fields.keys() - known):
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"a save takes no {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        for name in ("run", "step"):
+            if name not in fields:
+                raise UsageError(f"a save needs a {name}")
+        self._draft(parts, **fields)
+
+    def _draft(
+        self,
+        parts: Iterable[str],
+        *,
+        run: str,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        experiment: Experiment | None = None,
+        parent: str | None = None,
+        tags: Sequence[str] = (),
+        note: str = "",
+        config: Mapping[str, Any] | None = None,
+        info: Mapping[str, Any] | None = None,
+        created: datetime | None = None,
+        kind: Kind = "checkpoint",
+    ) -> Manifest:
+        """Return the manifest of a save before its parts are stored: what can't be recorded fails here."""
         parent_id = self._parent_id(parent) if parent else None
         draft = Manifest(
             kind=kind,
@@ -197,20 +258,11 @@ class Repo:
             info=dict(info or {}),
         )
         self.catalog.check_run(run)
-        manifest.encode(draft)  # what can't be recorded fails before gigabytes are written
-        flat = {name: _flatten(state, name) for name, state in parts.items()}
-        with self.lock():
-            saved = state_parts.save_parts(self.store, flat, self.config.chunk_bytes, self.threads)
-            final = msgspec.structs.replace(draft, parts=saved.parts)
-            checkpoint_id, path = self.catalog.add(final)
-        return SaveResult(
-            id=checkpoint_id,
-            manifest=final,
-            path=path,
-            new_objects=saved.new_objects,
-            new_bytes=saved.new_bytes,
-            warnings=self._warn_unscored(final),
-        )
+        manifest.encode(draft)
+        return draft
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root, self.config)
 
     def _time_after(self, parent_id: ObjectId | None, moment: datetime) -> str:
         """Return the time to record: ``moment``, but later than that of the parent, whose clock may have been ahead."""

@@ -1,119 +1,63 @@
-"""Checkpoints for any training loop: :class:`Checkpointer`, and :class:`AsyncSaver` on which it is built."""
+"""Checkpoints for any training loop: :class:`Checkpointer`, and :class:`AsyncSaver` below it."""
 
 from __future__ import annotations
 
-import random
-import threading
-import warnings
-import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+import contextlib
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
+import msgspec
 import torch
 
-from castore.errors import CastoreError
-from castore.state.parts import Flat
-from castore.state.tensors import TensorSource, flatten
+from castore.background import AsyncSaver
+from castore.errors import UsageError
+from castore.format.manifest import Experiment, Metric
+from castore.restoring import METADATA, RANDOM, RESERVED, metadata_of, plain_name, random_state, restore_all
+from castore.stopping import StopRequest, stop_signals
 
 if TYPE_CHECKING:
-    from castore.format.manifest import Experiment
+    from datetime import datetime
+
+    from castore.policy.resolution import Resolution
     from castore.repo import Repo, SaveResult
 
+__all__ = ["AsyncSaver", "Checkpointer", "Resumed"]
 
-class AsyncSaver:
-    """Saves in the background: :meth:`save` returns as soon as the state is copied, so that training can go on.
+_log = logging.getLogger(__name__)
 
-    At most one save is in progress: the next one waits for it, and reuses the memory of its copy. An error of a save in
-    the background is raised once, by the next call of any method or at the end of the ``with`` block. For use by a
-    single thread.
 
-        >>> import tempfile, castore
-        >>> repo = castore.Repo.init(tempfile.mkdtemp())
-        >>> with AsyncSaver(repo) as saver:
-        ...     saver.save({"model": {"weight": torch.ones(3)}}, run="main", step=1)
-        >>> repo.load("latest")
-        {'model': {'weight': tensor([1., 1., 1.])}}
+class CheckpointFields(TypedDict, total=False):
+    """What may be recorded of a checkpoint beside what a :class:`Checkpointer` knows: see :meth:`castore.Repo.save`."""
+
+    parent: str | None
+    tags: list[str]
+    note: str
+    config: Mapping[str, Any]
+    info: Mapping[str, Any]
+    created: datetime | None
+
+
+class Resumed(int):
+    """The step to go on from, an int, with where it came from: ``id`` and ``run``, both empty at a fresh start.
+
+    ``why`` says in words why there.
+
+    >>> resumed = Resumed(500, checkpoint_id="3f2a91", run="main", why="the furthest step of run main")
+    >>> list(range(resumed, 502)), resumed.run
+    ([500, 501], 'main')
     """
 
-    def __init__(self, repo: Repo) -> None:
-        self._repo = repo
-        self._buffers: dict[str, list[torch.Tensor]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="castore-save")
-        self._pending: list[Future[SaveResult]] = []
-        weakref.finalize(self, _warn_of_lost_error, self._thread, self._pending)
-        _wait_at_exit(self._pending)
+    id: str
+    run: str
+    why: str
 
-    def __enter__(self) -> AsyncSaver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            self.wait()
-        except CastoreError as save_error:
-            if error is None:
-                raise
-            error.add_note(f"a save in the background failed, too: {save_error}")
-
-    def save(self, parts: Mapping[str, Any], **fields: Any) -> None:
-        """Copy the state and start to save it; ``fields`` are the keyword arguments of :meth:`castore.Repo.save`.
-
-        UnsupportedValue for a value that can't be stored; the error of the previous save. Then no save is started.
-        """
-        self.wait()
-        flat = {name: flatten(state, name) for name, state in parts.items()}
-        copied = {name: self._copy(name, part) for name, part in flat.items()}
-        fields = {"created": datetime.now(UTC)} | fields
-        self._pending.append(self._thread.submit(self._repo.save, copied, **fields))
-
-    def poll(self) -> SaveResult | None:
-        """Return the result of a save that has finished since the last call; None if there is none. Never waits."""
-        return self.wait() if self._pending and self._pending[0].done() else None
-
-    def wait(self) -> SaveResult | None:
-        """Wait for the save in progress and return its result; None if there is no save whose result is new."""
-        if not self._pending:
-            return None
-        try:
-            saved = self._pending[0].result()
-        except KeyboardInterrupt:
-            raise  # the save goes on, and can still be waited for
-        except BaseException:
-            self._pending.clear()
-            raise
-        self._pending.clear()
-        return saved
-
-    def _copy(self, name: str, flat: Flat) -> Flat:
-        """Copy the tensors of a part into the buffers of the previous save, where they fit, or into new ones."""
-        sources: list[TensorSource] = list(flat.sources)  # type: ignore[arg-type]
-        previous = self._buffers.get(name, [])
-        buffers = [source.buffer(previous[i] if i < len(previous) else None) for i, source in enumerate(sources)]
-        for source, buffer in zip(sources, buffers, strict=True):
-            source.copy_to(buffer)
-        if any(source.is_cuda for source in sources):
-            torch.cuda.synchronize()
-        self._buffers[name] = buffers
-        return Flat(flat.tree, [TensorSource(buffer) for buffer in buffers])
-
-
-def _wait_at_exit(pending: Sequence[Future[SaveResult]]) -> None:
-    """Have the interpreter finish the save before it exits: while it shuts down, pools accept no more work.
-
-    Python has no public hook that runs early enough. Where this private one is missing the save fails, with a warning.
-    """
-    register = getattr(threading, "_register_atexit", None)
-    if register:
-        register(lambda: [future.exception() for future in pending])
-
-
-def _warn_of_lost_error(thread: ThreadPoolExecutor, pending: Sequence[Future[SaveResult]]) -> None:
-    """Warn of an error that no call raised before its saver was garbage collected."""
-    thread.shutdown(wait=True)
-    for future in pending:
-        if (error := future.exception()) is not None:
-            warnings.warn(f"castore: a save in the background failed: {error}", RuntimeWarning, stacklevel=2)
+    def __new__(cls, step: int, *, checkpoint_id: str = "", run: str = "", why: str = "") -> Self:
+        resumed = super().__new__(cls, step)
+        resumed.id, resumed.run, resumed.why = checkpoint_id, run, why
+        return resumed
 
 
 class Checkpointer:
@@ -121,6 +65,11 @@ class Checkpointer:
 
     ``others`` are whatever else has a state_dict and a load_state_dict: a schedule, a scaler, a data loader. The states
     of the random generators of Python, NumPy and torch are saved, too.
+
+    ``run`` and ``experiment`` say whose checkpoints these are: :meth:`resume` looks at no others. Without an
+    ``experiment`` it is what the names, shapes and element types of the model's tensors make it. ``maximize`` and
+    ``minimize`` name metrics that are scored beside ``val_loss``. With ``stop_signals`` the first SIGTERM, SIGINT or
+    SIGHUP makes :meth:`steps` end after the step, save, and exit with 128 and its number.
 
         >>> import tempfile, castore
         >>> repo, model = castore.Repo.init(tempfile.mkdtemp()), torch.nn.Linear(2, 1)
@@ -142,60 +91,123 @@ class Checkpointer:
         *,
         run: str = "main",
         experiment: Experiment | None = None,
+        maximize: str | tuple[str, ...] = (),
+        minimize: str | tuple[str, ...] = (),
         background: bool = True,
+        stop_signals: bool = False,
         **others: Any,
     ) -> None:
+        if reserved := RESERVED & others.keys():
+            raise UsageError(f"{min(reserved)!r} is castore's own name in a checkpoint: call that component otherwise")
         self.repo = repo
         self.parent: str | None = None
         self._model, self._optimizer, self._others = model, optimizer, others
-        self._run, self._experiment, self._background = run, experiment, background
+        self._run, self._background = run, background
+        scored = dict.fromkeys(_names(maximize), "max") | dict.fromkeys(_names(minimize), "min")
+        self._experiment = _with_metrics(experiment or derive_experiment(model), scored)
         self._saver = AsyncSaver(repo)
+        self._stop = StopRequest()
+        self._signals = contextlib.ExitStack()
+        self._has_signals = stop_signals
 
-    def __enter__(self) -> Checkpointer:
+    def __enter__(self) -> Self:
+        if self._has_signals:
+            self._stop = self._signals.enter_context(_stop_signals())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._saver.__exit__(kind, error, trace)
+        with self._signals:
+            self._saver.__exit__(kind, error, trace)
 
-    def resume(self, selector: str = "best", *, allow_fresh: bool = False) -> int:
-        """Load the checkpoint that ``selector`` resolves to; return its step, which is how many were completed.
+    @property
+    def stopping(self) -> str:
+        """The name of the signal that asked for the end, such as ``SIGTERM``; empty until one came."""
+        return self._stop.name
 
-        Returns 0 and changes nothing when there is no checkpoint, or when none can be used and ``allow_fresh`` or
-        config.toml permits a fresh start; without that permission NothingMatches or NothingAvailable.
+    def steps(self, stop: int, **metrics: float) -> Iterator[int]:
+        """Yield the steps from where :meth:`resume` leads up to ``stop``, and save when the loop is asked to end.
+
+        After a stop signal the state is saved, and SystemExit raised with 128 and the signal's number.
         """
-        resolution = self.repo.resolve(selector, self._experiment)
-        if resolution.match is None and self.repo.fresh_start(resolution, allow_fresh=allow_fresh):
-            return 0
-        match = resolution.require()
-        self.repo.load_into(match.id, self._model)
-        states = self.repo.load(match.id, ["trainer", *(["optimizer"] if self._optimizer else [])])
-        if self._optimizer:
-            self._optimizer.load_state_dict(states["optimizer"])
-        for name, component in self._others.items():
-            component.load_state_dict(states["trainer"][name])
-        _set_random_state(states["trainer"]["random"])
-        self.parent = match.id
-        return match.step
+        for step in range(self.resume(), stop):
+            yield step
+            if self._stop.number:
+                self.save(step + 1, metrics)
+                self.wait()
+                raise SystemExit(self._stop.exit_code)
 
-    def save(self, step: int, metrics: Mapping[str, float] | None = None, **fields: Any) -> None:
+    def resume(
+        self, selector: str | Literal["furthest"] = "furthest", *, allow_fresh: bool = False, strict: bool = True
+    ) -> Resumed:
+        """Load a checkpoint of this run and experiment; return its step, which is how many were completed.
+
+        ``furthest`` is where the run got furthest, ``best`` its best; ``OTHER:best`` or an id is taken from wherever it
+        is. Everything is read, verified and checked for fit first: after an error, all is as it was. UsageError for
+        what doesn't fit; with ``strict=False`` components that only one side has are left alone.
+
+        Returns 0 and changes nothing when this run has no checkpoint of this experiment, or when the data of none is
+        available and ``allow_fresh`` or config.toml permits a fresh start; without that, NothingAvailable.
+        """
+        resolution = self._resolve(selector)
+        if resolution is None or (resolution.match is None and not self._must_exist(resolution)):
+            return self._start_fresh(resolution, f"run {self._run} has no checkpoint of this experiment yet")
+        if resolution.match is None and (why := self.repo.fresh_start(resolution, allow_fresh=allow_fresh)):
+            return self._start_fresh(resolution, why)
+        match = resolution.require()
+        parts = ["model", "trainer", *(["optimizer"] if self._optimizer else [])]
+        manifest = self.repo.find(match.id).manifest
+        states = self.repo.load(match.id, [name for name in manifest.parts if name in parts or name == "optimizer"])
+        restore_all(states, self._model, self._optimizer, self._others, strict=strict, checkpoint=match.id[:12])
+        self.parent = match.id
+        why = f"the furthest step of run {match.run}" if selector == "furthest" else f"{selector} of run {match.run}"
+        _log.info("resuming from %s, step %d of run %s: %s", match.id[:12], match.step, match.run, why)
+        return Resumed(match.step, checkpoint_id=match.id, run=match.run, why=why)
+
+    def _resolve(self, selector: str) -> Resolution | None:
+        """Look at this run for a word of no run; None when it has no checkpoint at all."""
+        word = {"furthest": "latest", "latest": "latest", "best": "best"}.get(selector)
+        if word is None:
+            return self.repo.resolve(selector, self._experiment)
+        listing = self.repo.catalog.listing()
+        if not any(
+            entry.manifest.kind == "checkpoint" and entry.manifest.run == self._run for entry in listing.entries
+        ):
+            if listing.broken:  # which may be of this run
+                return self.repo.resolve(word, self._experiment)
+            return None
+        return self.repo.resolve(f"{self._run}:{word}", self._experiment)
+
+    def _must_exist(self, resolution: Resolution) -> bool:
+        """Whether there is a checkpoint that should be resumed: damaged, or of this experiment and without its data."""
+        return bool(resolution.damaged or resolution.unavailable)
+
+    def _start_fresh(self, resolution: Resolution | None, why: str) -> Resumed:
+        others = len(resolution.rejected) if resolution else 0
+        _log.info("starting at step 0: %s%s", why, f" ({others} of other experiments)" if others else "")
+        return Resumed(0, why=why)
+
+    def save(self, step: int, metrics: Mapping[str, float] | None = None, **fields: Unpack[CheckpointFields]) -> None:
         """Save the state after ``step`` completed steps; ``fields`` are further ones of :meth:`castore.Repo.save`.
 
-        Returns when the state is copied. An error of a save in the background is raised by the next call.
+        What can't be recorded is an error of this call, before anything is copied. A metric other than ``val_loss``
+        that is not finite is left out, with a warning. Returns when the state is copied. An error of a save in the
+        background is raised by the next call.
         """
         self.wait()
-        parts = {"model": self._model.state_dict()}
+        model = self._model.state_dict()
+        parts: dict[str, Any] = {"model": model}
         if self._optimizer:
             parts["optimizer"] = self._optimizer.state_dict()
         states = {name: component.state_dict() for name, component in self._others.items()}
-        parts["trainer"] = {**states, "random": _random_state()}
-        defaults = {
+        parts["trainer"] = {**states, RANDOM: random_state(), METADATA: metadata_of(model)}
+        known: dict[str, Any] = {
             "run": self._run,
             "experiment": self._experiment,
             "parent": self.parent,
             "step": step,
-            "metrics": metrics,
+            "metrics": _finite(metrics or {}),
         }
-        self._saver.save(parts, **(defaults | fields))
+        self._saver.save(parts, **(known | dict(fields)))
         if not self._background:
             self.wait()
 
@@ -206,23 +218,34 @@ class Checkpointer:
         return saved
 
 
-def _random_state() -> dict[str, Any]:
-    """Return the states of the random generators that training draws from."""
-    import numpy as np
-
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    numpy = (str(kind), torch.from_numpy(keys), *rest)
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+_stop_signals = stop_signals  # the parameter of that name would hide it
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore what :func:`_random_state` returned; that of the GPUs only if there are as many as then."""
-    import numpy as np
+def derive_experiment(model: torch.nn.Module) -> Experiment:
+    """Return an experiment that is equal for models whose tensors have equal names, shapes and element types."""
+    text = "\n".join(
+        f"{plain_name(key)} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        for key, value in sorted(model.state_dict().items())
+        if isinstance(value, torch.Tensor)
+    )
+    return Experiment(model={"tensors": hashlib.sha256(text.encode()).hexdigest()})
 
-    kind, keys, *rest = state["numpy"]
-    random.setstate(state["python"])
-    np.random.set_state((kind, keys.numpy(), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+
+def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _with_metrics(experiment: Experiment, scored: Mapping[str, str]) -> Experiment:
+    added = {name: Metric(direction="max" if direction == "max" else "min") for name, direction in scored.items()}
+    return msgspec.structs.replace(experiment, metrics={**experiment.metrics, **added}) if added else experiment
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what is not finite: of a loss that is an error, of anything beside it no reason to lose the weights."""
+    kept = {}
+    for name, value in metrics.items():
+        if name != "val_loss" and isinstance(value, float) and not math.isfinite(value):
+            _log.warning("metric %s is %s and was left out", name, value)
+        else:
+            kept[name] = value
+    return kept

@@ -7,10 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import msgspec
@@ -20,6 +18,7 @@ from typer.core import TyperCommand
 import castore
 from castore import errors
 from castore.commands import console
+from castore.stopping import StopRequest, stop_signals
 from castore.text import printable
 from nanecho import config as configs
 
@@ -72,7 +71,7 @@ def train(
     out = sys.stderr if as_json else sys.stdout
     repo = console.open_or_init(out)
     now = datetime.now(UTC)
-    with _stop_signals() as received:
+    with stop_signals() as received:
         from nanecho.train import train as run_session  # torch takes seconds: after what can go wrong without it
 
         session = run_session(
@@ -81,7 +80,7 @@ def train(
         for ending in _follow(session, out, received):
             _record_ending(repo, config.run.run, now, ending, as_json)
     if received.number:
-        sys.exit(128 + received.number)
+        sys.exit(received.exit_code)
 
 
 def _record_ending(
@@ -131,40 +130,8 @@ _EXAMPLE = "Example: castore train --resume best --data-dir books --session-iter
 app.command(epilog=_EXAMPLE, cls=GroupedHelp)(_with_options(train))
 
 
-class _Received:
-    """The signal that asked the session to end, if any."""
-
-    number = 0
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name if self.number else ""
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Received]:
-    """Turn the first signal to end into a request, honoured after the step; a second one ends at once."""
-    received = _Received()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        if received.number:
-            if os.isatty(1):
-                os.write(1, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
-            os._exit(128 + number)  # not waiting for a save in the background: what it has not finished is not visible
-        received.number = number
-        # not say(): the signal may have come in the middle of one
-        os.write(2, f"castore: {received.name}: finishing the step and saving; once more ends at once\n".encode())
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _follow(
-    session: Iterator[events.Event], out: TextIO, received: _Received
+    session: Iterator[events.Event], out: TextIO, received: StopRequest
 ) -> Iterator[events.Finished | events.Failed]:
     """Show a session's events and yield how it ended: with a progress bar on a terminal, as plain lines elsewhere."""
     from nanecho import events, report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import torch
 from builders import exact, parts
 
 from castore import Experiment, Repo
-from castore.errors import NothingAvailable, StorageError, UnsupportedValue
+from castore.errors import InvalidManifest, NothingAvailable, StorageError, UnsupportedValue, UsageError
 from castore.storage import fs
 from castore.torch import AsyncSaver, Checkpointer
 
@@ -132,10 +134,77 @@ def test_a_program_that_ends_without_waiting_saves_all_the_same(repo: Repo) -> N
 
 
 def test_a_program_that_ends_without_asking_is_told_of_the_error(repo: Repo) -> None:
-    script = SCRIPT.replace("{FIELDS}", "{'metrics': {'val_loss': float('nan')}}")
-    done = subprocess.run([sys.executable, "-c", script, str(repo.root.parent)], capture_output=True, text=True)
-    assert "a save in the background failed" in done.stderr
+    shutil.rmtree(repo.root / "tmp")
+    (repo.root / "tmp").write_text("in the way")
+    for end in ("", "del saver\nprint('on')"):
+        script = SCRIPT.replace("{FIELDS}", "{}") + end
+        done = subprocess.run([sys.executable, "-c", script, str(repo.root.parent)], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "a save in the background failed: can't create" in done.stderr
+        assert done.stdout == ("on\n" if end else "")
     assert repo.checkpoints() == []
+
+
+FORKING = """
+import os, sys, time, torch, castore
+from castore.torch import AsyncSaver
+repo = castore.Repo.open(sys.argv[1])
+saver = AsyncSaver(repo)
+original = repo.save
+def slow(*arguments, **fields):
+    time.sleep(4)
+    return original(*arguments, **fields)
+repo.save = slow
+saver.save({"model": {"x": torch.ones(10)}}, run="a", step=1)
+begun = time.monotonic()
+child = os.fork()
+if child == 0:
+    sys.exit(0)  # as a worker of a data loader does, by way of the handlers of the interpreter's end
+assert os.waitpid(child, 0)[1] == 0
+print(time.monotonic() - begun < 2)
+saver.wait()
+"""
+
+
+def test_a_forked_child_does_not_wait_for_the_save_of_its_parent(repo: Repo) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKING, str(repo.root.parent)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+    assert len(repo.checkpoints()) == 1
+
+
+def test_what_cannot_be_recorded_is_refused_before_anything_is_copied(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[str] = []
+    saver = AsyncSaver(repo)
+    monkeypatch.setattr(saver, "_copy", lambda name, _flat: copied.append(name))
+    for fields, says in (
+        ({"step": -1}, "step -1 is not between"),
+        ({"run": "a b"}, "run 'a b' is not 1 to 64"),
+        ({"config": {"model": {"path": Path("/x")}}}, "config.model.path: PosixPath is not a JSON value"),
+        ({"info": {"a": [1.0, float("inf")]}}, r"info.a\[1\]: inf is not a finite number"),
+        ({"metrics": {"val_loss": float("nan")}}, "val_loss is nan"),
+    ):
+        with pytest.raises(InvalidManifest, match=says):
+            saver.save({"model": {"x": torch.ones(2)}}, **({"run": "a", "step": 1} | fields))
+    with pytest.raises(UsageError, match="takes no 'metric': did you mean 'metrics'"):
+        saver.save({"model": {"x": torch.ones(2)}}, run="a", step=1, metric={})
+    with pytest.raises(UsageError, match="needs a run"):
+        saver.save({"model": {"x": torch.ones(2)}}, step=1)
+    assert copied == []
+
+
+def test_a_repository_can_be_pickled(repo: Repo) -> None:
+    saved = repo.save(parts(1), run="a", step=1)
+    again = pickle.loads(pickle.dumps(repo))
+    assert again.root == repo.root
+    assert again.config == repo.config
+    assert exact(again.load(saved.id)) == exact(parts(1))
 
 
 # -- Checkpointer ----------------------------------------------------------------------------------------------------

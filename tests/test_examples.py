@@ -27,11 +27,8 @@ def name_of(path: Path) -> str:
 def public_names() -> dict[str, object]:
     """The classes and functions of castore.__all__ and those that castore.torch defines."""
     public = {name: getattr(castore, name) for name in castore.__all__ if name != "__version__"}
-    torch_names = {
-        name: value
-        for name, value in vars(importlib.import_module("castore.torch")).items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == "castore.torch"
-    }
+    face = importlib.import_module("castore.torch")
+    torch_names = {name: getattr(face, name) for name in face.__all__}
     return {name: value for name, value in (public | torch_names).items() if not isinstance(value, ModuleType)}
 
 

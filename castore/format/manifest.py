@@ -205,8 +205,10 @@ def _check(manifest: Manifest, *, plain: bool = False) -> None:
     if not plain:
         # before anything is formatted: indented, a deep value grows far beyond its own size
         experiment = manifest.experiment
-        for value in (manifest.config, manifest.info, experiment.model, experiment.evaluation):
-            _check_json(value)
+        _check_json(manifest.config, "config")
+        _check_json(manifest.info, "info")
+        _check_json(experiment.model, "experiment.model")
+        _check_json(experiment.evaluation, "experiment.evaluation")
     _check_quality(manifest)
 
 
@@ -241,30 +243,30 @@ def _check_quality(manifest: Manifest) -> None:
             raise ValueError(f"metric {name} has an invalid range: low must be below high, both finite")
 
 
-def _check_json(value: Any) -> None:
-    """Raise ValueError unless ``value`` survives JSON unchanged. Iterative: it visits every value of every manifest."""
-    pending = [(value, 1)]
+def _check_json(value: Any, name: str) -> None:
+    """Raise ValueError, naming the key, unless ``value`` survives JSON unchanged.
+
+    Iterative: it visits every value of every manifest.
+    """
+    pending: list[tuple[Any, int, str]] = [(value, 1, name)]
     while pending:
-        container, depth = pending.pop()
+        container, depth, path = pending.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} deep")
-        items = container
-        if isinstance(container, Mapping):
-            items = container.values()
-            for key in container:
-                if not isinstance(key, str):
-                    raise ValueError(f"key {key!r} is not a string")
-        for item in items:
+            raise ValueError(f"{path[:80]} is nested more than {MAX_DEPTH} deep")
+        is_mapping = isinstance(container, Mapping)
+        for key, item in container.items() if is_mapping else enumerate(container):
+            if is_mapping and not isinstance(key, str):
+                raise ValueError(f"{path}: key {key!r} is not a string")
             kind = type(item)
             if kind is str or kind is bool or item is None:
                 continue
+            if (kind is float and math.isfinite(item)) or (kind is int and -(2**63) <= item < 2**63):
+                continue
+            where = f"{path}.{key}" if is_mapping else f"{path}[{key}]"
             if kind is float:
-                if not math.isfinite(item):
-                    raise ValueError(f"{item} is not a finite number")
-            elif kind is int:
-                if not -(2**63) <= item < 2**63:
-                    raise ValueError("an integer does not fit in 64 bits")
-            elif isinstance(item, Mapping | list | tuple):
-                pending.append((item, depth + 1))
-            else:
-                raise ValueError(f"{kind.__name__} is not a JSON value")
+                raise ValueError(f"{where}: {item} is not a finite number")
+            if kind is int:
+                raise ValueError(f"{where}: an integer does not fit in 64 bits")
+            if not isinstance(item, Mapping | list | tuple):
+                raise ValueError(f"{where}: {kind.__name__} is not a JSON value")
+            pending.append((item, depth + 1, where))

@@ -61,13 +61,18 @@ def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
         raise CorruptIndex(f"this torch has no element type {spec.dtype}: a newer one wrote it")
     dtype = _DTYPES[spec.dtype]
     try:
-        if dtype == torch.complex32:  # torch warns of the type when asked for such a tensor, but not for a view
-            tensor = torch.empty(spec.shape, dtype=torch.int32).view(dtype)
-        else:
-            tensor = torch.empty(spec.shape, dtype=dtype)
+        # torch warns of complex32 when asked for such a tensor, but not for a view
+        made_as = torch.int32 if dtype == torch.complex32 else dtype
+        tensor = _empty(spec.shape, made_as).view(dtype)
     except (RuntimeError, OverflowError) as error:
         raise CorruptIndex(f"can't make a tensor of shape {spec.shape}: {error}") from error
     return tensor, _bytes_of(tensor)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
+    """A tensor in main memory that may be trained on, whatever default device or inference mode the caller has set."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pin)
 
 
 def move_tensors(tensors: list[torch.Tensor], device: Any) -> list[torch.Tensor]:
@@ -203,7 +208,7 @@ def _as_numbers(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.numel() == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return _empty((0,), torch.uint8)
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
@@ -250,7 +255,7 @@ class TensorSource:
         bits = self._bits()
         if old is not None and (old.dtype, old.shape) == (self._tensor.dtype, self._tensor.shape):
             return old
-        return torch.empty(bits.shape, dtype=bits.dtype, pin_memory=bits.is_cuda).view(self._tensor.dtype)
+        return _empty(tuple(bits.shape), bits.dtype, pin=bits.is_cuda).view(self._tensor.dtype)
 
     def copy_to(self, buffer: torch.Tensor) -> None:
         """Copy the tensor to ``buffer``. From a GPU the copy is only begun: synchronise before reading it."""
@@ -274,7 +279,7 @@ class TensorSource:
             return self._bytes[start:stop]
         size = self._tensor.element_size()
         bits = self._bits()
-        out = torch.empty((stop - start) // size, dtype=bits.dtype)
+        out = _empty(((stop - start) // size,), bits.dtype)
         _copy_elements(bits, start // size, stop // size, out)
         return _bytes_of(out)
 

@@ -1,0 +1,150 @@
+"""Saving while training goes on: :class:`AsyncSaver`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from castore.errors import CastoreError
+from castore.state.parts import Flat
+from castore.state.tensors import TensorSource, flatten
+
+if TYPE_CHECKING:
+    from castore.repo import Repo, SaveResult
+
+
+class AsyncSaver:
+    """Saves in the background: :meth:`save` returns as soon as the state is copied, so that training can go on.
+
+    At most one save is in progress: the next one waits for it, and reuses the memory of its copy. An error of a save in
+    the background is raised once, by the next call of any method or at the end of the ``with`` block. For use by a
+    single thread.
+
+        >>> import tempfile, castore
+        >>> repo = castore.Repo.init(tempfile.mkdtemp())
+        >>> with AsyncSaver(repo) as saver:
+        ...     saver.save({"model": {"weight": torch.ones(3)}}, run="main", step=1)
+        >>> repo.load("latest")
+        {'model': {'weight': tensor([1., 1., 1.])}}
+    """
+
+    def __init__(self, repo: Repo) -> None:
+        self._repo = repo
+        self._buffers: dict[str, list[torch.Tensor]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="castore-save")
+        self._pending: list[Future[SaveResult]] = []
+        _unfinished[id(self._pending)] = self._thread, self._pending
+        weakref.finalize(self, _finish_late, self._thread, self._pending, os.getpid()).atexit = False
+        _wait_at_exit(self._pending, os.getpid())
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.wait()
+        except CastoreError as save_error:
+            if error is None:
+                raise
+            error.add_note(f"a save in the background failed, too: {save_error}")
+
+    def save(self, parts: Mapping[str, Any], **fields: Any) -> None:
+        """Copy the state and start to save it; ``fields`` are the keyword arguments of :meth:`castore.Repo.save`.
+
+        What can't be recorded or stored is an error of this call, as is one of the previous save. Then nothing is
+        copied, and no save is started.
+        """
+        self.wait()
+        self._repo.check_save(parts, **fields)
+        flat = {name: flatten(state, name) for name, state in parts.items()}
+        copied = {name: self._copy(name, part) for name, part in flat.items()}
+        fields = {"created": datetime.now(UTC)} | fields
+        self._pending.append(self._thread.submit(self._repo.save, copied, **fields))
+
+    def poll(self) -> SaveResult | None:
+        """Return the result of a save that has finished since the last call; None if there is none. Never waits."""
+        return self.wait() if self._pending and self._pending[0].done() else None
+
+    def wait(self) -> SaveResult | None:
+        """Wait for the save in progress and return its result; None if there is no save whose result is new."""
+        if not self._pending:
+            return None
+        try:
+            saved = self._pending[0].result()
+        except KeyboardInterrupt:
+            raise  # the save goes on, and can still be waited for
+        except BaseException:
+            self._pending.clear()
+            raise
+        self._pending.clear()
+        return saved
+
+    def _copy(self, name: str, flat: Flat) -> Flat:
+        """Copy the tensors of a part into the buffers of the previous save, where they fit, or into new ones."""
+        sources: list[TensorSource] = list(flat.sources)  # type: ignore[arg-type]
+        previous = self._buffers.get(name, [])
+        buffers = [source.buffer(previous[i] if i < len(previous) else None) for i, source in enumerate(sources)]
+        for source, buffer in zip(sources, buffers, strict=True):
+            source.copy_to(buffer)
+        if any(source.is_cuda for source in sources):
+            torch.cuda.synchronize()
+        self._buffers[name] = buffers
+        return Flat(flat.tree, [TensorSource(buffer) for buffer in buffers])
+
+
+def _wait_at_exit(pending: Sequence[Future[SaveResult]], process: int) -> None:
+    """Have the interpreter finish the save before it exits: while it shuts down, pools accept no more work.
+
+    Python has no public hook that runs early enough. Where this private one is missing the save fails, and the program
+    ends with an error. A forked child has nothing to wait for: the thread that saves is its parent's.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register:
+        register(lambda: [future.exception() for future in pending] if os.getpid() == process else None)
+
+
+# the savers that live, or died with an error that nobody has asked for
+_unfinished: dict[int, tuple[ThreadPoolExecutor, list[Future[SaveResult]]]] = {}
+
+
+def _finish_late(thread: ThreadPoolExecutor, pending: list[Future[SaveResult]], process: int) -> None:
+    """Tell of an error that no call has raised, as its saver is gone. At its end the program fails for it, too."""
+    if os.getpid() != process:
+        return
+    thread.shutdown(wait=True)
+    if not _errors_of(pending):
+        del _unfinished[id(pending)]
+    for error in _errors_of(pending):
+        warnings.warn(f"castore: a save in the background failed: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _errors_of(pending: Sequence[Future[SaveResult]]) -> list[BaseException]:
+    return [error for future in pending if (error := future.exception()) is not None]
+
+
+def _fail_at_exit(process: int) -> None:
+    """Exit with code 1 if a save failed and nothing has asked for its result: it must not look as if all went well."""
+    if os.getpid() != process:
+        return
+    errors = [error for _, pending in list(_unfinished.values()) for error in _errors_of(pending)]
+    for error in errors:
+        sys.stderr.write(f"castore: a save in the background failed: {error}\n")
+    if errors:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(1)
+
+
+atexit.register(_fail_at_exit, os.getpid())

@@ -1,0 +1,191 @@
+"""Put a loaded checkpoint into a model, an optimizer and others: all of it, or nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from castore.errors import UsageError
+
+RANDOM, METADATA = "random", "model_metadata"
+RESERVED = frozenset({RANDOM, METADATA})
+"""Names in the part ``trainer`` that are castore's own."""
+
+_PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before names
+
+
+def restore_all(
+    states: Mapping[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    others: Mapping[str, Any],
+    *,
+    strict: bool,
+    checkpoint: str,
+) -> None:
+    """Load the ``states`` of parts into what they belong to, by way of its ``load_state_dict``.
+
+    UsageError, naming what doesn't fit in ``checkpoint`` and what to do; then everything is as it was before, the
+    random generators too. Without ``strict`` a component that only one side has is left as it is.
+    """
+    trainer = states.get("trainer")
+    if not isinstance(trainer, Mapping) or RANDOM not in trainer:
+        raise UsageError(f"checkpoint {checkpoint} was not saved by a Checkpointer: load its parts with Repo.load")
+    if strict:
+        _check_components(trainer, others, checkpoint)
+        if (optimizer is not None) != ("optimizer" in states):
+            which = "has no optimizer" if optimizer else "has an optimizer, and this Checkpointer was given none"
+            raise UsageError(f"checkpoint {checkpoint} {which}: give the same as when it was saved, or strict=False")
+    model_state = _fit_model(states["model"], trainer.get(METADATA), model, checkpoint)
+    undo: list[Callable[[], None]] = []
+    # whatever the caller has set, what is loaded is to be trained on
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        try:
+            _assign(states, trainer, model_state, model, optimizer, others, undo)
+        except Exception as error:
+            for step in reversed(undo):
+                step()
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(f"checkpoint {checkpoint} doesn't fit, and nothing was changed: {reason}") from error
+
+
+def _assign(
+    states: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    model_state: OrderedDict[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    others: Mapping[str, Any],
+    undo: list[Callable[[], None]],
+) -> None:
+    """Load everything; ``undo`` gets what takes it back, in order."""
+    for name, component in others.items():
+        if name in trainer:
+            _load(component, trainer[name], undo)
+    if optimizer is not None and "optimizer" in states:
+        old = optimizer.state_dict()
+        optimizer.load_state_dict(states["optimizer"])
+        undo.append(lambda: optimizer.load_state_dict(old))
+    if _is_custom(model):
+        _load(model, model_state, undo)
+    else:
+        model.load_state_dict(model_state)
+    before = random_state()
+    undo.append(lambda: set_random_state(before))
+    set_random_state(trainer[RANDOM])
+
+
+def _load(component: Any, state: Any, undo: list[Callable[[], None]]) -> None:
+    old = copy.deepcopy(component.state_dict())
+    undo.append(lambda: component.load_state_dict(old))
+    component.load_state_dict(state)
+
+
+def _check_components(trainer: Mapping[str, Any], others: Mapping[str, Any], checkpoint: str) -> None:
+    saved = trainer.keys() - RESERVED
+    if missing := others.keys() - saved:
+        raise UsageError(
+            f"checkpoint {checkpoint} has no state of {min(missing)!r}: leave it out, or resume with strict=False to "
+            "start it from its present state"
+        )
+    if surplus := saved - others.keys():
+        raise UsageError(
+            f"checkpoint {checkpoint} has a state of {min(surplus)!r}, which this Checkpointer was not given: give "
+            f"{min(surplus)}=..., or resume with strict=False to do without it"
+        )
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def _fit_model(state: Any, metadata: Any, model: torch.nn.Module, checkpoint: str) -> OrderedDict[str, Any]:
+    """Return what to give to ``load_state_dict``: under the model's own names, and with the versions of its modules."""
+    if not isinstance(state, Mapping):
+        raise UsageError(f"checkpoint {checkpoint} holds no state dict of a model")
+    fitted = OrderedDict(state)
+    own = model.state_dict()
+    if fitted.keys() != own.keys():
+        by_plain_name = {plain_name(key): key for key in own}
+        if len(by_plain_name) == len(own) and {plain_name(key) for key in fitted} == by_plain_name.keys():
+            fitted = OrderedDict((by_plain_name[plain_name(key)], value) for key, value in fitted.items())
+    if isinstance(metadata, Mapping):
+        fitted._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+    if not _is_custom(model):
+        _check_tensors(fitted, own, checkpoint)
+    return fitted
+
+
+def plain_name(key: str) -> str:
+    """Return a tensor's name without what wrappers of the model add to it."""
+    for prefix in _PREFIXES:
+        key = key.removeprefix(prefix).replace(f".{prefix}", ".")
+    return key
+
+
+def _check_tensors(state: Mapping[str, Any], own: Mapping[str, Any], checkpoint: str) -> None:
+    if missing := own.keys() - state.keys():
+        raise UsageError(f"checkpoint {checkpoint} has no {min(missing)}, which the model has; nothing was changed")
+    if surplus := state.keys() - own.keys():
+        raise UsageError(f"checkpoint {checkpoint} has {min(surplus)}, which the model lacks; nothing was changed")
+    for key, value in state.items():
+        if own[key].is_meta:
+            raise UsageError(f"{key} is on the meta device: give the model memory first, as model.to_empty(device=...)")
+        if not isinstance(value, torch.Tensor) or value.shape != own[key].shape:
+            there = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UsageError(
+                f"checkpoint {checkpoint} has {there} for {key}, where the model has {list(own[key].shape)}; "
+                "nothing was changed"
+            )
+
+
+def _is_custom(model: torch.nn.Module) -> bool:
+    """Whether loading may do more than copy tensors: what it needs is only known once it was tried."""
+    plain = torch.nn.Module
+    for module in model.modules():
+        kind = type(module)
+        hooks = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._state_dict_hooks)
+        overridden = any(
+            getattr(kind, name, None) is not getattr(plain, name)
+            for name in ("load_state_dict", "state_dict", "get_extra_state", "set_extra_state")
+        )
+        if any(hooks) or overridden:
+            return True
+        loads = kind._load_from_state_dict
+        if loads is not plain._load_from_state_dict and not kind.__module__.startswith("torch.nn.modules"):
+            return True
+    return False
+
+
+def metadata_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a state dict says of the versions of its modules: without it, a module would migrate twice."""
+    return {name: dict(values) for name, values in getattr(state, "_metadata", {}).items() if values}
+
+
+# -- random generators -------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of the random generators that training draws from."""
+    import numpy as np
+
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    numpy = (str(kind), torch.from_numpy(keys), *rest)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`random_state` returned; that of the GPUs only if there are as many as then."""
+    import numpy as np
+
+    kind, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
