@@ -100,7 +100,7 @@ class AsyncSaver:
         if any(source.is_cuda for source in sources):
             torch.cuda.synchronize()
         self._buffers[name] = buffers
-        return Flat(flat.tree, [TensorSource(buffer) for buffer in buffers])
+        return Flat(flat.tree, [TensorSource(buffer, is_shared=False) for buffer in buffers])
 
 
 def _wait_at_exit(pending: Sequence[Future[SaveResult]], process: int) -> None:

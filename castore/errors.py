@@ -258,6 +258,15 @@ class Locked(CastoreError):
         )
 
 
+class StateChanged(CastoreError):
+    """A tensor was written to while it was saved: nothing became visible. ``key`` names it where that is known."""
+
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+        what = key or "the state"
+        super().__init__(f"{what} changed while it was saved, so nothing was: save a copy, or stop what writes to it")
+
+
 class FileChanged(CastoreError):
     """A file was written to while it was read: the bytes that were read may never have been its content."""
 

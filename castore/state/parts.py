@@ -18,6 +18,7 @@ from castore.errors import (
     CorruptObject,
     NotFound,
     ObjectMissing,
+    StateChanged,
     StorageError,
     UnsupportedVersion,
 )
@@ -43,6 +44,11 @@ class Source(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether :meth:`read` returns memory that others may write to while it is saved."""
+        ...
 
     def read(self, start: int, stop: int) -> Buffer:
         """Return bytes [start, stop) of the dense, row-major, little-endian tensor; without a copy where possible."""
@@ -121,7 +127,14 @@ def _save_part(writer: Writer, name: str, flat: Flat, chunk_size: int, threads: 
     )
 
     def store_chunk(chunk: chunking.Chunk) -> ObjectId:
-        return writer.put(_gather(chunk, flat.sources), chunk.itemsize)
+        first = chunk.pieces[0].tensor
+        # several pieces were gathered into memory of their own
+        is_shared = len(chunk.pieces) == 1 and flat.sources[first].is_shared
+        try:
+            return writer.put(_gather(chunk, flat.sources), chunk.itemsize, is_shared=is_shared)
+        except StateChanged:
+            keys = (key for key, leaf in part_index.leaves(flat.tree, name) if leaf == TensorRef(first))
+            raise StateChanged(next(keys, name)) from None
 
     chunk_ids = map_all(store_chunk, layout.chunks, threads)
     chunks = tuple(ChunkRef(chunk_id, chunk.length) for chunk_id, chunk in zip(chunk_ids, layout.chunks, strict=True))

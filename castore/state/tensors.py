@@ -240,11 +240,12 @@ class TensorSource:
     Reading copies no more than a chunk at a time, and nothing of a tensor that is dense and in main memory.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, *, is_shared: bool = True) -> None:
         self.dtype = _NAMES[tensor.dtype]
         self.shape = tuple(tensor.shape)
         self._tensor = tensor
         self._is_dense = tensor.is_cpu and tensor.is_contiguous()
+        self.is_shared = is_shared and self._is_dense
         self._bytes: memoryview | None = None  # made on first read: AsyncSaver reads only the copy it made
 
     def buffer(self, old: torch.Tensor | None) -> torch.Tensor:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from castore.errors import CorruptObject, ObjectMissing, StorageError, UnsupportedVersion
+from castore.errors import CorruptObject, ObjectMissing, StateChanged, StorageError, UnsupportedVersion
+from castore.format import codecs
 from castore.format.frame import MAX_STORED, decode_frame, encode_frame, plain_length
 from castore.format.ids import Buffer, ObjectId, hash_bytes, is_object_id
 from castore.storage import fs
@@ -354,11 +355,12 @@ class Writer:
         self._fail(error)
         self._finishers.shutdown(wait=True)
 
-    def put(self, plain: Buffer, itemsize: int = 1) -> ObjectId:
+    def put(self, plain: Buffer, itemsize: int = 1, *, is_shared: bool = False) -> ObjectId:
         """Store ``plain`` unless the store has a good copy; return the object's id.
 
         ``itemsize`` is that of the elements in ``plain``, in bytes: see :func:`castore.format.frame.encode_frame`.
-        ``plain`` may be reused once this returns. The object is durable only after :meth:`commit`.
+        ``plain`` may be reused once this returns. If others might write to it until then (``is_shared``) a copy is
+        hashed again and stored, and StateChanged raised if they did. The object is durable only after :meth:`commit`.
         """
         object_id = hash_bytes(plain)
         with self._lock:
@@ -366,6 +368,13 @@ class Writer:
                 return object_id
             self._claimed.add(object_id)
         if not self._is_settled(object_id, len(plain)):
+            if is_shared:
+                # what is encoded must be the very bytes that the id names: else the object would be damaged for ever
+                copied = self._store._scratch.take(len(plain))
+                codecs.copy(plain, copied)
+                if hash_bytes(copied) != object_id:
+                    raise StateChanged
+                plain = copied
             self._write(object_id, encode_frame(plain, itemsize))
         return object_id
 
