@@ -61,9 +61,7 @@ def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
         raise CorruptIndex(f"this torch has no element type {spec.dtype}: a newer one wrote it")
     dtype = _DTYPES[spec.dtype]
     try:
-        # torch warns of complex32 when asked for such a tensor, but not for a view
-        made_as = torch.int32 if dtype == torch.complex32 else dtype
-        tensor = _empty(spec.shape, made_as).view(dtype)
+        tensor = _empty(spec.shape, dtype)
     except (RuntimeError, OverflowError) as error:
         raise CorruptIndex(f"can't make a tensor of shape {spec.shape}: {error}") from error
     return tensor, _bytes_of(tensor)
@@ -71,8 +69,11 @@ def allocate(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
     """A tensor in main memory that may be trained on, whatever default device or inference mode the caller has set."""
+    # torch warns of complex32 when asked for such a tensor, but not for a view
+    made_as = torch.int32 if dtype == torch.complex32 else dtype
     with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pin)
+        tensor = torch.empty(shape, dtype=made_as, device="cpu", pin_memory=pin)
+        return tensor.view(dtype) if made_as != dtype else tensor
 
 
 def move_tensors(tensors: list[torch.Tensor], device: Any) -> list[torch.Tensor]:
@@ -256,7 +257,7 @@ class TensorSource:
         bits = self._bits()
         if old is not None and (old.dtype, old.shape) == (self._tensor.dtype, self._tensor.shape):
             return old
-        return _empty(tuple(bits.shape), bits.dtype, pin=bits.is_cuda).view(self._tensor.dtype)
+        return _empty(tuple(bits.shape), self._tensor.dtype, pin=bits.is_cuda)
 
     def copy_to(self, buffer: torch.Tensor) -> None:
         """Copy the tensor to ``buffer``. From a GPU the copy is only begun: synchronise before reading it."""
