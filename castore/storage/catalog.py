@@ -107,7 +107,10 @@ class Catalog:
         data = manifest.encode(new)
         checkpoint_id, _ = manifest.decode(data)
         path = self.root / new.file_name(checkpoint_id)
+        is_first = not self.root.is_dir()
         fs.make_directory(path.parent)
+        if self._durable and is_first:  # git keeps no empty folder
+            fs.sync_directory(self.root.parent)
         if self._durable:  # even if the folder exists: the process that made it may have died before syncing it
             fs.sync_directory(self.root)
         if not fs.publish(path, data, self._temporary, durable=self._durable) and _read_bytes(path) != data:
@@ -130,9 +133,15 @@ class Catalog:
 
     def pin(self, checkpoint_id: ObjectId) -> Path:
         """Write a pin and return its path. Pins are files, so branches never conflict over one and each counts."""
-        fs.make_directory(self._pins)
+        self._make_folder(self._pins)
         fs.publish(self._pins / checkpoint_id, b"", self._temporary, durable=self._durable)
         return self._pins / checkpoint_id
+
+    def _make_folder(self, folder: Path) -> None:
+        """Create a folder of the repository, and make its name durable: who created it may have died before that."""
+        fs.make_directory(folder)
+        if self._durable:
+            fs.sync_directory(folder.parent)
 
     def unpin(self, checkpoint_id: ObjectId) -> bool:
         """Remove a pin from the work tree; return False if there is none."""
@@ -167,7 +176,7 @@ class Catalog:
     def add_record(self, record: Record) -> Path:
         """Write the record of a bundle that a remote is known to hold; return its path."""
         path = self._bundles / record.file_name
-        fs.make_directory(self._bundles)
+        self._make_folder(self._bundles)
         fs.publish(path, encode_record(record), self._temporary, durable=self._durable)
         return path
 

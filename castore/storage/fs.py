@@ -200,7 +200,10 @@ def read_into(path: Path | str, limit: int, allocate: Callable[[int], memoryview
         # non-blocking: reading a pipe that stands under an object's name would wait for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            size = os.fstat(descriptor).st_size
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device holds nothing that was stored
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            size = status.st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, where at most {limit} make sense")
             view = allocate(size)

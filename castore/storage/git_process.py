@@ -11,6 +11,16 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from castore.errors import UsageError
+
+# what a repository's settings would change in the output that is read, or have run as a program for it
+_SETTINGS_OF_OURS = (
+    "-c", "core.quotePath=false",
+    "-c", "core.fsmonitor=false",
+    "-c", "log.showSignature=false",
+)  # fmt: skip
+_MAX_SETTINGS = 1000  # in the environment
+
 SHORT_SECONDS = 10  # for what git answers from what it has in its hands
 LONG_SECONDS = 300
 
@@ -52,7 +62,7 @@ def run(
     if read_only:
         # reading must not fetch from a promisor remote (what is here decides), nor take a lock
         environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
-    command = ["git", "-C", str(path), "-c", "core.quotePath=false", *arguments]
+    command = ["git", "-C", str(path), *_SETTINGS_OF_OURS, *arguments]
     try:
         return subprocess.run(command, input=given, capture_output=True, timeout=seconds, check=False, env=environment)
     except subprocess.TimeoutExpired:
@@ -77,10 +87,19 @@ def split_lines(out: str) -> list[str]:
 _SETTINGS = ("GIT_CONFIG_COUNT", "GIT_CONFIG_KEY_", "GIT_CONFIG_VALUE_")
 
 
+def _count_of_settings(text: str) -> int:
+    """Return how many settings for git the environment holds. UsageError when that is not a number git would take."""
+    if text in ("", "0"):
+        return 0
+    if not (text.isascii() and text.isdigit() and int(text) <= _MAX_SETTINGS):
+        raise UsageError(f"GIT_CONFIG_COUNT is {text[:40]!r}, which git does not take: correct it, or unset it")
+    return int(text)
+
+
 def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without git settings that send an HTTP header: that is how git is given a token."""
     kept = {name: value for name, value in environment.items() if not name.startswith(_SETTINGS)}
-    numbers = range(int(environment.get("GIT_CONFIG_COUNT") or 0))
+    numbers = range(_count_of_settings(environment.get("GIT_CONFIG_COUNT", "")))
     pairs = [
         (environment.get(f"GIT_CONFIG_KEY_{number}", ""), environment.get(f"GIT_CONFIG_VALUE_{number}", ""))
         for number in numbers

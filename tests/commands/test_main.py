@@ -166,3 +166,16 @@ def test_a_checkout_runs_without_being_installed(project: Project) -> None:
     command = [sys.executable, str(ROOT / "cli.py"), "--version"]
     done = subprocess.run(command, cwd=project.root, env=project.environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"castore {castore.__version__}\n")
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "link to a device"])
+def test_settings_that_are_no_regular_file_are_refused_and_not_waited_for(empty: Project, what: str) -> None:
+    config = empty.root / ".castore" / "config.toml"
+    config.unlink()
+    if what == "pipe":
+        os.mkfifo(config)
+    elif what == "folder":
+        config.mkdir()
+    else:
+        config.symlink_to("/dev/zero")
+    assert "config.toml: can't be read: " in empty.run("log", code=2)

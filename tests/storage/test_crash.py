@@ -20,6 +20,7 @@ import pytest
 from builders import exact, parts
 
 from castore import Repo
+from castore.format.bundle import Record
 from castore.storage import fs
 
 DURABLE = '[store]\nchunk_size = "64KiB"\nthreads = 2\nlock_timeout = 0.2\n'
@@ -242,3 +243,26 @@ def test_without_fsync_in_the_settings_nothing_is_synced(repo: Repo, monkeypatch
     log = recorded(monkeypatch, lambda: repo.save(parts(1), run="ci", step=1))
     assert [operation for operation in log if "sync" in operation.name] == []
     assert len(log) > 20
+
+
+@pytest.mark.parametrize("folder", ["pins", "bundles", "manifests"])
+def test_what_is_recorded_in_a_folder_of_its_own_survives_with_the_folder(
+    durable: Repo, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """A first pin or record makes its folder; a manifests/ without a file is not in a clone."""
+    saved = durable.save(parts(1), run="ci", step=1)
+    record = Record(
+        bundle=saved.id, key="k", created="2026-01-01T00:00:00.000000Z", bytes=1000, objects=1,
+        parts={saved.manifest.parts["model"].index: [saved.id]},
+    )  # fmt: skip
+    actions: dict[str, Callable[[], object]] = {
+        "pins": lambda: durable.catalog.pin(saved.id),
+        "bundles": lambda: durable.catalog.add_record(record),
+        "manifests": lambda: durable.catalog.add(saved.manifest),
+    }
+    shutil.rmtree(durable.root / folder, ignore_errors=True)
+    log = recorded(monkeypatch, actions[folder])
+    assert violations(log, durable.root) == []
+    syncs = [i for i, operation in enumerate(log) if "sync" in operation.name]
+    needless = [log[i] for i in syncs if not violations(log[:i] + log[i + 1 :], durable.root)]
+    assert needless == []

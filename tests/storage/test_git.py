@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from project import Project
 
 from castore.storage.git import commit, root
 
@@ -40,3 +41,40 @@ def test_without_git_there_is_no_root_and_no_commit(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert root(tmp_path) is None
     assert commit(tmp_path) is None
+
+
+@pytest.mark.parametrize("count", ["two", "-1", "1e3", "99999999999", "1.5"])
+def test_a_broken_count_of_settings_is_a_usage_error(tmp_path: Path, count: str) -> None:
+    project = Project(tmp_path)
+    project.run("init")
+    project.environment = project.environment | {"GIT_CONFIG_COUNT": count}
+    err = project.run("gc", "--dry-run", code=2)
+    assert err.startswith(f"castore: GIT_CONFIG_COUNT is '{count}', which git does not take")
+
+
+def test_settings_without_their_keys_are_told_by_git(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.run("init")
+    project.environment = project.environment | {"GIT_CONFIG_COUNT": "2"}
+    assert "nothing was deleted" in project.run("gc", "--dry-run", code=4)
+
+
+def test_settings_of_the_repository_run_no_program(tmp_path: Path) -> None:
+    """core.fsmonitor is run by `git status`, and a signature is shown by running gpg."""
+    project = Project(tmp_path)
+    project.run("init")
+    project.git("add", "-A")
+    project.git("commit", "-qm", "one")
+    (tmp_path / "more").write_text("x")
+    project.git("add", "more")
+    project.git("stash")
+    spy = tmp_path / "spy"
+    spy.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
+    spy.chmod(0o755)
+    for name, value in (("core.fsmonitor", str(spy)), ("log.showSignature", "true"), ("gpg.program", str(spy))):
+        project.git("config", name, value)
+    (tmp_path / "ran").unlink(missing_ok=True)
+    project.run("doctor")
+    project.run("gc", "--dry-run")
+    project.run("stats")
+    assert not (tmp_path / "ran").exists()
