@@ -67,6 +67,7 @@ GITIGNORE = """\
 /quarantine
 /lock
 /lock.gate
+/local.toml
 """
 
 GITATTRIBUTES = """\

@@ -54,7 +54,10 @@ def examine(now: datetime, path: str | os.PathLike[str] = ".") -> Iterator[Check
         yield Check("settings", "ok", f"{repo.root / 'config.toml'} is valid")
     except ConfigError as error:
         yield Check("settings", "problem", str(error), "correct that line, or remove it to get the default")
-        repo = Repo(Path(error.path).parent, Config())  # the other checks don't depend on the settings
+        try:
+            repo = Repo(Path(error.path).parent, Config())  # the other checks don't depend on the settings
+        except ConfigError:
+            return
     writable = _permissions(repo.root)
     yield writable
     sections = {
@@ -100,6 +103,8 @@ def _file_system(repo: Repo, writable: bool) -> Iterator[Check]:
         yield Check("file system", "ok", kind or "its kind is unknown on this system")
     if writable:
         yield from _file_operations(repo.root / "tmp")
+    if repo.location.is_elsewhere:
+        yield Check("data", "ok", f"in {repo.location.data}, as local.toml says")
 
 
 def _file_operations(folder: Path) -> Iterator[Check]:
@@ -204,7 +209,7 @@ def _leftovers(repo: Repo) -> Iterator[Check]:
         "trash": "left by a gc that was interrupted: the next one deletes them",
         "quarantine": "damaged objects: inspect or delete them; `castore verify` says what needs them",
     }
-    usages = {name: folder_usage(repo.root / name) for name in advices}
+    usages = {name: folder_usage(repo.location.data / name) for name in advices}
     for name, files in usages.items():
         if files.files:
             text = f"{_count(files.files, 'file')}, {_megabytes(files.bytes)}"

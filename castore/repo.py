@@ -44,6 +44,7 @@ from castore.state import parts as state_parts
 from castore.state.parts import Flat, PlaceTensors
 from castore.storage import fs, git
 from castore.storage.catalog import Catalog, Listing
+from castore.storage.location import locate
 from castore.storage.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ class Repo:
     def __init__(self, root: Path, config: configs.Config) -> None:
         self.root = root
         self.config = config
-        self.store = ObjectStore(root, durable=config.store.fsync)
+        self.location = locate(root)
+        self.store = ObjectStore(self.location.data, durable=config.store.fsync)
         self.catalog = Catalog(root, durable=config.store.fsync)
         self.remotes: list[Remote] = open_configured(config.remotes, root)
         self._unscored_runs: set[str] = set()
@@ -104,8 +106,9 @@ class Repo:
     def init(cls, path: str | os.PathLike[str] = ".") -> Repo:
         """Create ``path/.castore``, or add what an existing one lacks; existing files are left as they are."""
         root = Path(path).resolve() / FOLDER
-        for name in ("manifests", "objects", "tmp", "trash"):
-            fs.make_directory(root / name)
+        data = locate(root, is_new=True).data
+        for folder in (root / "manifests", root / "tmp", *(data / name for name in ("objects", "tmp", "trash"))):
+            fs.make_directory(folder)
         fs.sync_directory(root.parent)
         fs.publish(root / ".gitignore", configs.GITIGNORE.encode(), root / "tmp")
         fs.publish(root / ".gitattributes", configs.GITATTRIBUTES.encode(), root / "tmp")
@@ -298,6 +301,8 @@ class Repo:
         folder = self.root / "sessions" / run
         path = folder / f"{started.astimezone(UTC):%Y%m%dT%H%M%S.%fZ}.json"
         data = msgspec.json.format(msgspec.json.encode(summary, order="sorted"), indent=2) + b"\n"
+        if folder.is_symlink():
+            raise ConfigError(str(folder), "is a symbolic link, which could lead castore anywhere: remove it")
         fs.make_directory(folder)
         if self.config.store.fsync:
             fs.sync_directory(self.root)

@@ -148,7 +148,7 @@ def stats(repo: Repo, now: datetime, plan: gc.GCPlan | CastoreError | None = Non
         by_part=count(((name, objects) for _, name, objects in held), sizes),
         by_run=count(((entry.manifest.run, objects) for entry, _, objects in held), sizes),
         gc=_collectable(plan or plan_gc(repo, now)),
-        folders={name: folder_usage(repo.root / name) for name in ("tmp", "trash", "quarantine")},
+        folders={name: folder_usage(repo.location.data / name) for name in ("tmp", "trash", "quarantine")},
     )
 
 

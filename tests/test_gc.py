@@ -357,6 +357,7 @@ def test_a_link_to_a_repository_is_as_good_as_the_repository(repo: Repo, git: Gi
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     elsewhere.mkdir()
     (elsewhere / ".castore").symlink_to(repo.root)
+    (repo.root / "local.toml").write_text("allow_link = true\n")
     castore.collect_garbage(Repo.open(elsewhere), ONE, grace=timedelta())
     path.write_bytes(data)
     assert where(repo, checkpoint_id) == WHOLE
