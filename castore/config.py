@@ -71,9 +71,12 @@ GITIGNORE = """\
 """
 
 GITATTRIBUTES = """\
-# an id is the hash of the file's bytes, so git must not convert line endings
-/manifests/** -text
-/bundles/** -text
+# an id is the hash of the file's bytes: git must neither convert, filter nor merge them
+/manifests/** -text -filter -diff -merge
+/bundles/** -text -filter -diff -merge
+/pins/** -text -filter -diff -merge
+/tags/** -text -filter -diff -merge
+/sessions/** -text -filter -diff -merge
 """
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)

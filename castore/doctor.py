@@ -23,6 +23,7 @@ Level = Literal["ok", "warning", "problem"]
 _SCARCE_BYTES = 1 << 30
 _OVER_THE_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afs", "lustre", "ceph"})
 _DATA = ("objects", "tmp", "trash", "quarantine", "lock")
+_UNCHANGING = ("manifests", "pins", "bundles")
 _HISTORY = ("config.toml", "manifests", "pins", "bundles", "sessions")
 
 
@@ -241,6 +242,10 @@ def _git(root: Path) -> Iterator[Check]:
         yield Check("git", "warning", text, advice)
     else:
         yield Check("git", "ok", f"{_count(len(committed), 'file')} of {FOLDER} committed")
+    if altered := git.altered(root, _UNCHANGING):
+        advice = f"remove the filter, or restore {FOLDER}/.gitattributes, and `git add` them again"
+        text = f"git has other bytes of {_count(len(altered), 'file')} than were written, such as {altered[0]}"
+        yield Check("git", "problem", text, advice)
     if tracked_data:
         advice = f"run `git rm -r --cached --ignore-unmatch {' '.join(f'{FOLDER}/{name}' for name in _DATA)}`"
         text = f"git tracks {_count(len(tracked_data), 'data file')}, such as {tracked_data[0]}"

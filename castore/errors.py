@@ -148,6 +148,17 @@ class NothingAvailable(DataMissing):
     """Compatible manifests exist, but the data of none of them is available."""
 
 
+class ManifestsHidden(DataMissing):
+    """Git has manifests that the work tree lacks, as in a sparse checkout: that is not a repository without any."""
+
+    def __init__(self, count: int, folder: str) -> None:
+        self.count, self.folder = count, folder
+        super().__init__(
+            f"git has manifests ({count}) and the work tree has none, as in a sparse checkout: "
+            f"`git sparse-checkout add .castore` or `git checkout -- {printable(folder)}` brings them"
+        )
+
+
 class RootsUnreadable(DataMissing):
     """The manifests still in use could not all be determined, so nothing was deleted."""
 

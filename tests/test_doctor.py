@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from builders import parts, tree
+from project import Project
 
 from castore import Repo
 from castore.doctor import Check, examine
@@ -190,3 +192,23 @@ def test_the_advice_on_tracked_data_works(committed: Repo) -> None:
     (advice,) = [one.advice for one in examine(NOW, committed.root) if one.text.startswith("git tracks")]
     git(committed.root.parent, *advice.split("`")[1].split()[1:])
     assert "git tracks" not in "".join(one.text for one in examine(NOW, committed.root))
+
+
+def test_what_a_filter_changed_on_its_way_into_git_is_told(tmp_path: Path) -> None:
+    """A clone would find manifests whose bytes are not what their names say."""
+    project = Project(tmp_path)
+    Repo.init(tmp_path).save({"model": {"x": 1}}, run="r", step=1)
+    project.git("add", ".castore")
+    project.git("commit", "-qm", "one")
+    assert "other bytes" not in project.run("doctor")
+    project.git("config", "filter.upper.clean", "tr a-z A-Z")
+    (tmp_path / ".gitattributes").write_text("*.json filter=upper\n")
+    Repo.open(tmp_path).save({"model": {"x": 2}}, run="r", step=2)
+    project.git("add", ".castore")
+    assert "other bytes" not in project.run("doctor")  # castore's own attributes keep filters off its files
+    (tmp_path / ".castore" / ".gitattributes").unlink()
+    Repo.open(tmp_path).save({"model": {"x": 3}}, run="r", step=3)
+    project.git("add", ".castore")
+    out = project.start("doctor").communicate()[0]
+    assert re.search(r"problem git: git has other bytes of \d files? than were written, such as manifests/r/", out)
+    assert "restore .castore/.gitattributes" in out

@@ -129,6 +129,8 @@ def _describe_saved(saved: SavedSession) -> Iterator[str]:
         yield "bundle  none: the cache has everything that is kept"
     for checkpoint_id, reason in saved.left_out:
         yield f"WARNING {checkpoint_id[:12]} was left out: {reason}"
+    for path in saved.altered:
+        yield f"WARNING git has other bytes of {path} than were written: `castore doctor` says more"
     if saved.not_collected:
         yield f"WARNING no garbage was collected: {saved.not_collected}"
     yield f"git     {len(saved.files)} files, {f'pushed as {saved.commit[:12]}' if saved.commit else 'staged'}"

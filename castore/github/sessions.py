@@ -39,6 +39,7 @@ from castore.repo import Repo
 from castore.storage import git, git_commits
 from castore.storage.catalog import BrokenFile
 
+_UNCHANGING = ("manifests", "pins", "bundles")
 _IN_GIT = ("manifests", "pins", "bundles", "sessions")
 
 
@@ -197,7 +198,8 @@ class SavedSession:
     ``skipped`` is the reason nothing was done, and then nothing else is set. ``records`` name the new bundle; none when
     the cache had everything that is kept. ``left_out`` lists checkpoints that could not be uploaded, as (id, reason).
     ``not_collected`` is the reason garbage collection failed: then all that this session made is uploaded. ``files`` of
-    ``.castore/`` were added to git or removed; ``commit`` is what was pushed.
+    ``.castore/`` were added to git or removed; of those ``altered`` git has other bytes than were written, so that no
+    other machine can read them; ``commit`` is what was pushed.
     """
 
     skipped: str = ""
@@ -207,6 +209,7 @@ class SavedSession:
     records: tuple[Record, ...] = ()
     files: tuple[str, ...] = ()
     left_out: tuple[tuple[ObjectId, str], ...] = ()
+    altered: tuple[str, ...] = ()
     commit: str | None = None
     traffic: Traffic = Traffic(uploaded=0, downloaded=0, requests=0)
 
@@ -249,6 +252,7 @@ def save(
         records=uploaded.records,
         files=files,
         left_out=uploaded.left_out,
+        altered=tuple(git.altered(repo.root, _UNCHANGING) or ()),
         commit=pushed,
         traffic=_traffic(remote),
     )

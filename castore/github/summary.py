@@ -127,6 +127,7 @@ def _saved_lines(saved: SavedSession) -> Iterator[str]:
     if saved.not_collected:
         yield f"**No garbage was collected**: {escape_markdown(saved.not_collected)}"
     yield from (f"- left out: `{checkpoint_id[:12]}`: {escape_markdown(why)}" for checkpoint_id, why in saved.left_out)
+    yield from (f"- **altered by git**: {escape_markdown(path)}: `castore doctor` says more" for path in saved.altered)
     told = f"pushed as `{saved.commit[:12]}`" if saved.commit else "staged"
     yield f"In git: {len(saved.files)} files added or removed, {told}."
     yield ""

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castore.errors import CorruptBundle, CorruptManifest, InvalidManifest, StorageError, UnsupportedVersion, printable
+from castore.errors import (
+    CorruptBundle,
+    CorruptManifest,
+    InvalidManifest,
+    ManifestsHidden,
+    StorageError,
+    UnsupportedVersion,
+    printable,
+)
 from castore.format import manifest
 from castore.format.bundle import MAX_RECORD_BYTES, Record, decode_record, encode_record
 from castore.format.ids import ObjectId, is_object_id
@@ -51,7 +59,10 @@ class Catalog:
     # -- manifests ---------------------------------------------------------------------------------------------------
 
     def listing(self) -> Listing:
-        """Read every manifest of the work tree. A damaged one is reported beside the others, never replaced."""
+        """Read every manifest of the work tree. A damaged one is reported beside the others, never replaced.
+
+        ManifestsHidden if there is none here, and git has some.
+        """
         entries = []
         paths, broken = self._manifest_paths()
         for path in paths:
@@ -61,7 +72,16 @@ class Catalog:
                 broken.append(BrokenFile(Path(path), str(error).removeprefix(f"{path}: ")))
             except FileNotFoundError:
                 continue  # removed since it was listed
+        if not entries and not broken:
+            self._refuse_sparse()
         return Listing(tuple(newest_first(entries)), tuple(broken))
+
+    def _refuse_sparse(self) -> None:
+        """Raise ManifestsHidden if git has manifests and the work tree has none."""
+        names = git.tracked(self.root.parent, [self.root.name]) if git.is_inside(self.root.parent) else []
+        hidden = [name for name in names or () if name.endswith(".json")]
+        if hidden:
+            raise ManifestsHidden(len(hidden), str(self.root))
 
     def matching(self, id_prefix: str) -> list[Entry]:
         """Return the manifests whose id begins with ``id_prefix``, in either case; none for an empty prefix.

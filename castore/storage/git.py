@@ -118,6 +118,26 @@ def _in_progress(git_dir: Path) -> list[tuple[str, str]]:
     return found
 
 
+def altered(folder: Path, names: Sequence[str]) -> list[str] | None:
+    """Return the files in ``folder``'s sub-folders ``names`` that the index has with other bytes; None if git fails.
+
+    By a filter or a conversion of line ends, that is: what was changed here since it was added is not among them.
+    """
+    out = ask(folder, "ls-files", "--stage", "-z", "--", *names)
+    changed = ask(folder, "diff", "--name-only", "-z", "--relative", "--no-ext-diff", "--", *names)
+    if out is None or changed is None:
+        return None
+    blobs = _files(out, blob_field=1, prefix="")
+    left_out = set(changed.split("\0"))
+    paths = [path for path in blobs if path not in left_out and (folder / path).is_file() and "\n" not in path]
+    given = "".join(f"{folder / path}\n" for path in paths).encode(errors="surrogateescape")
+    try:
+        here = _demand_bytes(folder, ["hash-object", "--no-filters", "--stdin-paths"], given).decode().split()
+    except RootsUnreadable:
+        return None
+    return [path for path, blob in zip(paths, here, strict=True) if blobs[path] != blob]
+
+
 def worktrees(folder: Path) -> tuple[str, list[Path]]:
     """Return where ``folder`` lies in its work tree, and the tops of all its repository's work trees, its own first."""
     top = Path(_demand(folder, "rev-parse", "--show-toplevel").removesuffix("\n")).resolve()

@@ -35,12 +35,24 @@ def committed(folder: Path, names: Sequence[str], commit: str = "HEAD") -> set[s
 
 
 def stage(folder: Path, added: Sequence[str], removed: Sequence[str]) -> None:
-    """Stage files below ``folder``, even ignored ones, and the removal of others. NotPushed."""
-    for paths, command in ((added, ["add", "-f"]), (removed, ["rm", "--cached", "--ignore-unmatch", "-q"])):
-        if paths:
-            given = b"".join(os.fsencode(path) + b"\0" for path in paths)
-            options = ["--pathspec-from-file=-", "--pathspec-file-nul"]
-            _act(folder, "--literal-pathspecs", *command, *options, given=given)
+    """Stage files below ``folder`` byte for byte, even ignored ones, and the removal of others. NotPushed.
+
+    Not by `git add`: a filter or a conversion that someone has set for all files would stage other bytes.
+    """
+    if added or removed:
+        prefix = _act(folder, "rev-parse", "--show-prefix").removesuffix("\n")
+        given = _index_lines(folder, prefix, added, removed)
+        _act(folder, "update-index", "-z", "--index-info", given=given)
+
+
+def _index_lines(folder: Path, prefix: str, added: Sequence[str], removed: Sequence[str]) -> bytes:
+    """Return what `git update-index --index-info` takes to add files with their very bytes, and to remove others."""
+    paths = "".join(f"{folder / path}\n" for path in added).encode(errors="surrogateescape")
+    blobs = _act(folder, "hash-object", "-w", "--no-filters", "--stdin-paths", given=paths).split() if added else []
+    nothing = "0" * len(blobs[0] if blobs else _act(folder, "hash-object", "--stdin", given=b"").strip())
+    lines = [f"100644 {blob}\t{prefix}{path}\0" for blob, path in zip(blobs, added, strict=True)]
+    lines += [f"0 {nothing}\t{prefix}{path}\0" for path in removed]
+    return "".join(lines).encode(errors="surrogateescape")
 
 
 def branch(folder: Path) -> tuple[str, str]:
@@ -73,15 +85,12 @@ def make_commit(folder: Path, base: str, files: Sequence[str], removed: Sequence
             raise NotPushed("there is nothing to commit")
         return base_id
     prefix = _act(folder, "rev-parse", "--show-prefix").removesuffix("\n")
-    given = "".join(f"{folder / path}\n" for path in new).encode()
-    blob_ids = _act(folder, "hash-object", "-w", "--no-filters", "--stdin-paths", given=given).split()
-    entries = [f"100644 {blob_id}\t{prefix}{path}\0" for blob_id, path in zip(blob_ids, new, strict=True)]
-    entries += [f"0 {'0' * len(blob_ids[0] if blob_ids else str(base_id))}\t{prefix}{path}\0" for path in gone]
+    lines = _index_lines(folder, prefix, new, gone)
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
         if base_id:
             _act(folder, "read-tree", base_id, extra=index)
-        _act(folder, "update-index", "-z", "--index-info", given="".join(entries).encode(), extra=index)
+        _act(folder, "update-index", "-z", "--index-info", given=lines, extra=index)
         tree = _act(folder, "write-tree", extra=index).strip()
     parents = ["-p", base_id] if base_id else []
     return _act(folder, *_identity(folder), "commit-tree", tree, *parents, "-F", "-", given=message.encode()).strip()

@@ -827,3 +827,18 @@ def test_a_name_cannot_give_orders_to_the_runner(world: World, name: str) -> Non
     for command in ("restore", "save"):
         out, err = machine.start("ci", command).communicate()
         assert not any(line.strip().startswith("::") for line in (out + err + machine.summary.read_text()).splitlines())
+
+
+def test_what_is_staged_is_what_was_written_whatever_filters_say(world: World) -> None:
+    machine = world.machine()
+    machine.train()
+    machine.git("config", "filter.upper.clean", "tr a-z A-Z")
+    (machine.root / ".gitattributes").write_text("*.json filter=upper\n")
+    (machine.root / ".castore" / ".gitattributes").unlink()
+    saved = machine.save(commit=False)
+    assert saved.altered == ()
+    staged = machine.git("diff", "--cached", "--name-only").split()
+    assert any(path.startswith(".castore/manifests/") for path in staged)
+    for path in staged:
+        if path.endswith(".json"):
+            assert machine.git("show", f":{path}").encode() == (machine.root / path).read_bytes()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from builders import manifest, tree
+from project import Project
 
 from castore import Repo, errors
 from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId
@@ -172,3 +173,20 @@ def test_runs_that_are_one_folder_on_some_disks_are_refused(
         add_tree(repo, tmp_path / "file", name=second)
     repo.save({"model": {"x": 2}}, run=first, step=2)
     assert {entry.manifest.run for entry in repo.checkpoints()} == {first}
+
+
+def test_manifests_that_a_sparse_checkout_hides_are_no_fresh_start(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    repo = Repo.init(tmp_path)
+    repo.save({"model": {"x": 1}}, run="main", step=1)
+    project.git("add", "-A")
+    project.git("commit", "-qm", "one")
+    project.git("sparse-checkout", "set", "--no-cone", "/texts", "/.castore/config.toml", "/.castore/.gitignore")
+    assert not list((repo.root / "manifests").rglob("*.json"))
+    for command in ("log", "resolve", "gc", "stats", "verify"):
+        assert "git has manifests (1) and the work tree has none" in project.run(command, code=4)
+    assert "as in a sparse checkout" in project.train("--allow-fresh", code=4)
+    project.git("sparse-checkout", "disable")
+    assert len(project.json("log")) == 1
+    project.git("rm", "-q", "-r", ".castore/manifests/main")  # on purpose
+    assert project.json("log") == []
