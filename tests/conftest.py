@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -11,6 +12,11 @@ import hypothesis
 import pytest
 
 from castore import Repo
+
+# a shell's background jobs ignore these, and so would every program that the tests start
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=60, database=None, print_blob=True)
 hypothesis.settings.load_profile("suite")

@@ -26,6 +26,16 @@ TINY = OPTIONS.split()
 OWN_PROCESS = {"train", "demo", "ci"}
 
 
+def read_terminal(ours: int) -> str:
+    """What is written to a pseudo-terminal until nobody holds its other side. Closes ``ours``."""
+    shown = b""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while data := os.read(ours, 65536):
+            shown += data
+    os.close(ours)
+    return shown.decode()
+
+
 class Project:
     """A git repository with some text, and the program run in it."""
 

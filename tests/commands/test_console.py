@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from project import TINY, Project
+from project import TINY, Project, read_terminal
 
 from castore import Experiment, Repo
 from castore.commands import console
@@ -81,17 +81,13 @@ def run_slowly(project: Project, *arguments: str) -> tuple[str, str]:
     with fs.lock(lock, exclusive=True, timeout=1):
         process = project.start(*arguments, stderr=theirs)
         os.close(theirs)
-        while not has_open(process.pid, lock):
+        while process.poll() is None and not has_open(process.pid, lock):
             time.sleep(0.01)
         time.sleep(2.1)
-    shown = b""
-    with contextlib.suppress(OSError):  # the end, when nobody holds the other side
-        while True:
-            shown += os.read(ours, 65536)
-    os.close(ours)
+    shown = read_terminal(ours)
     out, _ = process.communicate()
     assert process.returncode == 0
-    return out, shown.decode()
+    return out, shown
 
 
 @pytest.mark.parametrize("command", ["export", "import"])
@@ -169,15 +165,11 @@ def test_json_in_a_file_is_whole_while_a_terminal_shows_the_progress(project: Pr
     with open(tmp_path / "summary.json", "w+") as file:
         process = project.start("train", "--json", "--data-dir", "texts", *TINY, stdout=file, stderr=theirs)
         os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end, when nobody holds the other side
-            while True:
-                shown += os.read(ours, 65536)
-        os.close(ours)
+        shown = read_terminal(ours)
         assert process.wait() == 0
         file.seek(0)
         assert json.load(file)["final_step"] == 4
-    assert "━" in shown.decode()
+    assert "━" in shown
 
 
 @pytest.mark.parametrize("command", ["log", "log --json", "show latest", "report --format json"])

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from project import TINY, Project
+from project import TINY, Project, read_terminal
 
 from castore.format.part_index import decode_chunks
 from castore.storage.object_store import ObjectStore
@@ -131,18 +131,12 @@ def test_a_terminal_gets_a_progress_bar(trained_copy: Project) -> None:
     trained_copy.environment = trained_copy.environment | {"TERM": "xterm"}
     process = trained_copy.start("train", "--data-dir", "texts", *TINY, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    shown = b""
-    while process.poll() is None or not shown.endswith(b"from the best checkpoint\r\n"):
-        try:
-            shown += os.read(ours, 65536)
-        except OSError:
-            break
-    os.close(ours)
+    shown = read_terminal(ours)
     process.wait()
     assert process.returncode == 0
-    assert "━" in shown.decode()
-    assert "step 8 of 8" in shown.decode()
-    assert "\nstep    " not in shown.decode()
+    assert "━" in shown
+    assert "step 8 of 8" in shown
+    assert "\nstep    " not in shown
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------
