@@ -15,7 +15,9 @@ from castore.errors import ConfigError
 from castore.format.frame import MAX_PLAIN
 
 TEMPLATE = """\
-# castore's settings. A setting that is left out has the value shown here.
+# castore's settings. A setting that is left out has the value shown here. What holds for one machine only is in
+# local.toml beside this file, which git ignores: `data = "/another/disk/folder"` keeps the data there,
+# `shared = "group"` lets the folder's group change all of it, and `allow_link = true` allows .castore to be a link.
 
 [store]
 # Maximum size of a chunk, the unit in which checkpoints are stored: 64KiB to 64MiB, a multiple of 64 bytes.
@@ -140,8 +142,14 @@ def parse(text: str, path: str = "config.toml") -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(path, f"not valid TOML: {error}") from error
     except (msgspec.ValidationError, ValueError, RecursionError) as error:
-        raise ConfigError(path, str(error)) from error
+        raise ConfigError(path, f"{error}{_hint(str(error))}") from error
     return config
+
+
+def _hint(reason: str) -> str:
+    """Where to write what is looked for in config.toml and would, there, decide for everybody with a clone."""
+    is_local = any(f"unknown field `{name}`" in reason for name in ("shared", "data", "allow_link"))
+    return ": that is for each machine to decide, in local.toml beside this file" if is_local else ""
 
 
 def parse_size(text: str) -> int:

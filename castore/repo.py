@@ -44,7 +44,7 @@ from castore.state import parts as state_parts
 from castore.state.parts import Flat, PlaceTensors
 from castore.storage import fs, git
 from castore.storage.catalog import Catalog, Listing
-from castore.storage.location import locate
+from castore.storage.location import claim, locate, share
 from castore.storage.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class Repo:
         self.root = root
         self.config = config
         self.location = locate(root)
+        share(self.location)
         self.store = ObjectStore(self.location.data, durable=config.store.fsync)
         self.catalog = Catalog(root, durable=config.store.fsync)
         self.remotes: list[Remote] = open_configured(config.remotes, root)
@@ -106,9 +107,11 @@ class Repo:
     def init(cls, path: str | os.PathLike[str] = ".") -> Repo:
         """Create ``path/.castore``, or add what an existing one lacks; existing files are left as they are."""
         root = Path(path).resolve() / FOLDER
-        data = locate(root, is_new=True).data
+        location = locate(root, is_new=True)
+        data = location.data
         for folder in (root / "manifests", root / "tmp", *(data / name for name in ("objects", "tmp", "trash"))):
             fs.make_directory(folder)
+        claim(location)
         fs.sync_directory(root.parent)
         fs.publish(root / ".gitignore", configs.GITIGNORE.encode(), root / "tmp")
         fs.publish(root / ".gitattributes", configs.GITATTRIBUTES.encode(), root / "tmp")

@@ -46,19 +46,22 @@ def _reporting(action: str, path: Path) -> Iterator[None]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def create_temporary(directory: Path, mode: int = 0o644) -> tuple[int, Path]:
+def create_temporary(directory: Path, mode: int | None = None, prefix: str = "") -> tuple[int, Path]:
     """A new, empty file with a name no other process or thread uses, opened for writing. The caller closes it.
 
-    ``mode`` is its permissions, less what the umask takes away.
+    ``mode`` is its permissions, less what the umask takes away; by default those of a file in the store.
     """
-    path = directory / f"{os.getpid()}-{time.time_ns():x}-{next(_serial)}"
+    path = directory / f"{prefix}{os.getpid()}-{time.time_ns():x}-{next(_serial)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with _reporting("create", path):
         try:
-            return os.open(path, flags, mode), path
+            descriptor = os.open(path, flags, _FILE_MODE if mode is None else mode)
         except FileNotFoundError:  # git doesn't keep the folder in a clone
-            os.makedirs(directory, exist_ok=True)
-            return os.open(path, flags, mode), path
+            make_directory(directory)
+            descriptor = os.open(path, flags, _FILE_MODE if mode is None else mode)
+        if mode is None and _is_shared(directory):
+            os.chmod(descriptor, _SHARED_FILE_MODE)
+        return descriptor, path
 
 
 def write(descriptor: int, path: Path, buffers: Sequence[Buffer]) -> int:
@@ -155,18 +158,53 @@ def remove_directory(path: Path) -> None:
         os.rmdir(path)
 
 
-def make_directory(path: Path) -> bool:
-    """Create a directory and its parents; return whether ``path`` is new. Not durable until its parent is synced."""
+def make_directory(path: Path, mode: int | None = None) -> bool:
+    """Create a directory and its parents; return whether ``path`` is new. Not durable until its parent is synced.
+
+    ``mode`` is its permissions, less what the umask takes away; by default those of a folder in the store.
+    """
     with _reporting("create directory", path):
         try:
             try:
-                os.mkdir(path)
+                os.mkdir(path, _FOLDER_MODE if mode is None else mode)
             except FileNotFoundError:
-                make_directory(path.parent)
-                os.mkdir(path)  # not in a loop: below a dangling link it would fail for ever
+                make_directory(path.parent, mode)
+                os.mkdir(path, _FOLDER_MODE if mode is None else mode)  # not in a loop: a dangling link fails for ever
         except FileExistsError:
             return False
+        if mode is None and _is_shared(path.parent):
+            os.chmod(path, _SHARED_FOLDER_MODE)
         return True
+
+
+# -- a store that a group shares -------------------------------------------------------------------------------------
+
+_FILE_MODE, _SHARED_FILE_MODE = 0o644, 0o664
+_FOLDER_MODE, _SHARED_FOLDER_MODE = 0o777, 0o2775
+_SHARED = stat.S_ISGID | stat.S_IWGRP
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether what is created in ``folder`` is for its group to change, too, whatever the umask: it says so itself."""
+    return os.stat(folder).st_mode & _SHARED == _SHARED
+
+
+def share_with_group(folder: Path) -> None:
+    """Let the group of ``folder`` change what is in it, now and later; what other users own is left to them.
+
+    The folder itself comes last, so that one that is shared is shared whole.
+    """
+    with _reporting("share with its group", folder):
+        if _is_shared(folder):
+            return
+        for parent, folders, files in os.walk(folder, topdown=False):
+            for name, mode in [*((name, 0o060) for name in files), *((name, 0o2070) for name in folders)]:
+                path = os.path.join(parent, name)
+                status = os.lstat(path)
+                if status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode):
+                    os.chmod(path, stat.S_IMODE(status.st_mode) | mode)
+        if os.stat(folder).st_uid == os.geteuid():
+            os.chmod(folder, stat.S_IMODE(os.stat(folder).st_mode) | 0o2070)
 
 
 def publish(path: Path, data: bytes, temporary_folder: Path, *, durable: bool = True) -> bool:
@@ -376,7 +414,10 @@ def _open_lock(path: Path, exclusive: bool) -> int | None:
     """Open the lock file; return None on a read-only file system without one, where nobody can delete anything."""
     with _reporting("open", path):
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
+            if os.fstat(descriptor).st_uid == os.geteuid() and _is_shared(path.parent):
+                os.chmod(descriptor, _SHARED_FILE_MODE)
+            return descriptor
         except OSError as error:
             if exclusive or error.errno not in (errno.EROFS, errno.EACCES):
                 raise

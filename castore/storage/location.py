@@ -10,6 +10,7 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -20,20 +21,26 @@ LOCAL = "local.toml"
 NEVER_LINKS = (
     "objects", "tmp", "trash", "quarantine", "lock", "lock.gate", "manifests", "pins", "tags", "bundles", "sessions",
 )  # fmt: skip
+_OWNER = "repository"
 _MAX_BYTES = 1 << 16
 
 
 class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: str = ""
     allow_link: bool = False
+    shared: Literal["", "group"] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """``data`` holds ``objects/``, ``tmp/``, ``trash/`` and ``quarantine/``: ``root`` itself unless set otherwise."""
+    """``data`` holds ``objects/``, ``tmp/``, ``trash/`` and ``quarantine/``: ``root`` itself unless set otherwise.
+
+    ``is_shared`` if all of them are for the group of ``root`` to change, whatever the umask.
+    """
 
     root: Path
     data: Path
+    is_shared: bool = False
 
     @property
     def is_elsewhere(self) -> bool:
@@ -59,7 +66,48 @@ def locate(root: Path, *, is_new: bool = False) -> Location:
         for entry in fs.scan(data / "objects"):
             if entry.is_symlink():
                 _refuse_link(Path(entry.path))
-    return Location(root, data)
+    if data != root:
+        _refuse_other_owner(root, data)
+    return Location(root, data, is_shared=settings.shared == "group")
+
+
+def claim(location: Location) -> None:
+    """Note in data that is kept elsewhere whose it is, and share what the group shares. ConfigError if it is not ours.
+
+    Two repositories with one store would delete each other's checkpoints: each knows its own manifests only.
+    """
+    if location.is_elsewhere:
+        fs.publish(location.data / _OWNER, os.fsencode(location.root) + b"\n", location.data / "tmp")
+        _refuse_other_owner(location.root, location.data)
+    share(location)
+
+
+def share(location: Location) -> None:
+    """Let the group change the files of a shared repository; nothing changes once that was done."""
+    for folder in dict.fromkeys((location.root, location.data)) if location.is_shared else ():
+        fs.share_with_group(folder)
+
+
+def _refuse_other_owner(root: Path, data: Path) -> None:
+    try:
+        owner = os.fsdecode(fs.read(data / _OWNER, _MAX_BYTES)).removesuffix("\n")
+    except FileNotFoundError:
+        return
+    except StorageError as error:
+        raise ConfigError(str(data / _OWNER), f"can't be read: {error}") from error
+    if owner != str(root) and not _is_same(Path(owner), root):
+        raise ConfigError(
+            str(root / LOCAL),
+            f"{data} holds the data of {owner}: two repositories that share it would delete each other's. Choose "
+            f"another folder or, if that one is gone or was moved here, remove {data / _OWNER} and run `castore init`",
+        )
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except OSError:
+        return False
 
 
 def _refuse_link(path: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from castore.errors import RefusedPath, StorageError
@@ -13,6 +17,8 @@ from castore.format.ids import Buffer
 from castore.storage import fs, safe_paths
 
 _DEFAULT_MODE = 0o666  # less what the umask takes away: the kernel applies it, as to a file of any other program
+_LEFTOVER = re.compile(r"castore-tmp-([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+-\d+")
+_FORGOTTEN_SECONDS = 86400.0
 
 
 def check_target(target: Path, *, replace: bool = False) -> None:
@@ -53,6 +59,8 @@ def write_with(fill: Callable[[Path], None], target: Path, *, replace: bool = Fa
 def _creating(target: Path, replace: bool, durable: bool) -> Iterator[OutputFile]:
     """Check the target, and give the file its name once the block has written it."""
     check_target(target, replace=replace)
+    with contextlib.suppress(StorageError):  # a folder that may be written to and not be read
+        remove_leftovers(target.parent)
     output = OutputFile(target)
     try:
         yield output
@@ -73,9 +81,9 @@ class OutputFile:
 
     def __init__(self, target: Path, mode: int | None = None) -> None:
         self._target = target
-        self._descriptor, self._temporary = fs.create_temporary(
-            target.parent, _DEFAULT_MODE if mode is None else stat.S_IRUSR | stat.S_IWUSR
-        )
+        # nobody else may read it before it has the permissions asked for
+        first_mode = _DEFAULT_MODE if mode is None else stat.S_IRUSR | stat.S_IWUSR
+        self._descriptor, self._temporary = _create_temporary(target.parent, first_mode)
         if mode is not None:
             try:
                 fs.set_mode(self._temporary, mode, self._descriptor)
@@ -113,13 +121,13 @@ class OutputFile:
             elif not fs.link(self._temporary, self._target):
                 raise RefusedPath(str(self._target), "it appeared in the meantime: --force replaces it")
         finally:
-            fs.discard(self._temporary)
+            _discard(self._temporary)
 
     def discard(self) -> None:
         """Remove the temporary file; nothing appears under the target's name."""
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
-        fs.discard(self._temporary)
+        _discard(self._temporary)
 
 
 def write_link(target: Path, text: str, *, replace: bool = False) -> None:
@@ -127,8 +135,100 @@ def write_link(target: Path, text: str, *, replace: bool = False) -> None:
     if not replace:
         fs.symlink(text, target)
         return
-    descriptor, temporary = fs.create_temporary(target.parent)
+    descriptor, temporary = _create_temporary(target.parent, stat.S_IRUSR)
     fs.close(descriptor, temporary)
     fs.unlink(temporary)
-    fs.symlink(text, temporary)
-    fs.rename(temporary, target)
+    try:
+        fs.symlink(text, temporary)
+        fs.rename(temporary, target)
+    finally:
+        _discard(temporary)
+
+
+def is_same_file(folder: Path, first: str, second: str) -> bool:
+    """Whether the file system of ``folder`` takes two names for one: it is asked, with an empty file."""
+    scratch = folder / f"castore-tmp-{_machine()}-{os.getpid()}-0-0"
+    fs.make_directory(scratch, stat.S_IRWXU)
+    try:
+        descriptor, temporary = fs.create_temporary(scratch, stat.S_IRUSR)
+        fs.close(descriptor, temporary)
+        fs.rename(temporary, scratch / first)
+        is_same = safe_paths.status(scratch / second) is not None
+        fs.unlink(scratch / first)
+        return is_same
+    finally:
+        fs.remove_directory(scratch)
+
+
+_unfinished: set[str] = set()
+"""The names of the temporary files that this process is writing."""
+
+
+def _create_temporary(folder: Path, mode: int) -> tuple[int, Path]:
+    descriptor, path = fs.create_temporary(folder, mode, f"castore-tmp-{_machine()}-")
+    _unfinished.add(path.name)
+    return descriptor, path
+
+
+def _discard(path: Path) -> None:
+    fs.discard(path)
+    _unfinished.discard(path.name)
+
+
+@contextlib.contextmanager
+def marking(folders: Iterable[Path]) -> Iterator[None]:
+    """Have a temporary file in each of ``folders`` while the block runs: if it is killed, they have leftovers."""
+    marks: list[Path] = []
+    try:
+        for folder in folders:
+            descriptor, path = _create_temporary(folder, stat.S_IRUSR)
+            marks.append(path)
+            fs.close(descriptor, path)
+        yield
+    finally:
+        for path in marks:
+            _discard(path)
+
+
+def remove_leftovers(folder: Path) -> bool:
+    """Remove the temporary files that killed processes left in ``folder``, and return whether there were any.
+
+    Those of processes at work stay. Of a process of another machine that can't be known: what it made stays for a day.
+    """
+    found = False
+    for entry in fs.scan(folder):
+        if (match := _LEFTOVER.fullmatch(entry.name)) and not _is_in_use(Path(entry.path), match[1], int(match[2])):
+            found = True
+            if entry.is_dir(follow_symlinks=False):
+                for file in fs.scan(entry.path):  # the one empty file of is_same_file()
+                    fs.discard(Path(file.path))
+                fs.remove_directory(Path(entry.path))
+            else:
+                fs.discard(Path(entry.path))
+    return found
+
+
+def _is_in_use(path: Path, machine: str, pid: int) -> bool:
+    """Whether the process that created a temporary file may still be writing it."""
+    if machine != _machine():
+        status = safe_paths.status(path)
+        return status is not None and time.time() - status.st_mtime < _FORGOTTEN_SECONDS
+    if pid == os.getpid():  # in a new container every process may have the number that the killed one had
+        return path.name in _unfinished
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+@functools.cache
+def _machine() -> str:
+    """Return eight characters that differ where a process has a number of its own: by machine and by container."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{zlib.crc32(f'{os.uname().nodename} {namespace}'.encode()):08x}"

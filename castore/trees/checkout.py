@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
+import stat
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +146,7 @@ def _read_node(tree: _Tree, path: str, node: Any, tensors: Sequence[TensorSpec])
 
 def _check_disk(tree: _Tree, folder: Path, force: bool) -> None:
     """Create ``folder``. Raise RefusedPath or StorageError if something there, or too little space, is in the way."""
-    fs.make_directory(folder)
+    fs.make_directory(folder, 0o777)  # less what the umask takes away
     if not safe_paths.is_folder(safe_paths.status(folder)):
         raise RefusedPath(str(folder), "it is not a folder")
     occupied = _occupied(tree, folder)
@@ -195,20 +195,9 @@ def _check_collisions(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
 
     The file system itself is asked, with an empty file of the same name.
     """
-    scratch = folder / f".{os.getpid()}-names"
-    fs.make_directory(scratch)
-    try:
-        for first, second in pairs:
-            names = [scratch / path.replace("/", "-")[-200:] for path in (first, second)]
-            descriptor, temp = fs.create_temporary(scratch)
-            fs.close(descriptor, temp)
-            fs.rename(temp, names[0])
-            same = safe_paths.status(names[1]) is not None
-            fs.unlink(names[0])
-            if same:
-                raise RefusedPath(str(folder / second), f"here it is the same file as {first}")
-    finally:
-        fs.remove_directory(scratch)
+    for first, second in pairs:
+        if output_file.is_same_file(folder, *(path.replace("/", "-")[-200:] for path in (first, second))):
+            raise RefusedPath(str(folder / second), f"here it is the same file as {first}")
 
 
 class _Checkout:
@@ -225,6 +214,16 @@ class _Checkout:
     def run(self, index: Index, progress: Progress) -> None:
         new_folders = self._make_folders()
         try:
+            # this user's alone until the end, and marked: who completes a killed checkout sets their permissions
+            with output_file.marking(new_folders):
+                self._fill(index, progress)
+        finally:
+            # from the bottom up: one may forbid writing
+            for path, mode in reversed(new_folders.items()):
+                fs.set_mode(path, mode)
+
+    def _fill(self, index: Index, progress: Progress) -> None:
+        try:
             self._write_files(index, progress)
         finally:
             for output in self._unfinished:
@@ -234,14 +233,16 @@ class _Checkout:
         if self._durable:
             for name in ("", *self._tree.folders):
                 fs.sync_directory(self._folder / name)
-        # last and from the bottom up: one may forbid writing
-        for new, mode in reversed(new_folders.items()):
-            fs.set_mode(new, mode)
 
     def _make_folders(self) -> dict[Path, int]:
-        """Create the folders of the tree and return those that were not there, with the permissions they will get."""
+        """Create the folders of the tree; return those that were not there, or unfinished, with their permissions."""
+        output_file.remove_leftovers(self._folder)
         paths = {self._folder / path: mode for path, mode in self._tree.folders.items()}
-        return {path: mode for path, mode in paths.items() if fs.make_directory(path)}
+        return {
+            path: mode
+            for path, mode in paths.items()
+            if fs.make_directory(path, stat.S_IRWXU) or output_file.remove_leftovers(path)
+        }
 
     def _write_files(self, index: Index, progress: Progress) -> None:
         with contextlib.closing(self._written_files(index, progress)) as written:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from project import Project
 
 from castore import Repo
 from castore.errors import ConfigError
+from castore.gc import collect_garbage
 from castore.storage.location import NEVER_LINKS
 
 COMMANDS = ["log", "gc", "verify", "doctor", "stats", "pin latest", "init", "report --format md"]
@@ -102,3 +107,102 @@ def test_a_linked_repository_has_to_be_allowed(tmp_path: Path) -> None:
     (real / ".castore" / "local.toml").write_text("allow_link = true\n")
     saved = Repo.open(tmp_path / "here").save(parts(1), run="r", step=1)
     assert exact(Repo.open(real).load(saved.id)) == exact(parts(1))
+
+
+def test_data_belongs_to_one_repository(tmp_path: Path) -> None:
+    """A second one would take the first one's objects for garbage."""
+    disk, first, second = tmp_path / "disk", tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / ".castore").mkdir(parents=True)
+        (folder / ".castore" / "local.toml").write_text(f'data = "{disk}"\n')
+    saved = Repo.init(first).save(parts(1), run="r", step=1)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=rf"{disk} holds the data of {first}/.castore: two repositories"):
+            Repo.init(second)
+    shutil.copytree(first, tmp_path / "copy")
+    with pytest.raises(ConfigError, match="two repositories"):
+        Repo.open(tmp_path / "copy")
+    first.rename(tmp_path / "moved")
+    (disk / "repository").unlink()
+    assert exact(Repo.init(tmp_path / "moved").load(saved.id)) == exact(parts(1))
+    with pytest.raises(ConfigError, match="two repositories"):
+        Repo.open(tmp_path / "copy")
+
+
+def owned(folder: Path) -> dict[str, int]:
+    """The permissions of everything in a repository but what git made."""
+    return {
+        str(path.relative_to(folder)): stat.S_IMODE(path.lstat().st_mode)
+        for path in (folder, *folder.rglob("*"))
+        if not path.is_symlink()
+    }
+
+
+def test_a_shared_repository_is_its_groups_whatever_the_umask(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    before = os.umask(0o077)
+    try:
+        Repo.init(tmp_path).save(parts(1), run="r", step=1)
+        (tmp_path / ".castore" / "local.toml").write_text('shared = "group"\n')
+        project.run("log")
+        project.train("--allow-fresh")
+        project.run("pin", "latest")
+        project.run("gc", "--keep", "1")
+        project.run("verify")
+    finally:
+        os.umask(before)
+    for path, mode in owned(tmp_path / ".castore").items():
+        wanted = 0o2070 if (tmp_path / ".castore" / path).is_dir() else 0o060
+        assert mode & wanted == wanted, path
+        assert not mode & 0o002, path
+
+
+def test_without_that_a_repository_is_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        Repo.init(tmp_path).save(parts(1), run="r", step=1)
+    finally:
+        os.umask(before)
+    assert not any(mode & 0o022 for mode in owned(tmp_path / ".castore").values())
+
+
+def test_what_a_group_shares_is_no_setting_of_a_clone(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path)
+    (repo.root / "config.toml").write_text('[store]\nshared = "group"\n')
+    with pytest.raises(ConfigError, match=r"unknown field `shared`.*in local.toml beside this file"):
+        Repo.open(tmp_path)
+
+
+def save_as(user: int, group: int, folder: Path, step: int) -> None:
+    """Save, pin, unpin, forget and collect garbage as another user, whom the umask lets share nothing."""
+    os.umask(0o077)
+    os.setgroups([])
+    os.setresgid(group, group, group)
+    os.setresuid(user, user, user)
+    repo = Repo.init(folder) if step == 1 else Repo.open(folder)
+    repo.save({"model": {"x": step, "big": bytes(200_000) + bytes([step])}}, run="r", step=step)
+    latest = repo.find("latest")
+    repo.pin(latest)
+    repo.unpin(latest.id)
+    if step == 3:
+        repo.forget(latest)
+    collect_garbage(repo)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two other users")
+def test_two_users_of_a_group_share_a_store(start: Callable[..., BaseProcess]) -> None:
+    group = 54321
+    with tempfile.TemporaryDirectory() as name:  # where others can get to
+        home = Path(name)
+        os.chown(home, 54001, group)
+        home.chmod(0o2775)
+        for step, user in enumerate((54001, 54002, 54001, 54003), start=1):
+            process = start(save_as, user, group, home, step)
+            process.join()
+            assert process.exitcode == 0
+            if step == 1:
+                (home / ".castore" / "local.toml").write_text('shared = "group"\n')
+        assert [entry.manifest.step for entry in Repo.open(home).checkpoints()] == [4, 2, 1]
+        stranger = start(save_as, 54004, 54004, home, 5)
+        stranger.join()
+        assert stranger.exitcode == 1

@@ -43,7 +43,7 @@ def look(root: Path) -> dict[str, tuple[Any, ...]]:
 
 def leftovers(root: Path) -> list[str]:
     """Temporary files, wherever."""
-    return [str(path) for path in root.rglob("*") if path.name.startswith(f"{os.getpid()}-")]
+    return [str(path) for path in root.rglob("*") if path.name.startswith("castore-tmp-")]
 
 
 @pytest.fixture
@@ -561,3 +561,64 @@ def test_a_name_that_is_no_run_is_made_one(repo: Repo, tmp_path: Path) -> None:
     assert add_tree(repo, folder, name="data").manifest.run == "data"
     with pytest.raises(errors.InvalidManifest):
         add_tree(repo, folder, name="a/b")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from castore import Repo
+from castore.trees import checkout
+def kill(done, total):
+    if done > 6_000_000:
+        os.kill(os.getpid(), 9)
+checkout.check_out(Repo.open(sys.argv[1]), "latest", Path(sys.argv[2]), progress=kill)
+"""
+
+
+def test_what_a_killed_checkout_leaves_is_nobody_elses_and_gone_with_the_next(
+    repo: Repo, source: Path, tmp_path: Path
+) -> None:
+    (source / "deep" / "nearly.bin").write_bytes(b"n" * 7_000_000)
+    add_tree(repo, source)
+    expected = look(source)
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(out)], check=False, umask=0)
+    assert killed.returncode == -9
+    folders = [path for path in out.rglob("*") if path.is_dir()]
+    assert len(folders) >= 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
+    asked = {Path("stuff", path): mode for path, (kind, mode, *_) in expected.items() if kind == "file"}
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == asked.get(path.relative_to(out), mode)
+        assert mode in (0o400, *asked.values())
+    assert leftovers(out)
+    stranger = out / "castore-tmp-00000000-1-0-0"  # of another machine, which may be at work
+    mine = out / "castore-tmp-notes"
+    for path in (stranger, mine):
+        path.touch()
+    checkout.check_out(repo, "latest", out, force=True)
+    assert leftovers(out) == [str(stranger), str(mine)] or leftovers(out) == [str(mine), str(stranger)]
+    assert look(out / "stuff") == expected
+    os.utime(stranger, (0, 0))
+    checkout.check_out(repo, "latest", out, force=True)
+    assert leftovers(out) == [str(mine)]
+
+
+def test_a_folder_is_never_more_open_than_asked(repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a moment either."""
+    (tmp_path / "private" / "inner").mkdir(parents=True)
+    (tmp_path / "private" / "inner" / "key").write_text("secret")
+    (tmp_path / "private").chmod(0o700)
+    add_tree(repo, tmp_path / "private")
+    made: list[int] = []
+    mkdir = os.mkdir
+
+    def watched(path: Path, mode: int = 0o777) -> None:
+        mkdir(path, mode)
+        if Path(path).name in ("private", "inner"):
+            made.append(stat.S_IMODE(os.stat(path).st_mode))
+
+    monkeypatch.setattr(os, "mkdir", watched)
+    checkout.check_out(repo, "latest", tmp_path / "out")
+    assert made == [0o700, 0o700]
