@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,17 +13,19 @@ from pathlib import Path
 from typing import Literal
 
 from castore.config import Config
-from castore.errors import ConfigError, CorruptionError, Locked, RootsUnreadable, StorageError
+from castore.errors import CastoreError, ConfigError, Locked, RootsUnreadable, StorageError
+from castore.gc import collect_garbage
 from castore.remotes.folder import Folder
 from castore.repo import FOLDER, Repo
 from castore.stats import folder_usage
-from castore.storage import catalog, fs, git
+from castore.storage import fs, git
 
 Level = Literal["ok", "warning", "problem"]
 
 _SCARCE_BYTES = 1 << 30
 _OVER_THE_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afs", "lustre", "ceph"})
 _DATA = ("objects", "tmp", "trash", "quarantine", "lock")
+_DATA_FOLDERS = ("objects", "trash", "quarantine")
 _UNCHANGING = ("manifests", "pins", "bundles")
 _HISTORY = ("config.toml", "manifests", "pins", "bundles", "sessions")
 
@@ -104,6 +107,7 @@ def _file_system(repo: Repo, writable: bool) -> Iterator[Check]:
         yield Check("file system", "ok", kind or "its kind is unknown on this system")
     if writable:
         yield from _file_operations(repo.root / "tmp")
+        yield _folders(repo)
     if repo.location.is_elsewhere:
         yield Check("data", "ok", f"in {repo.location.data}, as local.toml says")
 
@@ -137,6 +141,42 @@ def _file_operations(folder: Path) -> Iterator[Check]:
     finally:
         for path in created:
             fs.unlink(path)
+
+
+def _folders(repo: Repo) -> Check:
+    """Try to move files to where saves and gc move them, and to make names durable there.
+
+    Moving is tried and not concluded from device numbers: one file system can be mounted in two places.
+    """
+    data, root = repo.location.data, repo.root
+    moves = [*((data / "tmp", data / name) for name in _DATA_FOLDERS), *((root / "tmp", root / n) for n in _UNCHANGING)]
+    for source, target in moves:
+        if target.is_dir():
+            try:
+                _move_between(source, target)
+                if repo.config.store.fsync:
+                    fs.sync_directory(target)
+            except StorageError as error:
+                advice = "keep .castore on one file system that can sync folders; local.toml's `data` moves all data"
+                return Check("folders", "problem", _explain(error, source, target), advice)
+    return Check("folders", "ok", "files can be moved between them, and their names are durable")
+
+
+def _explain(error: StorageError, source: Path, target: Path) -> str:
+    if error.errno == errno.EXDEV:
+        return f"{target} is on another file system than {source}: what is written there can't be moved here"
+    return f"{error}: names are not durable there" if error.action == "sync" else str(error)
+
+
+def _move_between(source: Path, target: Path) -> None:
+    descriptor, path = fs.create_temporary(source)
+    moved = target / path.name
+    try:
+        fs.close(descriptor, path)
+        fs.rename(path, moved)
+    finally:
+        for leftover in (path, moved):
+            fs.discard(leftover)
 
 
 def _file_system_kind(path: Path) -> str:
@@ -282,15 +322,17 @@ _AHEAD = timedelta(days=1)
 
 
 def _gc(repo: Repo) -> Iterator[Check]:
-    """Check that gc can read everything it must know of, in the work tree and in git."""
+    """Ask gc itself what it would do: it must be able to read everything it has to know of, here and in git."""
     try:
-        catalog.read_roots(repo.catalog)
-    except (RootsUnreadable, CorruptionError) as error:
+        plan = collect_garbage(repo, dry_run=True, verify=False, wait=False)
+    except Locked:
+        yield Check("gc", "warning", "can't be asked while an exclusive lock is held", _WAIT)
+    except CastoreError as error:
         reason = error.reason if isinstance(error, RootsUnreadable) else error
         advice = "repair that, in the work tree or the branch, tag or stash it is in: until then gc deletes nothing"
         yield Check("gc", "problem", f"gc would refuse: {reason}", advice)
     else:
-        yield Check("gc", "ok", "can tell what is still needed")
+        yield Check("gc", "ok", f"knows what is needed and would free {_megabytes(plan.freed_bytes)}")
 
 
 def _bundles(repo: Repo) -> Iterator[Check]:

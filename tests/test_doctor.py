@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -14,7 +16,7 @@ from project import Project
 
 from castore import Repo
 from castore.doctor import Check, examine
-from castore.errors import RepoNotFound
+from castore.errors import RepoNotFound, StorageError
 from castore.storage import fs
 
 NOW = datetime.now(UTC)
@@ -175,6 +177,49 @@ def test_what_gc_could_not_read_on_another_branch_is_a_problem(committed: Repo) 
 def test_a_git_that_fails_is_why_gc_would_refuse(committed: Repo) -> None:
     (committed.root.parent / ".git" / "HEAD").write_text("nonsense")
     assert found(committed)["gc"].text.startswith("gc would refuse: git ")
+
+
+def test_gc_is_asked_itself_what_it_would_do(committed: Repo) -> None:
+    """Objects without one manifest: everything can be read, and gc refuses nevertheless."""
+    for path in committed.catalog.root.rglob("*.json"):
+        path.unlink()
+    shutil.rmtree(committed.root.parent / ".git")
+    assert (
+        found(committed)["gc"].text
+        == f"gc would refuse: there are {len(committed.store.stored())} objects, but not one manifest"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts file systems")
+@pytest.mark.parametrize("name", ["objects", "tmp", "trash", "manifests"])
+@pytest.mark.parametrize("source", ["another", "the same"])
+def test_folders_that_files_cannot_be_moved_between_are_a_problem(repo: Repo, name: str, source: str) -> None:
+    folder = repo.root / name
+    call = ["mount", "--bind", folder, folder] if source == "the same" else ["mount", "-t", "tmpfs", "none", folder]
+    subprocess.run(call, check=True)
+    try:
+        check = found(repo)["folders"]
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert check.level == "problem"
+    assert str(folder) in check.text
+    assert "is on another file system than" in check.text
+    assert found(repo)["folders"].level == "ok"
+
+
+def test_a_file_system_whose_names_cannot_be_made_durable_is_a_problem(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some that are reached over FUSE."""
+
+    def refuse(path: Path) -> None:
+        raise StorageError("sync", str(path), OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
+
+    (repo.root / "config.toml").write_text("")  # the defaults: with fsync
+    monkeypatch.setattr(fs, "sync_directory", refuse)
+    check = found(repo)["folders"]
+    assert check.level == "problem"
+    assert check.text.endswith("objects: Invalid argument: names are not durable there")
 
 
 def test_manifests_from_the_future_are_a_warning(committed: Repo) -> None:
