@@ -27,7 +27,7 @@ _OVER_THE_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fu
 _DATA = ("objects", "tmp", "trash", "quarantine", "lock")
 _DATA_FOLDERS = ("objects", "trash", "quarantine")
 _UNCHANGING = ("manifests", "pins", "bundles")
-_HISTORY = ("config.toml", "manifests", "pins", "bundles", "sessions")
+_HISTORY = ("config.toml", "manifests", "pins", "tags", "bundles", "sessions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,7 @@ def examine(now: datetime, path: str | os.PathLike[str] = ".") -> Iterator[Check
         "git": _git(repo.root),
         "remotes": _remotes(repo),
         "manifests": _manifests(repo, now),
+        "tags": _tags(repo),
         "bundles": _bundles(repo),
         "gc": _gc(repo),
     }
@@ -333,6 +334,19 @@ def _gc(repo: Repo) -> Iterator[Check]:
         yield Check("gc", "problem", f"gc would refuse: {reason}", advice)
     else:
         yield Check("gc", "ok", f"knows what is needed and would free {_megabytes(plan.freed_bytes)}")
+
+
+def _tags(repo: Repo) -> Iterator[Check]:
+    tags, broken = repo.catalog.tags()
+    for file in broken:
+        yield Check("tags", "problem", f"{file.path}: {file.reason}", "until then gc deletes nothing")
+    known = {entry.id for entry in repo.catalog.listing().entries}
+    dangling = [name for name, tagged in tags.items() if tagged not in known]
+    if dangling:
+        advice = f"restore that manifest from git's history, or run `castore untag {dangling[0]}`"
+        yield Check("tags", "warning", f"{dangling[0]} names {tags[dangling[0]][:12]}, which isn't here", advice)
+    elif tags and not broken:
+        yield Check("tags", "ok", f"{_count(len(tags), 'tag')}, all of checkpoints that are here")
 
 
 def _bundles(repo: Repo) -> Iterator[Check]:

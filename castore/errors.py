@@ -195,6 +195,14 @@ class CorruptManifest(CorruptionError):
         super().__init__(f"{printable(path)}: {reason}")
 
 
+class CorruptTag(CorruptionError):
+    """The file of a tag holds something else than the id of a checkpoint."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{printable(path)}: {reason}")
+
+
 class UnsupportedVersion(CorruptionError):
     """The data has a format version that this castore does not know: a newer castore wrote it."""
 

@@ -239,6 +239,8 @@ def _decide(
         now=request.now,
         pinned=roots.pins,
         pinned_elsewhere=roots.pins_elsewhere,
+        tagged=roots.tags,
+        tagged_elsewhere=roots.tags_elsewhere,
         in_use=request.in_use,
         usable=_usability(repo, entries.values(), contents, remote, damaged),
     )

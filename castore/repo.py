@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import logging
 import operator
 import os
@@ -389,7 +390,7 @@ class Repo:
     # -- finding -----------------------------------------------------------------------------------------------------
 
     def find(self, selector: str, *, kind: Kind | None = None) -> Entry:
-        """Return the manifest that a selector names: the first digits of its id, ``best``, ``latest``, ``run:best`` ...
+        """Return the manifest that a selector names: the first digits of its id, a tag, ``best``, ``run:latest`` ...
 
         ``kind`` is what it must be, anything when None. ``best`` and ``latest`` are those of checkpoints that
         :meth:`resolve` finds available; ``latest`` of another kind is the newest manifest of that kind. UnknownId,
@@ -397,7 +398,11 @@ class Repo:
         """
         parsed = Selector.parse(selector, kind)
         if not parsed.is_relative:
-            return parsed.choose(self.catalog.matching(parsed.name), self.catalog.known_ids())
+            tagged = self.catalog.tagged(parsed.name)
+            matches = self.catalog.matching(tagged or parsed.name)
+            if tagged and not matches:
+                raise NotFound(f"tag {parsed.name} names {tagged[:12]}, whose manifest isn't here: restore it from git")
+            return parsed.choose(matches, itertools.chain(self.catalog.tags()[0], self.catalog.known_ids()))
         if parsed.kind == "checkpoint":
             return self.find(self.resolve(selector).require().id)
         return parsed.newest(self.catalog.listing().entries)
@@ -475,16 +480,37 @@ class Repo:
         NothingAvailable if no data is left that a pin could keep.
         """
         with self.lock():  # gc may be about to delete the data
-            states = self.part_states(entry)
-            if all(state.where == "missing" for state in states.values()):
-                reason = next(iter(states.values())).reason
-                raise NothingAvailable(f"{entry.id[:12]} can't be pinned, as no data of it is left to keep: {reason}")
+            states = self._keepable(entry, "pinned")
             return self.catalog.pin(entry.id), states
 
     def unpin(self, checkpoint_id: ObjectId) -> bool:
         """Remove a pin; return whether there was one in the work tree. A pin in another branch still counts."""
         with self.lock():
             return self.catalog.unpin(checkpoint_id)
+
+    def tag(self, entry: Entry, name: str, *, move: bool = False) -> tuple[Path, dict[str, PartState]]:
+        """Give a checkpoint a name, which also keeps all of it; return the tag's path and where the parts' data is.
+
+        With ``move``, a tag that names another checkpoint is taken from it. UsageError for a name that no tag may have
+        or, without ``move``, that another has; NothingAvailable if no data is left to keep.
+        """
+        with self.lock():
+            states = self._keepable(entry, "tagged")
+            return self.catalog.add_tag(name, entry.id, move=move), states
+
+    def untag(self, name: str) -> None:
+        """Remove a tag. One of that name in another branch still counts. NotFound if there is none here."""
+        with self.lock():
+            if not self.catalog.remove_tag(name):
+                raise NotFound(f"there is no tag {name!r}; `castore tag` lists them")
+
+    def _keepable(self, entry: Entry, verb: str) -> dict[str, PartState]:
+        """Return where the data of each part is. NothingAvailable if there is none: nothing could be kept."""
+        states = self.part_states(entry)
+        if all(state.where == "missing" for state in states.values()):
+            reason = next(iter(states.values())).reason
+            raise NothingAvailable(f"{entry.id[:12]} can't be {verb}, as no data of it is left to keep: {reason}")
+        return states
 
     def forget(self, entry: Entry) -> Path:
         """Remove a manifest from the work tree, so that gc may delete its data; return its path."""

@@ -245,6 +245,51 @@ def test_a_manifest_counts_wherever_git_has_it(repo: Repo, git: Git, place: Call
     assert where(repo, checkpoint_id) == (GONE if place is nowhere else WHOLE)
 
 
+def test_a_tag_counts_on_any_branch(repo: Repo, git: Git) -> None:
+    checkpoint_id = save(repo, 1, 5.0)
+    save(repo, 2, 1.0)
+    git("checkout", "-qb", "side")
+    repo.catalog.add_tag("release", ObjectId(checkpoint_id))
+    git("add", ".castore/tags")
+    git("commit", "-qm", "tag")
+    git("checkout", "-q", "main")
+    assert repo.catalog.tags() == ({}, [])
+    (decision,) = [d for d in castore.collect_garbage(repo, ONE).decisions if d.entry.id == checkpoint_id]
+    assert decision.reasons == ("tagged release elsewhere",)
+    assert where(repo, checkpoint_id) == WHOLE
+    git("branch", "-qD", "side")
+    castore.collect_garbage(repo, ONE)
+    assert where(repo, checkpoint_id) == GONE
+
+
+@pytest.mark.parametrize("where_to", ["work tree", "index", "branch", "linked worktree"])
+def test_a_tag_that_cannot_be_read_lets_nothing_go(repo: Repo, git: Git, where_to: str) -> None:
+    save(repo, 1, 5.0)
+    save(repo, 2, 1.0)
+    git("add", ".castore")
+    git("commit", "-qm", "saved")
+    root = repo.root.parent
+    if where_to == "linked worktree":
+        git("worktree", "add", "-q", "--detach", str(root / "linked"))
+        root = root / "linked"
+    if where_to == "branch":
+        git("checkout", "-qb", "side")
+    broken = root / ".castore" / "tags" / "release"
+    broken.parent.mkdir()
+    broken.write_text("<<<<<<< HEAD\n")
+    if where_to in ("index", "branch"):
+        git("add", ".castore/tags")
+    if where_to == "branch":
+        git("commit", "-qm", "tag")
+        git("checkout", "-q", "main")
+    if where_to == "index":
+        broken.unlink()
+    before = repo.store.stored()
+    with pytest.raises(castore.CastoreError, match="release"):
+        castore.collect_garbage(repo, ONE)
+    assert repo.store.stored() == before
+
+
 def test_a_pin_counts_on_any_branch(repo: Repo, git: Git) -> None:
     checkpoint_id = save(repo, 1, 5.0)
     save(repo, 2, 1.0)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Selector = Annotated[
-    str, typer.Argument(metavar="ID", help="First digits of an id, or best, latest, run:best or run:latest.")
+    str, typer.Argument(metavar="ID", help="First digits of an id, a tag, or best, latest, run:best or run:latest.")
 ]
 TagsOption = Annotated[list[str] | None, typer.Option("--tag", help="Tag; may be repeated.")]
 NoteOption = Annotated[str, typer.Option(help="Note.", show_default=False)]

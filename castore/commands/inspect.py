@@ -39,6 +39,7 @@ Kind = Literal["checkpoint", "dataset", "files", "all"]
 @app.command(epilog="Example: castore log --run main -n 5")
 def log(
     run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
+    tag: Annotated[str | None, typer.Option(help="Only what has this tag.", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option("-n", "--limit", min=1, help="At most this many.")] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Draw which checkpoint was resumed from which.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the validation loss of each run.")] = False,
@@ -56,30 +57,51 @@ def log(
     repo = castore.Repo.open()
     listing = repo.catalog.listing()
     warn(*(f"{broken.path}: {broken.reason}" for broken in listing.broken))
+    tags = _Tags(repo)
     entries = [
-        entry for entry in listing.entries if run in (None, entry.manifest.run) and kind in ("all", entry.manifest.kind)
+        entry
+        for entry in listing.entries
+        if run in (None, entry.manifest.run)
+        and kind in ("all", entry.manifest.kind)
+        and (tag is None or tag in tags.of(entry))
     ][:limit]
     if as_json:
-        print_json([_entry_json(repo, entry) for entry in entries])
+        print_json([_entry_json(repo, entry, tags) for entry in entries])
     elif not entries:
-        say(_describe_absence(run, kind))
+        say(_describe_absence(run, kind, tag))
     elif graph:
-        say(*_graph_lines(repo, entries))
+        say(*_graph_lines(repo, entries, tags))
     elif plot:
         print_curves(_loss_curves(entries), x_label="step", y_label="validation loss")
     else:
         now = datetime.now(UTC)
         heads = ("id", "run", "step", "score", "val loss", "data", "size", "age", "tags")
-        print_table(heads, [_log_row(repo, entry, now) for entry in entries])
+        print_table(heads, [_log_row(repo, entry, tags, now) for entry in entries])
 
 
-def _describe_absence(run: str | None, kind: Kind) -> str:
+class _Tags:
+    """What checkpoints are called: the tags that name them now, and those that they were saved with."""
+
+    def __init__(self, repo: castore.Repo) -> None:
+        named, broken = repo.catalog.tags()
+        warn(*(f"{file.path}: {file.reason}" for file in broken))
+        self._names: dict[str, list[str]] = {}
+        for name, checkpoint_id in named.items():
+            self._names.setdefault(checkpoint_id, []).append(name)
+
+    def of(self, entry: Entry) -> list[str]:
+        return list(dict.fromkeys([*self._names.get(entry.id, ()), *entry.manifest.tags]))
+
+
+def _describe_absence(run: str | None, kind: Kind, tag: str | None) -> str:
+    if tag is not None:
+        return f"nothing here has the tag {tag}: `castore tag` lists those that name something"
     if kind != "checkpoint":
         return f"no manifest of kind {kind}{f' of run {run}' if run else ''} yet"
     return f"no checkpoint of run {run}" if run else "no checkpoint yet: `castore train` makes the first one"
 
 
-def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]:
+def _log_row(repo: castore.Repo, entry: Entry, tags: _Tags, now: datetime) -> tuple[str, ...]:
     manifest = entry.manifest
     return (
         entry.id[:12],
@@ -90,7 +112,7 @@ def _log_row(repo: castore.Repo, entry: Entry, now: datetime) -> tuple[str, ...]
         _availability(repo, entry),
         format_size(sum(part.stored_bytes for part in manifest.parts.values())),
         format_age(now - datetime.fromisoformat(manifest.created)),
-        " ".join(manifest.tags),
+        " ".join(tags.of(entry)),
     )
 
 
@@ -100,15 +122,15 @@ def _availability(repo: castore.Repo, entry: Entry) -> str:
     return availability(repo.part_states(entry))
 
 
-def _graph_lines(repo: castore.Repo, entries: Sequence[Entry]) -> Iterator[str]:
+def _graph_lines(repo: castore.Repo, entries: Sequence[Entry], tags: _Tags) -> Iterator[str]:
     from castore.policy import lineage
 
     listed = {entry.id for entry in entries}
     for lines, entry in lineage.draw(entries):
-        yield f"{lines} {_graph_text(repo, entry, listed)}" if entry else lines
+        yield f"{lines} {_graph_text(repo, entry, listed, tags)}" if entry else lines
 
 
-def _graph_text(repo: castore.Repo, entry: Entry, listed: Container[str]) -> str:
+def _graph_text(repo: castore.Repo, entry: Entry, listed: Container[str], tags: _Tags) -> str:
     manifest = entry.manifest
     loss = f"val loss {format_number(manifest.metrics['val_loss'])}" if "val_loss" in manifest.metrics else ""
     is_parent_shown = manifest.parent is None or manifest.parent in listed
@@ -117,7 +139,7 @@ def _graph_text(repo: castore.Repo, entry: Entry, listed: Container[str]) -> str
         f"{manifest.run}, step {manifest.step:,}",
         loss,
         _availability(repo, entry),
-        " ".join(manifest.tags),
+        " ".join(tags.of(entry)),
         parent,
     )
     return "  ".join((entry.id[:12], *filter(None, columns)))
@@ -138,7 +160,7 @@ def _loss_curves(entries: Sequence[Entry]) -> list[Curve]:
     return [Curve(run, sorted(points), [points[step] for step in sorted(points)]) for run, points in runs.items()]
 
 
-def _entry_json(repo: castore.Repo, entry: Entry) -> dict[str, Any]:
+def _entry_json(repo: castore.Repo, entry: Entry, tags: _Tags) -> dict[str, Any]:
     from castore.policy.resolution import availability
 
     manifest = entry.manifest
@@ -153,7 +175,7 @@ def _entry_json(repo: castore.Repo, entry: Entry) -> dict[str, Any]:
         "score": castore.score(manifest),
         "metrics": manifest.metrics,
         "availability": availability(states),
-        "tags": manifest.tags,
+        "tags": tags.of(entry),
         "note": manifest.note,
         "parts": {
             name: {**msgspec.to_builtins(part), "where": states[name].where} for name, part in manifest.parts.items()
@@ -176,7 +198,7 @@ def show(selector: Selector, as_json: JsonOption = False) -> None:
         "info": manifest.info,
     }
     if as_json:
-        print_json({**_entry_json(repo, entry), **sections})
+        print_json({**_entry_json(repo, entry, _Tags(repo)), **sections})
         return
     say(*_describe_entry(repo, entry))
     for name, section in sections.items():
@@ -192,8 +214,9 @@ def _describe_entry(repo: castore.Repo, entry: Entry) -> Iterator[str]:
     yield f"score      {'none' if score is None else f'{score:.6f}'}"
     for name, value in manifest.metrics.items():
         yield f"           {name} {value:.6g}"
-    if manifest.tags or manifest.note:
-        yield f"tags       {' '.join(manifest.tags)}  {manifest.note}"
+    tags = _Tags(repo).of(entry)
+    if tags or manifest.note:
+        yield f"tags       {' '.join(tags)}  {manifest.note}"
     states = repo.part_states(entry)
     for name, part in manifest.parts.items():
         state = states[name]

@@ -1,4 +1,4 @@
-"""What keeps the store small and whole: `castore gc`, `pin`, `unpin` and `forget`."""
+"""What keeps the store small and whole: `castore gc`, `pin`, `unpin`, `tag`, `untag` and `forget`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import typer
 
 import castore
 from castore import errors
-from castore.commands.console import Display, JsonOption, Selector, print_json, say, warn
+from castore.commands.console import Display, JsonOption, Selector, print_json, print_table, say, warn
 from castore.text import format_size
 
 if TYPE_CHECKING:
     from castore.format.ids import ObjectId
     from castore.policy import retention
+    from castore.policy.resolution import PartState
 
 app = typer.Typer()
 
@@ -143,9 +144,7 @@ def pin(selector: Selector, as_json: JsonOption = False) -> None:
     repo = castore.Repo.open()
     entry = repo.find(selector)
     path, states = repo.pin(entry)
-    for name, state in states.items():
-        if state.where == "missing":
-            warn(f"part {name} of {entry.id[:12]} is not kept by that: {state.reason}")
+    _warn_of_missing(entry.id, states)
     if as_json:
         print_json({"id": entry.id, "path": str(path)})
     else:
@@ -178,6 +177,75 @@ def _find_pinned(repo: castore.Repo, selector: str) -> ObjectId:
         return pins[0]
 
 
+def _warn_of_missing(checkpoint_id: ObjectId, states: Mapping[str, PartState]) -> None:
+    for name, state in states.items():
+        if state.where == "missing":
+            warn(f"part {name} of {checkpoint_id[:12]} is not kept by that: {state.reason}")
+
+
+@app.command(epilog="Example: castore tag best release")
+def tag(
+    selector: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="What to tag; without it, tags are listed.")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="What to call it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Move a tag that names another checkpoint.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a checkpoint a name, or list the names there are.
+
+    The name can be used wherever an id can, and what has one is kept whole, as with a pin. A tag is a file: commit it,
+    and it counts in any branch.
+    """
+    repo = castore.Repo.open()
+    if selector is None:
+        _list_tags(repo, as_json)
+        return
+    if name is None:
+        raise errors.UsageError(
+            f"what shall it be called? `castore tag {selector} NAME`; `castore log --tag NAME` finds it"
+        )
+    entry = repo.find(selector)
+    path, states = repo.tag(entry, name, move=force)
+    _warn_of_missing(entry.id, states)
+    if as_json:
+        print_json({"name": name, "id": entry.id, "path": str(path)})
+    else:
+        say(f"tagged {entry.id[:12]} as {name}: commit {path}")
+
+
+def _list_tags(repo: castore.Repo, as_json: bool) -> None:
+    tags, broken = repo.catalog.tags()
+    warn(*(f"{file.path}: {file.reason}" for file in broken))
+    entries = {entry.id: entry.manifest for entry in repo.catalog.listing().entries}
+    if as_json:
+        print_json([{"name": name, "id": tagged, "known": tagged in entries} for name, tagged in tags.items()])
+    elif not tags:
+        say("no tag yet: `castore tag best NAME` gives the best checkpoint one")
+    else:
+        print_table(
+            ("tag", "id", "run", "step"),
+            [
+                (name, tagged[:12], entries[tagged].run, f"{entries[tagged].step:,}")
+                if tagged in entries
+                else (name, tagged[:12], "its manifest isn't here", "")
+                for name, tagged in tags.items()
+            ],
+        )
+
+
+@app.command(epilog="Example: castore untag release")
+def untag(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tag to remove.")], as_json: JsonOption = False
+) -> None:
+    """Remove a tag; the checkpoint stays for as long as the policy keeps it. A tag in another branch still counts."""
+    castore.Repo.open().untag(name)
+    if as_json:
+        print_json({"name": name})
+    else:
+        say(f"removed the tag {name}")
+
+
 @app.command(epilog="Example: castore forget 3f2a91")
 def forget(
     selector: Selector,
@@ -197,6 +265,8 @@ def forget(
     short = entry.id[:12]
     if entry.id in repo.catalog.pins():
         raise errors.UsageError(f"{short} is pinned: `castore unpin {short}` first")
+    if names := [name for name, tagged in repo.catalog.tags()[0].items() if tagged == entry.id]:
+        raise errors.UsageError(f"{short} is tagged: `castore untag {names[0]}` first")
     if not force and not git.is_committed(repo.catalog.root / entry.manifest.file_name(entry.id)):
         raise errors.UsageError(f"{short} isn't in git's last commit: commit it, or lose it with --force")
     path = repo.forget(entry)

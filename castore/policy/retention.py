@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import MappingProxyType
 
 import msgspec
 
@@ -93,28 +94,32 @@ def decide(
     now: datetime,
     pinned: AbstractSet[ObjectId] = frozenset(),
     pinned_elsewhere: AbstractSet[ObjectId] = frozenset(),
+    tagged: Mapping[ObjectId, Sequence[str]] = MappingProxyType({}),
+    tagged_elsewhere: Mapping[ObjectId, Sequence[str]] = MappingProxyType({}),
     in_use: AbstractSet[str] = frozenset(),
     usable: Usability | None = None,
 ) -> tuple[Decision, ...]:
     """Return one decision for every manifest of every source, newest first.
 
-    Keep, of each experiment, the best ``keep`` by score and the newest ``keep_latest``; and everything pinned or in
-    use. Keep the resume parts (optimizer, trainer) of the best, of the newest ``keep_optimizer`` of those kept, and of
-    those pinned or in use. If the total exceeds ``max_size``, evict the worst checkpoints first, but never the best,
-    the newest, those pinned or in use.
+    Keep, of each experiment, the best ``keep`` by score and the newest ``keep_latest``; and everything pinned,
+    tagged or in use. Keep the resume parts (optimizer, trainer) of the best, of the newest ``keep_optimizer`` of those
+    kept, and of those pinned, tagged or in use. If the total exceeds ``max_size``, evict the worst checkpoints first,
+    but never the best, the newest, those pinned, tagged or in use.
     What can't be loaded counts towards none of these numbers, by ``usable``; where something may be left to repair,
     it is kept beside them.
-    What ``others`` keep or pin gets the space that the work tree leaves: it never evicts anything of the work tree.
+    What ``others`` keep, pin or tag gets the space that the work tree leaves: it evicts nothing of the work tree.
     """
     own_drafts = {entry.id: _Draft(entry) for entry in work_tree.entries}
     usable = usable or Usability()
     _judge_source(work_tree, policy, own_drafts, now, "", usable)
-    _hold(own_drafts, pinned, "pinned")
-    _hold(own_drafts, in_use, "in use")
+    _hold(own_drafts, dict.fromkeys(pinned, "pinned"))
+    _hold(own_drafts, {tagged_id: f"tagged {' '.join(names)}" for tagged_id, names in tagged.items()})
+    _hold(own_drafts, {ObjectId(checkpoint_id): "in use" for checkpoint_id in in_use})
     other_drafts = {entry.id: _Draft(entry) for source in (work_tree, *others) for entry in source.entries}
     for source in others:
         _judge_source(source, policy, other_drafts, now, f" on {source.name}", usable)
-    _hold(other_drafts, pinned_elsewhere, "pinned elsewhere")
+    _hold(other_drafts, dict.fromkeys(pinned_elsewhere, "pinned elsewhere"))
+    _hold(other_drafts, {id_: f"tagged {' '.join(names)} elsewhere" for id_, names in tagged_elsewhere.items()})
     if policy.max_size is not None:
         used = _evict(list(own_drafts.values()), policy.max_size, contents, {})
         _evict(list(other_drafts.values()), policy.max_size, contents, used)
@@ -122,9 +127,9 @@ def decide(
     return tuple(_decision(own_drafts.get(entry.id), other_drafts[entry.id]) for entry in ordered)
 
 
-def _hold(drafts: Mapping[ObjectId, _Draft], ids: AbstractSet[str], reason: str) -> None:
-    for checkpoint_id in ids:
-        if draft := drafts.get(ObjectId(checkpoint_id)):
+def _hold(drafts: Mapping[ObjectId, _Draft], reasons: Mapping[ObjectId, str]) -> None:
+    for checkpoint_id, reason in reasons.items():
+        if draft := drafts.get(checkpoint_id):
             draft.hold(reason, every_part=True, protect=True)
 
 

@@ -1,7 +1,8 @@
 """What a user types to name a checkpoint, prepared data or a tree of files, and the choice among manifests. Pure.
 
-``best`` and ``latest`` look at every run, ``RUN:best`` and ``RUN:latest`` at one; anything else is the first digits
-of an id. Every command and function that takes such a text reads it here.
+``best`` and ``latest`` look at every run, ``RUN:best`` and ``RUN:latest`` at one; anything else is the name of a tag
+or the first digits of an id, and no tag may have a name of hex digits alone. Every command and function that takes
+such a text reads it here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from castore.errors import AmbiguousId, NotFound, UnknownId
 from castore.format.manifest import Entry, Kind
+from castore.format.tag import is_tag_name
 
 _SUGGESTED = 3
 _SUGGESTED_DIGITS = 8  # at least: fewer are hard to compare by eye
@@ -27,7 +29,7 @@ _REMEDY = {
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A selector taken apart: ``name`` is ``best``, ``latest`` or the first digits of an id.
+    """A selector taken apart: ``name`` is ``best``, ``latest``, a tag or the first digits of an id.
 
     ``run`` limits ``best`` and ``latest`` to one run; empty means every run. ``kind`` is the kind of manifest that is
     wanted, None for any; only checkpoints have a quality, so ``best`` is a word for no other kind.
@@ -72,16 +74,16 @@ class Selector:
         kind = self.kind or "checkpoint"
         raise NotFound(f"{_NONE[kind]} yet: {_REMEDY[kind]}")
 
-    def choose(self, matches: Sequence[Entry], known_ids: Iterable[str]) -> Entry:
+    def choose(self, matches: Sequence[Entry], known: Iterable[str]) -> Entry:
         """Return the one entry of ``matches``, which are those whose id begins with :attr:`name`.
 
-        ``known_ids`` are ids, or the first digits of ids, from which to suggest one when there is no match. UnknownId,
+        ``known`` are tags, and ids or their first digits, from which to suggest one when there is no match. UnknownId,
         AmbiguousId; NotFound when the match is of another kind than the wanted one.
         """
         if len(matches) > 1:
             raise AmbiguousId(self.name, sorted(entry.id for entry in matches))
         if not matches:
-            raise self._unknown(known_ids)
+            raise self._unknown(known)
         (entry,) = matches
         kind = entry.manifest.kind
         if self.kind not in (None, kind):
@@ -89,10 +91,10 @@ class Selector:
             raise NotFound(f"{entry.id[:12]} is {_IS[kind]}, not {_IS[self.kind]}: {hint}")
         return entry
 
-    def _unknown(self, known_ids: Iterable[str]) -> NotFound:
+    def _unknown(self, known: Iterable[str]) -> NotFound:
         digits = max(len(self.name), _SUGGESTED_DIGITS)
-        starts = [known_id[:digits] for known_id in known_ids]
-        near = difflib.get_close_matches(self.name.lower(), starts, n=_SUGGESTED, cutoff=0.6)
+        names = [text if is_tag_name(text) else text[:digits] for text in known]
+        near = difflib.get_close_matches(self.name.lower(), names, n=_SUGGESTED, cutoff=0.6)
         if self.kind in (None, "checkpoint"):
             return UnknownId(self.name, near)
         hint = f"did you mean {', '.join(near)}?" if near else f"`castore log --kind {self.kind}` lists them"

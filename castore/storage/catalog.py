@@ -1,26 +1,28 @@
-"""Manifests, pins and records of bundles: in the work tree, the git index and git refs.
+"""Manifests, pins, tags and records of bundles: in the work tree, the git index and git refs.
 
 Resolving looks at the work tree alone: what is checked out is what was reviewed and merged. A manifest on another
 branch, that of a pull request for example, makes claims that nobody has agreed to. Before anything is deleted, the
-manifests and pins of all of them count: :func:`read_roots`.
+manifests, pins and tags of all of them count: :func:`read_roots`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from castore.errors import (
     CorruptBundle,
     CorruptManifest,
+    CorruptTag,
     InvalidManifest,
     ManifestsHidden,
     StorageError,
     UnsupportedVersion,
+    UsageError,
     printable,
 )
-from castore.format import manifest
+from castore.format import manifest, tag
 from castore.format.bundle import MAX_RECORD_BYTES, Record, decode_record, encode_record
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry, Manifest
@@ -47,11 +49,12 @@ class Listing:
 
 
 class Catalog:
-    """What a ``.castore`` folder keeps in git, one file each: manifests, pins (empty files), records of bundles."""
+    """What a ``.castore`` folder keeps in git, one file each: manifests, pins (empty), tags, and records of bundles."""
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self.root = folder / "manifests"
         self._pins = folder / "pins"
+        self._tags = folder / "tags"
         self._bundles = folder / "bundles"
         self._temporary = folder / "tmp"
         self._durable = durable
@@ -169,6 +172,58 @@ class Catalog:
         fs.unlink(self._pins / checkpoint_id)
         return is_pinned
 
+    # -- tags --------------------------------------------------------------------------------------------------------
+
+    def tags(self) -> tuple[dict[str, ObjectId], list[BrokenFile]]:
+        """Return the id that each tag names, by the tag's name in order, and the files that can't be read as a tag."""
+        tags: dict[str, ObjectId] = {}
+        broken = []
+        for file in sorted(fs.scan(self._tags), key=lambda file: file.name):
+            if tag.is_tag_name(file.name):
+                try:
+                    if tagged := self.tagged(file.name):
+                        tags[file.name] = tagged
+                except (CorruptTag, StorageError) as error:
+                    broken.append(BrokenFile(Path(file.path), str(error).removeprefix(f"{file.path}: ")))
+        return tags, broken
+
+    def tagged(self, name: str) -> ObjectId | None:
+        """Return the id that a tag names, or None where there is no such tag. CorruptTag, StorageError."""
+        path = self._tags / name
+        if not tag.is_tag_name(name):
+            return None
+        if path.is_symlink():
+            raise CorruptTag(str(path), "a symbolic link, which is not followed")
+        try:
+            return tag.decode(fs.read(path, tag.MAX_BYTES), str(path))
+        except FileNotFoundError:
+            return None
+
+    def add_tag(self, name: str, checkpoint_id: ObjectId, *, move: bool = False) -> Path:
+        """Let ``name`` name a manifest, durably; return the path. UsageError if it names another and not ``move``.
+
+        Also for a name that no tag may have, or that differs from another tag's in case alone.
+        """
+        path = self._tags / tag.check_name(name)
+        for file in fs.scan(self._tags):
+            if file.name != name and safe_paths.collision_key(file.name) == safe_paths.collision_key(name):
+                raise UsageError(f"tag {name} differs from tag {file.name} in case alone: use another name")
+        self._make_folder(self._tags)
+        data = tag.encode(checkpoint_id)
+        if fs.publish(path, data, self._temporary, durable=self._durable, replace=move):
+            return path
+        if (tagged := self.tagged(name)) != checkpoint_id:
+            of = f"names {tagged[:12]}" if tagged else "is in use"
+            raise UsageError(f"tag {name} {of}: --force moves it, or choose another name")
+        return path
+
+    def remove_tag(self, name: str) -> bool:
+        """Remove a tag from the work tree; return False if there is none."""
+        is_there = tag.is_tag_name(name) and safe_paths.status(self._tags / name) is not None
+        if is_there:
+            fs.unlink(self._tags / name)
+        return is_there
+
     # -- records of bundles ------------------------------------------------------------------------------------------
 
     def records(self) -> tuple[list[Record], list[BrokenFile]]:
@@ -246,9 +301,9 @@ def _read_bytes(path: Path | str) -> bytes:
     return fs.read(path, manifest.MAX_BYTES)
 
 
-# -- roots: every manifest and pin that may still be needed ----------------------------------------------------------
+# -- roots: every manifest, pin and tag that may still be needed -----------------------------------------------------
 
-ROOT_FOLDERS = ("manifests", "pins")
+ROOT_FOLDERS = ("manifests", "pins", "tags")
 """The folders of ``.castore`` that garbage collection reads of every ref."""
 
 
@@ -256,24 +311,28 @@ ROOT_FOLDERS = ("manifests", "pins")
 class Roots:
     """Everything that keeps data from being deleted.
 
-    ``here`` are the manifests of the work tree and the git index, and ``pins`` their pins. ``elsewhere`` are those of
-    each ref, stash or linked worktree that holds further ones, with its name, and ``pins_elsewhere`` all their pins.
+    ``here`` are the manifests of the work tree and the git index, ``pins`` their pins, and ``tags`` their tags: the
+    names of each manifest that has some. ``elsewhere`` are the manifests of each ref, stash or linked worktree that
+    holds further ones, with its name; ``pins_elsewhere`` and ``tags_elsewhere`` all their pins and tags.
     """
 
     here: tuple[Entry, ...]
     elsewhere: tuple[tuple[str, tuple[Entry, ...]], ...]
     pins: frozenset[ObjectId]
     pins_elsewhere: frozenset[ObjectId] = frozenset()
+    tags: Mapping[ObjectId, tuple[str, ...]] = field(default_factory=dict)
+    tags_elsewhere: Mapping[ObjectId, tuple[str, ...]] = field(default_factory=dict)
 
 
 def read_roots(catalog: Catalog) -> Roots:
-    """Read the manifests and pins of the work tree, the index, the tip of every ref, stashes and linked worktrees.
+    """Read the manifests, pins and tags of the work tree, the index, every ref's tip, stashes and linked worktrees.
 
-    CorruptManifest, UnsupportedVersion, StorageError or RootsUnreadable when any of it can't be read: then nothing may
-    be deleted.
+    CorruptManifest, CorruptTag, UnsupportedVersion, StorageError or RootsUnreadable when any of it can't be read: then
+    nothing may be deleted.
     """
     here = {entry.id: entry for entry in _read_all(catalog)}
     pins, pins_elsewhere = set(catalog.pins()), set[ObjectId]()
+    tags, tags_elsewhere = {*_all_tags(catalog)}, set[_Tag]()
     sources: dict[str, dict[ObjectId, Entry]] = {}
     folder = catalog.root.parent
     if git.is_inside(folder):
@@ -282,6 +341,7 @@ def read_roots(catalog: Catalog) -> Roots:
             linked_catalog = Catalog(path / inside, durable=False)
             sources[printable(f"worktree {path}")] = {entry.id: entry for entry in _read_all(linked_catalog)}
             pins_elsewhere.update(linked_catalog.pins())
+            tags_elsewhere.update(_all_tags(linked_catalog))
         index = git.index(top, inside, ROOT_FOLDERS)
         linked_indexes = [git.index(path, inside, ROOT_FOLDERS) for path in linked]
         snapshots = [index, *linked_indexes, *git.tips(folder, ROOT_FOLDERS)]
@@ -291,6 +351,8 @@ def read_roots(catalog: Catalog) -> Roots:
             entries = {by_blob[blob].id: by_blob[blob] for blob in blobs}
             (here if snapshot is index else sources.setdefault(snapshot.name, {})).update(entries)
             (pins if snapshot is index else pins_elsewhere).update(_pins_in(snapshot))
+        for snapshot, found in zip(snapshots, _read_tags(folder, snapshots), strict=True):
+            (tags if snapshot is index else tags_elsewhere).update(found)
     # the same manifests on many branches count once, and not at all when the work tree has them too
     further = {frozenset(entries): (name, tuple(entries.values())) for name, entries in sources.items()}
     return Roots(
@@ -298,7 +360,46 @@ def read_roots(catalog: Catalog) -> Roots:
         tuple(source for ids, source in further.items() if not ids <= here.keys()),
         frozenset(pins),
         frozenset(pins_elsewhere),
+        _names_by_id(tags),
+        _names_by_id(tags_elsewhere),
     )
+
+
+_Tag = tuple[str, ObjectId]
+
+
+def _all_tags(catalog: Catalog) -> Iterable[_Tag]:
+    tags, broken = catalog.tags()
+    for file in broken:
+        raise CorruptTag(str(file.path), f"{file.reason}; nothing was deleted")
+    return tags.items()
+
+
+def _read_tags(folder: Path, snapshots: Sequence[git.Snapshot]) -> Iterator[list[_Tag]]:
+    """Yield the tags of each snapshot. CorruptTag, RootsUnreadable."""
+    places = {
+        blob: f"{snapshot.name}:{path}"
+        for snapshot in snapshots
+        for path, blob in snapshot.files.items()
+        if _tag_name(path)
+    }
+    blobs = git.blobs(folder, places, tag.MAX_BYTES)
+    ids = {blob: tag.decode(data, places[blob]) for blob, data in blobs.items()}
+    for snapshot in snapshots:
+        yield [(_tag_name(path), ids[blob]) for path, blob in snapshot.files.items() if _tag_name(path)]
+
+
+def _tag_name(path: str) -> str:
+    """Return the name of the tag whose file has this path; empty if it is none."""
+    name = path.removeprefix("tags/").partition("?")[0]
+    return name if path.startswith("tags/") and tag.is_tag_name(name) else ""
+
+
+def _names_by_id(tags: Iterable[_Tag]) -> dict[ObjectId, tuple[str, ...]]:
+    names: dict[ObjectId, tuple[str, ...]] = {}
+    for name, checkpoint_id in sorted(tags):
+        names[checkpoint_id] = (*names.get(checkpoint_id, ()), name)
+    return names
 
 
 def _read_blobs(folder: Path, snapshots: Sequence[git.Snapshot]) -> dict[str, Entry]:

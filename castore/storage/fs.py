@@ -207,11 +207,11 @@ def share_with_group(folder: Path) -> None:
             os.chmod(folder, stat.S_IMODE(os.stat(folder).st_mode) | 0o2070)
 
 
-def publish(path: Path, data: bytes, temporary_folder: Path, *, durable: bool = True) -> bool:
+def publish(path: Path, data: bytes, temporary_folder: Path, *, durable: bool = True, replace: bool = False) -> bool:
     """Create ``path`` with ``data``, durably and never partially visible; return False if it exists already.
 
-    The link is the commit point: the file is complete and on the disk before anything can see it. The temporary file
-    in ``temporary_folder``, which must be on the same file system, is gone afterwards.
+    The link is the commit point, or with ``replace`` the renaming: the file is complete and on the disk before anything
+    can see it. The temporary file in ``temporary_folder``, which must be on the same file system, is gone afterwards.
     """
     descriptor, temporary = create_temporary(temporary_folder)
     try:
@@ -219,10 +219,14 @@ def publish(path: Path, data: bytes, temporary_folder: Path, *, durable: bool = 
             write(descriptor, temporary, [data])
             if durable:
                 sync(descriptor, temporary)
-        is_new = link(temporary, path)
+        is_written = True
+        if replace:
+            rename(temporary, path)
+        else:
+            is_written = link(temporary, path)
         if durable:
             sync_directory(path.parent)
-        return is_new
+        return is_written
     finally:
         discard(temporary)
 

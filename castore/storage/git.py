@@ -162,7 +162,7 @@ def blobs(folder: Path, places: Mapping[str, str], limit: int) -> dict[str, byte
             place = places.get(blob_id)
             raise RootsUnreadable(f"git has no blob {blob_id} of {place} (a partial clone?): fetch it first")
         if int(length) > limit:
-            raise RootsUnreadable(f"{places[blob_id]} has {length} bytes, more than a manifest can have: remove it")
+            raise RootsUnreadable(f"{places[blob_id]} has {length} bytes, where at most {limit} make sense: remove it")
     out = memoryview(_demand_bytes(folder, ["cat-file", "--batch"], "\n".join(blob_ids).encode() + b"\n"))
     contents = {}
     at = 0

@@ -1,8 +1,9 @@
-"""The commands that decide what is kept: gc, pin, unpin, forget."""
+"""The commands that decide what is kept: gc, pin, unpin, tag, untag, forget."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -295,3 +296,123 @@ def test_a_pin_of_what_is_partly_gone_says_what_it_does_not_keep(history_copy: P
     assert process.returncode == 0, err
     assert "pinned" in out
     assert f"part optimizer of {entry.id[:12]} is not kept by that: its data is not in the store" in err
+
+
+# -- tag and untag ----------------------------------------------------------------------------------------------------
+
+
+def id_of(project: Project, step: int) -> str:
+    return str(by_step(project, step))
+
+
+def test_a_tag_names_a_checkpoint_wherever_an_id_does(eight: Project) -> None:
+    first = id_of(eight, 3)
+    out = eight.call("tag", first[:12], "release")
+    assert out == f"tagged {first[:12]} as release: commit {eight.root / '.castore' / 'tags' / 'release'}\n"
+    assert (eight.root / ".castore" / "tags" / "release").read_text() == f"{first}\n"
+    assert eight.json("show", "release")["id"] == first
+    assert eight.json("resolve", "release")["match"]["id"] == first
+    assert eight.call("verify", "release") == eight.call("verify", first)
+    eight.call("export", "release", str(eight.root / "out.pt"))
+    assert (eight.root / "out.pt").is_file()
+    assert eight.call("diff", "release", first) == eight.call("diff", first, first)
+    assert eight.call("tag").split() == ["tag", "id", "run", "step", "release", first[:12], "a", "3"]
+    assert eight.json("tag") == [{"name": "release", "id": first, "known": True}]
+
+
+def test_log_finds_what_has_a_tag(eight: Project) -> None:
+    first = id_of(eight, 3)
+    eight.call("tag", first, "release")
+    eight.call("tag", first, "v1.0")
+    (entry,) = eight.json("log", "--tag", "release")
+    assert (entry["id"], entry["tags"]) == (first, ["release", "v1.0"])
+    assert eight.call("log", "--tag", "release").rstrip().endswith("release v1.0")
+    assert "release v1.0" in eight.call("log", "--graph")
+    assert "release v1.0" in eight.call("show", first)
+    assert eight.call("log", "--tag", "relase") == (
+        "nothing here has the tag relase: `castore tag` lists those that name something\n"
+    )
+    assert "did you mean release?" in eight.call("show", "relase", code=3)
+
+
+def test_what_is_tagged_stays_whole_until_the_tag_is_gone(eight: Project) -> None:
+    eight.call("tag", id_of(eight, 3), "release")
+    out = eight.call("gc", "--keep", "1", "--keep-latest", "0", "--grace", "0s")
+    assert "step 3 of a, model optimizer trainer: tagged release" in out
+    assert availability(eight)["a3"] == "full"
+    assert "removed the tag release" in eight.call("untag", "release")
+    eight.call("gc", "--keep", "1", "--keep-latest", "0", "--grace", "0s")
+    assert availability(eight)["a3"] == "history"
+    assert "there is no tag 'release'" in eight.call("untag", "release", code=3)
+
+
+def test_a_tag_moves_only_on_request(eight: Project) -> None:
+    first, second = id_of(eight, 3), id_of(eight, 4)
+    eight.call("tag", first, "release")
+    eight.call("tag", first, "release")
+    err = eight.call("tag", second, "release", code=2)
+    assert f"tag release names {first[:12]}: --force moves it" in err
+    assert eight.json("show", "release")["id"] == first
+    eight.call("tag", second, "release", "--force")
+    assert eight.json("show", "release")["id"] == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["best", "beef"], 2, "the first digits of an id"),
+        (["best", "latest"], 2, "a selector"),
+        (["best", "../config.toml"], 2, "1 to 64 letters"),
+        (["best", "--force", "a/b"], 2, "1 to 64 letters"),
+        (["best"], 2, "`castore tag best NAME`"),
+        (["nonesuch", "x"], 3, "nonesuch"),
+        (["best", "Release"], 2, "differs from tag release in case alone"),
+    ],
+)
+def test_what_makes_no_tag_is_refused(eight: Project, arguments: list[str], code: int, says: str) -> None:
+    eight.call("tag", "best", "release")
+    before = tree(eight.root / ".castore")
+    assert says in eight.call("tag", *arguments, code=code)
+    assert tree(eight.root / ".castore") == before
+
+
+def test_a_tagged_checkpoint_is_not_forgotten(eight: Project) -> None:
+    eight.call("tag", id_of(eight, 3), "release")
+    assert "is tagged: `castore untag release` first" in eight.call("forget", "release", "--force", code=2)
+
+
+def test_a_tag_whose_checkpoint_is_not_here_says_so(eight: Project) -> None:
+    first = id_of(eight, 3)
+    eight.call("tag", first, "release")
+    (path,) = (eight.root / ".castore" / "manifests").glob(f"*/*-{first[:12]}.json")
+    path.unlink()
+    assert f"tag release names {first[:12]}, whose manifest isn't here" in eight.call("show", "release", code=3)
+    assert "its manifest isn't here" in eight.call("tag")
+    assert f"release names {first[:12]}, which isn't here" in eight.call("doctor")
+    eight.call("untag", "release")
+
+
+@pytest.mark.parametrize("how", ["text", "link", "pipe", "large"])
+def test_a_damaged_tag_is_told_stops_gc_and_can_be_set_again(eight: Project, how: str) -> None:
+    eight.call("tag", "best", "release")
+    path = eight.root / ".castore" / "tags" / "release"
+    path.unlink()
+    if how == "link":
+        path.symlink_to("/dev/zero")
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("x" * (10 if how == "text" else 1_000_000))
+    eight.run("show", "release", code=5 if how in ("text", "link") else 1)
+    eight.run("gc", code=5)
+    assert str(path) in eight.start("doctor").communicate()[0]
+    assert len(eight.json("log")) == 8
+    eight.call("tag", "best", "release", "--force")
+    eight.run("gc")
+
+
+def test_what_has_no_data_left_is_not_tagged(eight: Project) -> None:
+    shutil.rmtree(eight.root / ".castore" / "objects")
+    err = eight.call("tag", id_of(eight, 3), "release", code=4)
+    assert "can't be tagged, as no data of it is left to keep" in err
+    assert eight.json("tag") == []
