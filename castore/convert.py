@@ -114,7 +114,7 @@ def _named_leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_tensor(value: Any) -> bool:
-    return hasattr(value, "data_ptr")
+    return hasattr(value, "data_ptr") and hasattr(value, "layout")  # a storage has no layout
 
 
 def _named_tensors(state: Any) -> dict[str, torch.Tensor]:
@@ -337,6 +337,7 @@ def _first_line(error: Exception) -> str:
 # What plain tensors in plain containers are pickled with. torch allows more, such as a bytearray of any size.
 _ALLOWED = {
     "collections OrderedDict",
+    "collections Counter",  # as MultiStepLR has one
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_tensor_v3",
     "torch._utils _rebuild_tensor",

@@ -14,7 +14,7 @@ from castore.errors import ObjectMissing
 from castore.format import chunking, part_index
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Manifest
-from castore.format.part_index import Index, TensorRef, TensorSpec
+from castore.format.part_index import Index, Object, TensorRef, TensorSpec
 from castore.policy.scoring import score
 from castore.remotes import fallback
 from castore.repo import Repo
@@ -131,7 +131,7 @@ def _differing(before: Any, after: Any) -> Iterator[Value]:
     """Yield the leaves that differ, by key, after containers whose types differ."""
     types_before, types_after = dict(_container_types(before, "")), dict(_container_types(after, ""))
     for key, before_type in types_before.items():
-        if types_after.get(key, before_type) is not before_type:
+        if types_after.get(key, before_type) != before_type:
             yield Value(key, before_type, types_after[key])
     leaves_before, leaves_after = _leaves(before), _leaves(after)
     for key in {**leaves_before, **leaves_after}:
@@ -145,10 +145,12 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {key: value for key, value in part_index.leaves(tree) if type(value) is not TensorRef}
 
 
-def _container_types(value: Any, key: str) -> Iterator[tuple[str, type]]:
-    """Yield the key and type of every container that isn't empty."""
+def _container_types(value: Any, key: str) -> Iterator[tuple[str, type | str]]:
+    """Yield the key and type of every container that isn't empty, and of every value of a further type."""
     items = part_index.items(value, key)
-    if items:
+    if type(value) is Object:
+        yield key, " ".join(map(str, (value.kind, *value.items[:-1])))
+    elif items:
         yield key, type(value)
     for item_key, item in items:
         yield from _container_types(item, item_key)

@@ -41,6 +41,7 @@ from castore.policy.scoring import score
 from castore.policy.selector import Selector
 from castore.remotes.base import Remote
 from castore.remotes.registry import open_configured
+from castore.state import objects
 from castore.state import parts as state_parts
 from castore.state.parts import Flat, PlaceTensors
 from castore.storage import fs, git
@@ -558,9 +559,9 @@ def _check_metric(name: str, value: Any) -> float:
 def _flatten(state: Any, part: str) -> Flat:
     if isinstance(state, Flat):
         return state  # taken apart already, by a saver that works in the background
-    # torch is loaded if the state holds a tensor; castore doesn't load it for a state without one
-    if "torch" in sys.modules:
+    # one of them is loaded if the state holds a tensor or an array; castore loads neither for a state without one
+    if "torch" in sys.modules or "numpy" in sys.modules:
         from castore.state import tensors
 
         return tensors.flatten(state, part)
-    return Flat(state, ())
+    return Flat(objects.take_apart(state, part), ())

@@ -13,7 +13,7 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from blake3 import blake3
 
 import castore
 
+Pair = namedtuple("Pair", "left right", module="of_no_module")
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 CONFIG = '[store]\nchunk_size = "64KiB"\n'
 SHOWN = 64
@@ -117,6 +118,17 @@ def trainer(step: int) -> dict[str, Any]:
         "complex": [complex(1.5, -0.0), complex(float("inf"), odd_nan)],
         "texts": ["", "Grüße, 世界 😀", "\x00\x7f\u2028", "x" * 300],
         "bytes": [b"", b"\x00\xff", bytes(range(256))],
+        "objects": {
+            "milestones": Counter({30: 1, 80: 2}),
+            "default": defaultdict(int, a=1),
+            "free": defaultdict(None),
+            "pair": Pair(1.5, torch.arange(3)),
+            "array": np.arange(6, dtype=">i4").reshape(2, 3),
+            "scalars": [np.float32(0.1), np.int8(-3), np.bool_(True), np.complex64(1 - 2j), np.float16(0.5)],
+            "size": torch.Size([2, 3]),
+            "dtype": torch.bfloat16,
+            "device": torch.device("cuda", 1),
+        },
         "empty": [[], (), {}, OrderedDict()],
         "keys": {1: "one", "1": "text", -1: "minus one", 2**70: "big", "": "nothing"},
         "nested": OrderedDict(b=(True, [None, ({"deep": (False,)},)]), a=False),
@@ -152,6 +164,8 @@ def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
             tensors.append(value)
         return {"tensor": numbers[0] if numbers else len(tensors) - 1}
     kind = type(value)
+    if items := _object_items(value):
+        return {"object": [_describe(item, tensors) for item in items]}
     if kind in (list, tuple):
         return {kind.__name__: [_describe(item, tensors) for item in value]}
     if kind in (dict, OrderedDict):
@@ -165,6 +179,26 @@ def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
     if kind is bytes:
         return {"bytes": value.hex()}
     return value
+
+
+def _object_items(value: Any) -> list[Any]:
+    """Return the kind and the items of a value that is stored as an OBJECT; nothing for any other."""
+    kind = type(value)
+    if kind is Counter:
+        return ["collections.Counter", dict(value)]
+    if kind is defaultdict:
+        return ["collections.defaultdict", getattr(value.default_factory, "__name__", None), dict(value)]
+    if hasattr(kind, "_fields"):
+        return ["namedtuple", f"{kind.__module__}:{kind.__qualname__}", kind._fields, tuple(value)]
+    if kind is np.ndarray:
+        return ["numpy.ndarray", value.dtype.str, torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))]
+    if isinstance(value, np.generic):
+        return ["numpy.generic", value.dtype.name, value.item()]
+    if kind is torch.Size:
+        return ["torch.Size", tuple(value)]
+    if kind in (torch.dtype, torch.device):
+        return [f"torch.{kind.__name__}", str(value).removeprefix("torch.")]
+    return []
 
 
 def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:

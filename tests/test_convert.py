@@ -8,7 +8,7 @@ import resource
 import stat
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -428,12 +428,25 @@ def test_what_is_no_file_is_not_waited_for(repo: Repo, tmp_path: Path) -> None:
             convert.import_file(repo, tmp_path / name)
 
 
+def test_a_checkpoint_with_a_scheduler_is_imported_as_it_is(repo: Repo, tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4]).state_dict()
+    torch.save({"schedule": schedule, "size": torch.Size([2])}, tmp_path / "x.pt")
+    found = convert.import_file(repo, tmp_path / "x.pt")
+    loaded = repo.load(found.id)["model"]
+    assert (loaded["schedule"], type(loaded["schedule"]["milestones"])) == (schedule, Counter)
+    assert type(loaded["size"]) is torch.Size
+
+
 def test_what_cannot_be_stored_is_an_error_that_names_the_key(repo: Repo, tmp_path: Path) -> None:
     torch.save({"a": {"b": torch.ones(3).to_sparse()}}, tmp_path / "x.pt")
-    with pytest.raises((errors.UnsupportedValue, errors.InvalidFile), match=r"model\.a\.b|sparse"):
+    with pytest.raises((errors.UnsupportedValue, errors.InvalidFile), match=r'model\["a.b"\]|sparse'):
         convert.import_file(repo, tmp_path / "x.pt")
+    torch.save({"a.b": torch.ones(3).untyped_storage()}, tmp_path / "z.pt")
+    with pytest.raises((errors.UnsupportedValue, errors.InvalidFile), match=r'model\["a.b"\]|Storage'):
+        convert.import_file(repo, tmp_path / "z.pt")
     torch.save({"a": {"b": torch.ones(3, device="meta")}}, tmp_path / "y.pt")
-    with pytest.raises((errors.UnsupportedValue, errors.InvalidFile), match=r"model\.a\.b|meta"):
+    with pytest.raises((errors.UnsupportedValue, errors.InvalidFile), match=r'model\["a.b"\]|meta'):
         convert.import_file(repo, tmp_path / "y.pt")
     assert nothing_was_saved(repo)
 

@@ -97,7 +97,7 @@ def test_values_that_differ_are_listed_by_key_with_both(repo: Repo) -> None:
     values = model(repo, before, after).values
     assert values == (
         Value("a", 1, 1.0),
-        Value("b[1].c", "x", "y"),
+        Value('b[1]["c"]', "x", "y"),
         Value("z", 0.0, -0.0),
         Value("gone", None, ABSENT),
         Value("t", True, 1),
@@ -115,7 +115,7 @@ def test_containers_of_other_types_are_changed_values(repo: Repo) -> None:
     assert part.values == (
         Value("", dict, OrderedDict),
         Value("betas", list, tuple),
-        Value("nested.a", dict, OrderedDict),
+        Value('nested["a"]', dict, OrderedDict),
         Value("w", list, tuple),
     )
 
@@ -131,8 +131,8 @@ def test_what_the_manifests_say_is_compared(repo: Repo) -> None:
         experiment=Experiment(model={"n": 2}, data="d"), config={"rate": {"max": 0.2}, "same": 1},
     )  # fmt: skip
     found = diff(repo, repo.find(a.id), repo.find(b.id))
-    assert found.config == (Value("rate.max", 0.1, 0.2),)
-    assert found.experiment == (Value("model.n", 1, 2),)
+    assert found.config == (Value('rate["max"]', 0.1, 0.2),)
+    assert found.experiment == (Value('model["n"]', 1, 2),)
     assert {one.key: (one.before, one.after) for one in found.metrics} == {
         "score": (pytest.approx(1 / 3), 0.5), "val_loss": (2.0, 1.0), "x": (1.0, ABSENT),
     }  # fmt: skip

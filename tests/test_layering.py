@@ -50,7 +50,13 @@ OWNERS = {
     "urllib3": ["castore.remotes.github_service"],
     "plotext": ["castore.report.curves"],
     "matplotlib": ["castore.report.curves"],
-    "torch": ["castore.torch", "castore.background", "castore.restoring", "castore.state.tensors"],
+    "torch": [
+        "castore.torch",
+        "castore.background",
+        "castore.restoring",
+        "castore.state.tensors",
+        "castore.state.objects",
+    ],
     "typer": ["castore.commands", "castore.__main__", "nanecho.commands"],
     "rich": ["castore.commands.console", "nanecho.commands"],
 }

@@ -7,6 +7,7 @@ flat, with every count checked against the bytes left, an index takes memory in 
 
 from __future__ import annotations
 
+import json
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,30 @@ class TensorRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Object:
+    """Stands in a tree for a value of a type that is neither a leaf nor a plain container: see :data:`OBJECTS`.
+
+    The last of ``items`` is what it holds; those before it say how. The value's path is that of what it holds.
+    """
+
+    kind: str
+    items: tuple[Any, ...]
+
+
+OBJECTS = {
+    "collections.Counter": 1,  # dict
+    "collections.defaultdict": 2,  # name of the factory or None, dict
+    "namedtuple": 3,  # its type's module and name with a colon between, tuple of field names, tuple
+    "numpy.ndarray": 2,  # dtype as numpy writes it, TensorRef
+    "numpy.generic": 2,  # dtype, number
+    "torch.Size": 1,  # tuple
+    "torch.dtype": 1,  # name
+    "torch.device": 1,  # as torch writes it
+}
+"""The kinds of :class:`Object`, each with the number of its items."""
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
     """A part: ``tree`` holds its values, with a TensorRef in place of each tensor."""
 
@@ -85,7 +110,7 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
 
 # -- encode ----------------------------------------------------------------------------------------------------------
 
-_LIST, _TUPLE, _DICT, _ORDERED, _TENSOR, _INTEGER, _COMPLEX = range(1, 8)
+_LIST, _TUPLE, _DICT, _ORDERED, _TENSOR, _INTEGER, _COMPLEX, _OBJECT = range(1, 9)
 _COUNT = struct.Struct("<I")
 _PAIR = struct.Struct("<dd")
 _CONTAINERS: dict[type, int] = {list: _LIST, tuple: _TUPLE, dict: _DICT, OrderedDict: _ORDERED}
@@ -124,6 +149,10 @@ def _encode_value(value: Any, key: str, depth: int, out: list[bytes], pack: Any)
                 check_key(name, key)
                 _encode_value(name, key, depth + 1, out, pack)
                 _encode_value(item, join_key(key, name), depth + 1, out, pack)
+    elif kind is Object:
+        out.append(pack(msgpack.ExtType(_OBJECT, _COUNT.pack(len(value.items)))))
+        for item in (value.kind, *value.items):
+            _encode_value(item, key, depth + 1, out, pack)
     else:
         out.append(pack(check_leaf(value, key)))
 
@@ -157,17 +186,27 @@ def check_key(name: Any, key: str) -> None:
 
 
 def join_key(key: str, name: Any) -> str:
-    """Return the readable path of item ``name`` below ``key``, such as ``optimizer.state[3].exp_avg``."""
+    """Return the readable path of item ``name`` below ``key``, empty at the top; different places, different paths.
+
+    A string at the top stands as it is, since the names of a model's tensors are full of dots; below it keys are
+    written as in Python. One at the top that could be taken for a path, or that is empty, is quoted, too.
+
+    >>> join_key(join_key(join_key("", "state"), 3), "exp_avg"), join_key("", "blocks.0.weight")
+    ('state[3]["exp_avg"]', 'blocks.0.weight')
+    """
     if type(name) is str:
-        return f"{key}.{name}" if key else name
-    if type(name) is int and name.bit_length() > 64:
-        name = f"{name >> (name.bit_length() - 64):#x}..."  # Python refuses to print very large integers
-        return f"{key}[{name}]"
+        return name if not key and name and "[" not in name else f"{key}[{json.dumps(name, ensure_ascii=False)}]"
+    if type(name) is int and name.bit_length() > _DECIMAL_BITS:
+        return f"{key}[{name:#x}]"
     return f"{key}[{name!r}]"
+
+
+_DECIMAL_BITS = 64  # Python refuses to print very large integers as decimals
 
 
 def items(value: Any, key: str = "") -> list[tuple[str, Any]]:
     """Return the (readable path, item) pairs of a container at ``key``; an empty list for any other value."""
+    value = content(value)
     if isinstance(value, dict):
         return [(join_key(key, name), item) for name, item in value.items()]
     if isinstance(value, list | tuple):
@@ -175,11 +214,18 @@ def items(value: Any, key: str = "") -> list[tuple[str, Any]]:
     return []
 
 
+def content(value: Any) -> Any:
+    """Return what an :class:`Object` holds; any other value as it is."""
+    while type(value) is Object:
+        value = value.items[-1]
+    return value
+
+
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (readable path, value) for every value in a state that has no items, empty containers included."""
     children = items(value, key)
     if not children:
-        yield key, value
+        yield key, content(value)
     for path, item in children:
         yield from leaves(item, path)
 
@@ -301,9 +347,18 @@ def _read_value(reader: _Reader, tensors: int, depth: int) -> Any:
     if code in (_LIST, _TUPLE):
         values = [_read_value(reader, tensors, depth + 1) for _ in range(reader.count(number))]
         return values if code == _LIST else tuple(values)
+    if code == _OBJECT:
+        return _read_object(reader, tensors, depth, number)
     if code in (_DICT, _ORDERED):
         return _read_dict(reader, tensors, depth, OrderedDict() if code == _ORDERED else {}, number)
     raise CorruptIndex(f"index is damaged: extension {code} with {number}")
+
+
+def _read_object(reader: _Reader, tensors: int, depth: int, count: int) -> Object:
+    kind = reader.next(str)
+    if OBJECTS.get(kind) != count:
+        raise CorruptIndex(f"index is damaged: an object of kind {kind[:40]!r} with {count} items")
+    return Object(kind, tuple(_read_value(reader, tensors, depth + 1) for _ in range(count)))
 
 
 def _read_dict(reader: _Reader, tensors: int, depth: int, into: dict[Any, Any], count: int) -> dict[Any, Any]:

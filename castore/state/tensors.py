@@ -17,7 +17,8 @@ import torch
 from castore.errors import CorruptIndex, UnsupportedValue, UsageError
 from castore.format import part_index
 from castore.format.ids import Buffer
-from castore.format.part_index import Index, TensorRef, TensorSpec, join_key
+from castore.format.part_index import Index, Object, TensorRef, TensorSpec, join_key
+from castore.state import objects
 from castore.state.parts import Flat
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +35,7 @@ def flatten(state: Any, name: str) -> Flat:
     that can't be stored exactly.
     """
     flattener = _Flattener()
-    tree = flattener.walk(state, name, 0)
+    tree = objects.take_apart(state, name, flattener.replace)
     return Flat(tree, flattener.sources)
 
 
@@ -47,6 +48,8 @@ def restore(tree: Any, tensors: list[torch.Tensor]) -> Any:
         return kind((key, restore(value, tensors)) for key, value in tree.items())
     if kind in (list, tuple):
         return kind(restore(value, tensors) for value in tree)
+    if kind is Object:
+        return objects.rebuild(tree, lambda item: restore(item, tensors))
     return tree
 
 
@@ -109,7 +112,8 @@ class LoadTarget:
 
         UsageError, before anything is filled, when the target has other keys, element types or shapes.
         """
-        targets = {key: leaf for key, leaf in part_index.leaves(self.parts[part]) if isinstance(leaf, torch.Tensor)}
+        leaves = ((key, _as_target(leaf, key)) for key, leaf in part_index.leaves(self.parts[part]))
+        targets = {key: target for key, target in leaves if target is not None}
         numbers = {key: leaf.number for key, leaf in part_index.leaves(index.tree) if type(leaf) is TensorRef}
         _check_keys(part, stored=numbers.keys(), targets=targets.keys())
         placed: list[tuple[torch.Tensor, memoryview] | None] = [None] * len(index.tensors)
@@ -133,6 +137,16 @@ class LoadTarget:
         with torch.no_grad():
             for target, source in self._late:
                 target.copy_(source)
+
+
+def _as_target(leaf: Any, key: str) -> torch.Tensor | None:
+    """Return the tensor to fill for a leaf of a state, which for an array is in its memory; None for other leaves."""
+    if isinstance(leaf, torch.Tensor) or type(leaf).__module__ != "numpy" or type(leaf).__name__ != "ndarray":
+        return leaf if isinstance(leaf, torch.Tensor) else None
+    tensor: torch.Tensor = objects.tensor_of(leaf, key)
+    if tensor.numel() and tensor.data_ptr() != leaf.ctypes.data:
+        raise UsageError(f"can't load into the array {key}: it isn't a plain one that may be written to")
+    return tensor
 
 
 def _check_keys(part: str, *, stored: Set[str], targets: Set[str]) -> None:
@@ -314,20 +328,9 @@ class _Flattener:
         self.sources: list[TensorSource] = []
         self._seen: dict[tuple[Any, ...], TensorRef] = {}
 
-    def walk(self, value: Any, key: str, depth: int) -> Any:
-        if depth > part_index.MAX_DEPTH:
-            raise UnsupportedValue(key[:80], f"nested more than {part_index.MAX_DEPTH} deep (or inside itself)")
-        kind = type(value)
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value, key)
-        if kind in (dict, OrderedDict):
-            for name in value:
-                part_index.check_key(name, key)
-            return kind((name, self.walk(item, join_key(key, name), depth + 1)) for name, item in value.items())
-        if kind in (list, tuple):
-            return kind(self.walk(item, f"{key}[{i}]", depth + 1) for i, item in enumerate(value))
-        part_index.check_leaf(value, key)
-        return value
+    def replace(self, value: Any, key: str) -> TensorRef | None:
+        """Return what stands for a tensor in the tree; None for any other value."""
+        return self._tensor(value, key) if isinstance(value, torch.Tensor) else None
 
     def _tensor(self, tensor: torch.Tensor, key: str) -> TensorRef:
         _check_storable(tensor, key)

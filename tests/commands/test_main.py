@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 COMMANDS = (
     "init", "train", "demo",
     "log", "show", "resolve", "diff", "stats",
-    "gc", "pin", "unpin", "forget",
+    "gc", "pin", "unpin", "tag", "untag", "forget",
     "verify", "doctor",
     "export", "import", "add", "checkout",
     "report",

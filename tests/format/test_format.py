@@ -158,6 +158,8 @@ def read_index(data: bytes) -> tuple[list[tuple[str, int]], list[tuple[str, list
             return {SEQUENCES[code]: [value(depth + 1) for _ in range(number)]}
         if code in MAPPINGS:
             return {MAPPINGS[code]: [[value(depth + 1), value(depth + 1)] for _ in range(number)]}
+        if code == 8:
+            return {"object": [take(), *(value(depth + 1) for _ in range(number))]}
         need(code == 5 and number < len(tensors), "extension")
         return {"tensor": number}
 
@@ -196,6 +198,10 @@ def write_index(chunks: list[tuple[str, int]], tensors: list[tuple[str, list[int
             out.append(msgpack.ExtType(code, struct.pack("<I", len(content))))
             for key, item in content:
                 value(key)
+                value(item)
+        elif kind == "object":
+            out.append(msgpack.ExtType(8, struct.pack("<I", len(content) - 1)))
+            for item in content:
                 value(item)
         elif kind == "tensor":
             out.append(msgpack.ExtType(5, struct.pack("<I", content)))

@@ -53,8 +53,8 @@ def test_only_their_chunks_are_read(repo: Repo, saved: str, monkeypatch: pytest.
 def test_nested_keys_are_those_that_diff_prints(repo: Repo) -> None:
     state = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}, 1: {"exp_avg": torch.zeros(3)}}}}
     checkpoint_id = repo.save(state, run="a", step=1).id
-    assert repo.load_tensors(checkpoint_id, ["state[1].exp_avg"])["optimizer"].keys() == {"state[1].exp_avg"}
-    assert len(repo.load_tensors(checkpoint_id, ["*.exp_avg"])["optimizer"]) == 2
+    assert repo.load_tensors(checkpoint_id, ['state[1]["exp_avg"]'])["optimizer"].keys() == {'state[1]["exp_avg"]'}
+    assert len(repo.load_tensors(checkpoint_id, ['*"exp_avg"*'])["optimizer"]) == 2
 
 
 def test_a_pattern_that_matches_nothing_is_told(repo: Repo, saved: str) -> None:
@@ -107,7 +107,7 @@ def test_what_is_tied_there_and_not_here_is_filled_twice(repo: Repo, saved: str)
     [
         (
             {"big": torch.zeros(5)},
-            r"can't load model\.big: the checkpoint has float32 \[50000\], the target float32 \[5\]",
+            'can\'t load model\\["big"\\]: the checkpoint has float32 \\[50000\\], the target float32 \\[5\\]',
         ),
         ({"small": torch.zeros(3, 5, dtype=torch.float64)}, "the target float64"),
         ({"more": torch.zeros(3)}, "it has more, which the checkpoint doesn't have"),
