@@ -10,7 +10,7 @@ import process from "node:process";
 import { fileURLToPath } from "node:url";
 
 const OPTIONS = {
-  restore: { flags: ["allow-fresh"], values: ["resume"] },
+  restore: { flags: ["allow-fresh", "require-save"], values: ["resume"] },
   save: { flags: ["commit"], values: ["keep", "keep-optimizer", "max-size", "message"] },
 };
 const CACHE = ["ACTIONS_RUNTIME_TOKEN", "ACTIONS_RESULTS_URL", "ACTIONS_CACHE_SERVICE_V2", "ACTIONS_CACHE_MODE"];
@@ -52,12 +52,12 @@ function plainEnvironment() {
   return Object.fromEntries(inherited.filter(([name]) => !name.startsWith("ACTIONS_") && !name.startsWith("INPUT_")));
 }
 
-/** That, and the four variables of the cache; for a save that pushes, git's settings with the token too. */
+/** That, and the four variables of the cache; for what fetches or pushes, git's settings with the token too. */
 function castoreEnvironment() {
   const environment = plainEnvironment();
   for (const name of CACHE) if (process.env[name] !== undefined) environment[name] = process.env[name];
   const token = input("token");
-  if (token && input("mode") === "save" && input("commit") === "true") {
+  if (token && (input("mode") === "restore" || input("commit") === "true")) {
     const encoded = Buffer.from(`x-access-token:${token}`).toString("base64");
     console.log(`::add-mask::${encoded}`);
     const key = `http.${process.env.GITHUB_SERVER_URL ?? "https://github.com"}/.extraheader`;

@@ -6,21 +6,23 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import castore
+from castore import errors
 from castore.commands.console import Display, JsonOption, fields_of, print_json, say, warn
 from castore.commands.inspect import describe_match
 from castore.commands.keep import KeepOptimizerOption, KeepOption, MaxSizeOption, with_changes
 from castore.text import format_number, format_size
 
 if TYPE_CHECKING:
-    from castore.github.sessions import RestoredSession, SavedSession, Traffic
-    from castore.remotes.github_cache import GitHubCache
+    from castore.github.sessions import CaughtUp, RestoredSession, SavedSession, Traffic
+    from castore.remotes.github_service import CacheService
+    from castore.storage.catalog import BrokenFile
 
 app = typer.Typer(
     help="Hand progress from one job of GitHub Actions to the next, through its cache.", no_args_is_help=True
@@ -35,6 +37,9 @@ def ci_restore(
     allow_fresh: Annotated[
         bool, typer.Option("--allow-fresh", help="No error when there are checkpoints but none is available.")
     ] = False,
+    require_save: Annotated[
+        bool, typer.Option("--require-save", help="An error at once if `ci save` could not hand on what is trained.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fetch what the next session starts from.
@@ -44,25 +49,50 @@ def ci_restore(
     """
     from castore.github import sessions, summary
 
-    with _job("restore") as (repo, cache), Display("restore", "bytes") as display:
+    with _job("restore") as (repo, service), Display("restore", "bytes") as display:
+        obstacles = sessions.obstacles(repo, service)
+        if obstacles and require_save:
+            raise errors.UsageError("\n  ".join(["what this job trains could not be handed on:", *obstacles]))
+        warn(*(f"WARNING: what this job trains can't be handed on: {reason}" for reason in obstacles))
+        caught_up = sessions.catch_up(repo, os.environ.get("GITHUB_REF", ""))
+        cache, broken = sessions.connect(repo, service)
+        warn(*caught_up.passed_over, *_describe_broken(broken))
         restored = sessions.restore(repo, cache, resume, allow_fresh=allow_fresh, progress=display)
     match = restored.match
-    _append("GITHUB_STEP_SUMMARY", summary.restored_markdown(restored))
+    passed_over = (*caught_up.passed_over, *_describe_broken(broken), *_damaged(restored))
+    _append("GITHUB_STEP_SUMMARY", summary.restored_markdown(restored, caught_up, obstacles, passed_over))
     _append_outputs(
         {
             "match": match.id if match else "",
             "run": match.run if match else "",
             "step": match.step if match else 0,
             "fresh": json.dumps(match is None),
+            "can-save": json.dumps(not obstacles),
             "downloaded-bytes": restored.traffic.downloaded,
         }
     )
     if as_json:
-        print_json({**fields_of(restored), "further": [entry.id for entry in restored.further]})
+        before = {"caught_up": fields_of(caught_up), "obstacles": obstacles}
+        print_json({**fields_of(restored), "further": [entry.id for entry in restored.further], **before})
         return
-    if restored.resolution:
-        warn(*(f"{damaged.path}: {damaged.reason}" for damaged in restored.resolution.damaged))
-    say(*_describe_restored(restored))
+    warn(*_damaged(restored))
+    say(*_describe_caught_up(caught_up), *_describe_restored(restored))
+
+
+def _describe_broken(broken: Iterable[BrokenFile]) -> list[str]:
+    return [f"{file.path}: {file.reason}" for file in broken]
+
+
+def _damaged(restored: RestoredSession) -> list[str]:
+    damaged = restored.resolution.damaged if restored.resolution else ()
+    return [f"{manifest.path}: {manifest.reason}" for manifest in damaged]
+
+
+def _describe_caught_up(caught_up: CaughtUp) -> Iterator[str]:
+    if caught_up.problem:
+        yield f"WARNING {caught_up.branch} could not be asked what others pushed meanwhile: {caught_up.problem}"
+    elif caught_up.files:
+        yield f"also    {len(caught_up.files)} files that others pushed to {caught_up.branch} meanwhile"
 
 
 def _describe_restored(restored: RestoredSession) -> Iterator[str]:
@@ -95,11 +125,13 @@ def ci_save(
     """
     from castore.github import sessions, summary
 
-    with _job("save") as (repo, cache), Display("save", "bytes") as display:
+    with _job("save") as (repo, service), Display("save", "bytes") as display:
+        cache, broken = sessions.connect(repo, service)
+        warn(*_describe_broken(broken))
         policy = with_changes(repo.policy, {"keep": keep, "keep_optimizer": keep_optimizer}, max_size)
         ref = os.environ.get("GITHUB_REF", "")
         saved = sessions.save(repo, cache, policy, commit=commit, message=message, ref=ref, progress=display)
-    _append("GITHUB_STEP_SUMMARY", summary.saved_markdown(saved))
+    _append("GITHUB_STEP_SUMMARY", summary.saved_markdown(saved, _describe_broken(broken)))
     _append_outputs(
         {
             "bundle": saved.records[0].bundle if saved.records else "",
@@ -143,18 +175,15 @@ def _describe_traffic(traffic: Traffic) -> str:
 
 
 @contextmanager
-def _job(mode: str) -> Iterator[tuple[castore.Repo, GitHubCache]]:
-    """Open the repository and this job's cache; an error is also written to the job's summary."""
-    from castore.github import sessions, summary
+def _job(mode: str) -> Iterator[tuple[castore.Repo, CacheService]]:
+    """Open the repository and this job's cache service; an error is also written to the job's summary."""
+    from castore.github import summary
     from castore.remotes.github_service import CacheService
 
     service = CacheService.of_job(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without waiting for the network: the store survives it
     try:
-        repo = castore.Repo.open()
-        cache, broken = sessions.connect(repo, service)
-        warn(*(f"{record.path}: {record.reason}" for record in broken))
-        yield repo, cache
+        yield castore.Repo.open(), service
     except castore.CastoreError as error:
         _append("GITHUB_STEP_SUMMARY", summary.failed_markdown(f"{mode}: {error}"))
         raise

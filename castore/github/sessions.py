@@ -5,6 +5,7 @@ Both return what they did as values; :mod:`castore.github.summary` puts it in wo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ from castore.errors import (
     DataMissing,
     NotPushed,
     RemoteUnavailable,
+    RootsUnreadable,
     UploadRefused,
     UsageError,
 )
-from castore.format.bundle import Record
+from castore.format.bundle import MAX_RECORD_BYTES, Record
 from castore.format.ids import ObjectId
-from castore.format.manifest import Entry
+from castore.format.manifest import MAX_BYTES, Entry
 from castore.github import bundling
 from castore.github.bundling import KeptParts
 from castore.github.publish import publish
@@ -40,6 +42,8 @@ from castore.storage import git, git_commits
 from castore.storage.catalog import BrokenFile
 
 _UNCHANGING = ("manifests", "pins", "bundles")
+_CAUGHT_UP = ("manifests", "bundles", "pins", "tags")
+_MAX_FILE_BYTES = max(MAX_BYTES, MAX_RECORD_BYTES)
 _IN_GIT = ("manifests", "pins", "bundles", "sessions")
 
 
@@ -63,6 +67,73 @@ class Traffic:
 def _traffic(remote: GitHubCache) -> Traffic:
     service = remote.service
     return Traffic(uploaded=service.uploaded, downloaded=service.downloaded, requests=service.requests)
+
+
+# -- what other sessions pushed meanwhile ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaughtUp:
+    """What the tip of the job's branch had beyond what is checked out, and is here by now.
+
+    ``files`` were added to ``.castore/`` and staged; ``passed_over`` lists what could not be read as what it should be.
+    ``problem`` is the reason the branch could not be asked; then the session begins with what is checked out.
+    """
+
+    branch: str = ""
+    files: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def catch_up(repo: Repo, ref: str) -> CaughtUp:
+    """Add the manifests, records, pins and tags that sessions have pushed since the commit that is checked out.
+
+    A queued job is fixed at the commit that triggered it: without this it would train the steps of those before it
+    again. ``ref`` is the job's; a pull request or a tag has no branch that sessions push to. Code and data of the
+    work tree stay as they are. StorageError.
+    """
+    if not ref.startswith("refs/heads/") or git.problem(repo.root):
+        return CaughtUp()
+    name = ref.removeprefix("refs/heads/")
+    try:
+        tip = git_commits.fetch_branch(repo.root, git_commits.remote_of(repo.root, name), name)
+        there = git.files_at(repo.root, tip, _CAUGHT_UP).files
+        missing = {path: blob for path, blob in there.items() if not os.path.lexists(repo.root / path)}
+        contents = git.blobs(repo.root, {blob: path for path, blob in missing.items()}, _MAX_FILE_BYTES)
+    except (NotPushed, RootsUnreadable) as error:
+        return CaughtUp(branch=name, problem=error.reason)
+    added, passed_over = [], []
+    for path, blob in sorted(missing.items()):
+        try:
+            if repo.catalog.adopt(path, contents[blob]):
+                added.append(path)
+        except (CorruptionError, UsageError) as error:
+            passed_over.append(f"{path}: {error}")
+    try:
+        git_commits.stage(repo.root, added, [])  # so that a later merge or pull finds what it brings
+    except NotPushed as error:
+        passed_over.append(f"not staged: {error}")
+    return CaughtUp(branch=name, files=tuple(added), passed_over=tuple(passed_over))
+
+
+def obstacles(repo: Repo, service: CacheService) -> tuple[str, ...]:
+    """Return the reasons `ci save --commit` would fail or do nothing in this job, asked before hours of training.
+
+    A push is tried without being made, so the remote is asked for the right to it.
+    """
+    if problem := git.problem(repo.root):
+        return (f"git says: {problem}",)
+    modes = {"write to": service.unwritable, "read": service.unreadable}
+    reasons = [f"this job may not {verb} the cache ({mode})" for verb, mode in modes.items() if mode]
+    try:
+        remote, name = git_commits.branch(repo.root)
+        result = git_commits.push(repo.root, remote, name, "HEAD", dry_run=True)
+        if result.outcome not in ("pushed", "outdated"):
+            reasons.append(f"a push to {name} {result.outcome}: {result.reason}")
+    except NotPushed as error:
+        reasons.append(error.reason)
+    return tuple(reasons)
 
 
 # -- restore ---------------------------------------------------------------------------------------------------------
@@ -237,7 +308,7 @@ def save(
     if commit:
         git_commits.branch(repo.root)  # raises now: what can't be pushed needn't be uploaded
     now = now or datetime.now(UTC)
-    known = git_commits.committed(repo.root, _IN_GIT)
+    known = git_commits.committed(repo.root, _IN_GIT) | (_on_remote(repo) or set())
     new = [entry for entry in repo.checkpoints() if _manifest_path(entry) not in known]
     plan, kept, not_collected = _collect_garbage(repo, policy, new, now)
     uploaded = bundling.upload_missing(repo, remote, kept, ref=ref, progress=progress, now=now)
@@ -308,13 +379,31 @@ def _record_in_git(
     """
     files = _files_for_git(repo)
     added = [path for path in files if path not in known]
-    pushed = publish(repo.root, files, removed, message, pause) if message else None
+    pushed = publish(repo.root, _new_to_remote(repo, files, known), removed, message, pause) if message else None
     try:
         git_commits.stage(repo.root, added, removed)
     except NotPushed:  # the index is in use, which is no failure once the same files are pushed
         if not pushed:
             raise
     return (*added, *removed), pushed
+
+
+def _new_to_remote(repo: Repo, files: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return the files that this machine made: those that the branch didn't have when it was last fetched.
+
+    Only these are pushed, as what it had then and lacks by now was removed by others.
+    """
+    published = _on_remote(repo)
+    return [path for path in files if path not in (known if published is None else published)]
+
+
+def _on_remote(repo: Repo) -> set[str] | None:
+    """Return the files that the branch had when it was last fetched; None if it never was."""
+    try:
+        tip = git_commits.known_tip(repo.root, *git_commits.branch(repo.root))
+        return git_commits.committed(repo.root, _IN_GIT, tip) if tip else None
+    except NotPushed:  # no branch is checked out
+        return None
 
 
 def _session_progress(repo: Repo, new: Sequence[Entry]) -> SessionProgress | None:

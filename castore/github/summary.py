@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from castore.github.sessions import RestoredSession, SavedSession, SessionProgress, Traffic
+from castore.github.sessions import CaughtUp, RestoredSession, SavedSession, SessionProgress, Traffic
 from castore.policy.resolution import Rejected
 from castore.text import escape_markdown, format_number, format_size
 
 _MAX_ROWS = 20
 
 
-def restored_markdown(restored: RestoredSession) -> str:
-    """Return the section that tells where the session begins, and why there."""
-    return _section(_restored_lines(restored))
+def restored_markdown(
+    restored: RestoredSession,
+    caught_up: CaughtUp | None = None,
+    obstacles: Sequence[str] = (),
+    passed_over: Sequence[str] = (),
+) -> str:
+    """Return the section that tells where the session begins, and why there.
+
+    ``obstacles`` are the reasons its work could not be handed on, ``passed_over`` are damaged files.
+    """
+    warnings = [f"**What this job trains can't be handed on**: {escape_markdown(reason)}" for reason in obstacles]
+    spaced = [line for warning in warnings for line in (warning, "")]
+    caught_up_lines = _caught_up_lines(caught_up or CaughtUp())
+    lines = (*spaced, *caught_up_lines, *_restored_lines(restored), *_passed_over_lines(passed_over))
+    return _section(["### castore: restored", "", *lines])
 
 
-def saved_markdown(saved: SavedSession) -> str:
+def saved_markdown(saved: SavedSession, passed_over: Sequence[str] = ()) -> str:
     """Return the section that tells what the session made, and what of it the next one can get."""
-    return _section(_saved_lines(saved))
+    return _section([*_saved_lines(saved), *_passed_over_lines(passed_over)])
 
 
 def failed_markdown(reason: str) -> str:
@@ -58,9 +70,27 @@ def _traffic_line(traffic: Traffic) -> str:
 # -- restored --------------------------------------------------------------------------------------------------------
 
 
+def _caught_up_lines(caught_up: CaughtUp) -> Iterator[str]:
+    branch = escape_markdown(caught_up.branch)
+    if caught_up.problem:
+        yield f"**{branch} could not be asked what others pushed meanwhile**: {escape_markdown(caught_up.problem)}"
+        yield ""
+    elif caught_up.files:
+        yield f"{len(caught_up.files)} files that others pushed to {branch} meanwhile were added."
+        yield ""
+
+
+def _passed_over_lines(passed_over: Sequence[str]) -> Iterator[str]:
+    if passed_over:
+        yield ""
+        yield "**Damaged files were passed over**:"
+        yield ""
+        yield from (f"- {escape_markdown(text)}" for text in passed_over[:_MAX_ROWS])
+    if len(passed_over) > _MAX_ROWS:
+        yield f"- and {len(passed_over) - _MAX_ROWS} more"
+
+
 def _restored_lines(restored: RestoredSession) -> Iterator[str]:
-    yield "### castore: restored"
-    yield ""
     if match := restored.match:
         told = f"Resuming from step **{match.step:,}** of run `{match.run}`, checkpoint `{match.id[:12]}`"
         score = "" if match.score is None else f", score {match.score:.4f}"

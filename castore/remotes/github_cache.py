@@ -141,7 +141,8 @@ class GitHubCache:
                     return key
                 raise refusal or UploadRefused(NAME, f"it was accepted, but a look-up says: {problem}")
         raise UploadRefused(
-            NAME, f"{_MAX_KEYS} uploads of the same bytes were not taken: every signature expired early"
+            NAME,
+            f"{_MAX_KEYS} uploads were not taken: HTTP 401 or 403 to addresses that it had just signed",
         )
 
     def _confirm(self, layout: BundleLayout, key: str, *, patient: bool = False) -> str | None:
@@ -181,7 +182,7 @@ class GitHubCache:
         return self.down or reason
 
     def _look_up(self, record: Record) -> _Opened:
-        """Return a bundle whose index is the one in git. CorruptBundle, RemoteUnavailable."""
+        """Return a bundle whose index is the one in git. CorruptBundle; RemoteUnavailable, also when refused."""
         start = record.bytes - bundle.tail_bytes(record.objects)
         for _ in range(2):
             url = self.service.look_up(record.key)
@@ -190,15 +191,17 @@ class GitHubCache:
             tail = self.service.read(url, start, record.bytes)
             if tail is not None:
                 return _Opened(record.key, url, bundle.read_tail(record.bundle, tail, record.bytes))
-        raise CorruptBundle("the cache gives addresses that it then refuses")
+        raise RemoteUnavailable(NAME, "HTTP 401 or 403 to an address that it had just signed")
 
     def _read(self, bundle_id: ObjectId, opened: _Opened, place: Place) -> bytes:
         data = self.service.read(opened.url, place.offset, place.offset + place.length)
         if data is None:  # the signature expired: another look-up gives a new one
             url = self.service.look_up(opened.key)
-            data = self.service.read(url, place.offset, place.offset + place.length) if url else None
-            if url is None or data is None:
+            if url is None:
                 raise CorruptBundle("evicted while it was read")
+            data = self.service.read(url, place.offset, place.offset + place.length)
+            if data is None:
+                raise RemoteUnavailable(NAME, "HTTP 401 or 403 to an address that it had just signed")
             self._bundles[bundle_id] = _Opened(opened.key, url, opened.places)
         return data
 

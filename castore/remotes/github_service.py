@@ -14,6 +14,7 @@ import random
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -43,6 +44,7 @@ _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _EXPIRED = frozenset({401, 403})
 # a namespace: entries of another version are invisible, so what else a workflow caches can't be taken for a bundle
 _VERSION = hashlib.sha256(b"castore bundle 1").hexdigest()
+_ALLOW_HTTP = "CASTORE_ALLOW_HTTP_CACHE"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _SIGNATURE = re.compile(r"(?i)\b(sig|signature|se|sp|sv|skoid|sktid)=[^&\s\"']*")
 
@@ -58,9 +60,14 @@ class CacheService:
     Neither the job's token nor the signature of an address appears in anything that it raises, returns or logs.
     """
 
-    def __init__(self, url: str, token: str, mode: str = "", proxy: str = "") -> None:
-        if not _is_address(url, "https") and not _is_address(url, "http", _LOCAL):
-            raise NotInActions("ACTIONS_RESULTS_URL is not an https address: the token isn't sent there")
+    def __init__(self, url: str, token: str, mode: str = "", proxy: str = "", *, allow_http: bool = False) -> None:
+        if not _is_address(url, "https") and not _is_address(url, "http", () if allow_http else _LOCAL):
+            raise NotInActions(
+                "ACTIONS_RESULTS_URL is not an https address: the token isn't sent there. For your own cache server "
+                f"in a network that you trust, set {_ALLOW_HTTP}=1"
+            )
+        if allow_http and not _is_address(url, "https"):
+            _logger.warning("%s: the job's token and all data go over plain http, as %s=1 allows", NAME, _ALLOW_HTTP)
         if not token.isascii() or not token.isprintable() or " " in token:
             raise NotInActions("ACTIONS_RUNTIME_TOKEN is not a token: something changed it")
         self._url = urljoin(url, "/twirp/github.actions.results.api.v1.CacheService/")
@@ -88,7 +95,8 @@ class CacheService:
                 "`uses: OWNER/castore@v1` with `mode: restore` or `mode: save`"
             )
         proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY") or ""
-        return cls(url, token, environment.get("ACTIONS_CACHE_MODE", ""), proxy)
+        mode, allow_http = environment.get("ACTIONS_CACHE_MODE", ""), environment.get(_ALLOW_HTTP) == "1"
+        return cls(url, token, mode, proxy, allow_http=allow_http)
 
     @property
     def unreadable(self) -> str:
@@ -115,8 +123,8 @@ class CacheService:
     def reserve(self, key: str) -> str | None:
         """Return a signed address to upload to; None when the key is taken. UploadRefused, RemoteUnavailable."""
         status, answer = self._call("CreateCacheEntry", key=key, version=_VERSION)
-        if status == 409:
-            return None
+        if status == 409 or (status == 200 and answer.get("ok") is False and not self._message(answer.get("message"))):
+            return None  # without a reason it is one that an upload which failed has reserved
         self._require_ok(status, answer)
         return self._signed(answer.get("signed_upload_url"))
 
@@ -130,7 +138,10 @@ class CacheService:
         CorruptBundle when there are no such bytes; RemoteUnavailable.
         """
         headers = {"Range": f"bytes={start}-{stop - 1}"}
-        status, data = self._send("GET", url, headers=headers, limit=stop - start)
+        # a server may ignore the range, and answer 200 with everything from the first byte
+        status, data = self._send("GET", url, headers=headers, limit=stop - start, limit_of_whole=stop)
+        if status == 200:
+            status, data = 206, data[start:stop]
         if status in _EXPIRED:
             return None
         if status == 404:
@@ -164,7 +175,8 @@ class CacheService:
         if size <= BLOCK:
             return put(url, read(0, size), {"x-ms-blob-type": "BlockBlob"})
         starts = range(0, size, BLOCK)
-        names = [base64.b64encode(f"{number:08}".encode()).decode() for number in range(len(starts))]
+        # 48 bytes, all of one length, as the official client names them: some servers take no other names
+        names = [base64.b64encode(f"{uuid.uuid4()}{number:012}".encode()).decode() for number in range(len(starts))]
 
         def send_block(number: int) -> bool:
             start = starts[number]
@@ -224,9 +236,18 @@ class CacheService:
         return url if "?" in url else f"{url}?"
 
     def _send(
-        self, method: str, url: str, *, headers: Mapping[str, str], limit: int, body: bytes | None = None
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        limit: int,
+        limit_of_whole: int = 0,
+        body: bytes | None = None,
     ) -> tuple[int, bytes]:
         """Return (status, body), of which at most one byte beyond ``limit`` is read.
+
+        If status 200 says that this is the whole, where a part was asked for, up to ``limit_of_whole`` is read.
 
         Transient failures are retried, ``_TRIES`` tries in all. RemoteUnavailable.
         """
@@ -246,7 +267,7 @@ class CacheService:
                     retries=False,
                     timeout=_TIMEOUT,
                 )
-                data = _read_body(response, limit)
+                data = _read_body(response, max(limit, limit_of_whole) if response.status == 200 else limit)
                 if response.status not in _TRANSIENT:
                     return response.status, data
                 reason = f"HTTP {response.status}"

@@ -261,6 +261,32 @@ class Catalog:
         fs.unlink(path)
         return path
 
+    # -- what other machines made ------------------------------------------------------------------------------------
+
+    def adopt(self, path: str, data: bytes) -> bool:
+        """Add a file of another commit, by its path in ``.castore``; return False if that is none of this class's.
+
+        It must be a manifest, record, pin or tag that belongs under that path: CorruptionError.
+        """
+        folder, _, name = path.partition("/")
+        if folder == "manifests" and name.endswith(".json"):
+            checkpoint_id, decoded = manifest.decode(data, path)
+            if decoded.file_name(checkpoint_id) != name:
+                raise CorruptManifest(path, f"its content belongs under {decoded.file_name(checkpoint_id)}")
+            self.add(decoded)
+        elif folder == "bundles" and name.endswith(".json"):
+            record = decode_record(data)
+            if record.file_name != name:
+                raise CorruptBundle(f"its content belongs under {record.file_name}")
+            self.add_record(record)
+        elif folder == "pins" and is_object_id(name) and not data:
+            self.pin(ObjectId(name))
+        elif folder == "tags" and tag.is_tag_name(name):
+            self.add_tag(name, tag.decode(data, path))
+        else:
+            return False
+        return True
+
     def _manifest_paths(self) -> tuple[list[str], list[BrokenFile]]:
         """Return the paths of the files that should be manifests, and what stands in such a place but can't be one.
 

@@ -70,14 +70,27 @@ def tips(folder: Path, names: Sequence[str]) -> list[Snapshot]:
 
     Tips and not history, so that a shallow clone is as good as a full one. RootsUnreadable when git fails.
     """
-    prefix = _demand(folder, "rev-parse", "--show-prefix").removesuffix("\n")
-    paths = [prefix + name for name in names]
+    prefix = _prefix(folder)
     snapshots: dict[str, Snapshot] = {}
     for tip, commit_id in _tips(folder):
         if commit_id not in snapshots:
-            out = _demand(folder, "ls-tree", "-r", "-z", "--full-tree", commit_id, "--", *paths)
-            snapshots[commit_id] = Snapshot(printable(tip), _files(out, blob_field=2, prefix=prefix))
+            snapshots[commit_id] = _snapshot(folder, prefix, tip, commit_id, names)
     return list(snapshots.values())
+
+
+def files_at(folder: Path, commit_id: str, names: Sequence[str]) -> Snapshot:
+    """Return the files that a commit has in the sub-folders ``names`` of ``folder``. RootsUnreadable when git fails."""
+    return _snapshot(folder, _prefix(folder), commit_id, commit_id, names)
+
+
+def _prefix(folder: Path) -> str:
+    return _demand(folder, "rev-parse", "--show-prefix").removesuffix("\n")
+
+
+def _snapshot(folder: Path, prefix: str, tip: str, commit_id: str, names: Sequence[str]) -> Snapshot:
+    paths = [prefix + name for name in names]
+    out = _demand(folder, "ls-tree", "-r", "-z", "--full-tree", commit_id, "--", *paths)
+    return Snapshot(printable(tip), _files(out, blob_field=2, prefix=prefix))
 
 
 def _tips(folder: Path) -> list[tuple[str, str]]:

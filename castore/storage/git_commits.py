@@ -60,12 +60,27 @@ def branch(folder: Path) -> tuple[str, str]:
     name = (ask(folder, "symbolic-ref", "--quiet", "HEAD") or "").removeprefix("refs/heads/")
     if not name:
         raise NotPushed("no branch is checked out (this is how a pull request or a tag is)")
+    return remote_of(folder, name), name
+
+
+def remote_of(folder: Path, name: str) -> str:
+    """Return the remote that a branch is fetched from and pushed to. NotPushed when no remote is right."""
     remotes = (ask(folder, "remote") or "").split()
     upstream = ask(folder, "config", "--get", f"branch.{name}.remote")
     for remote in (upstream, "origin", *(remotes if len(remotes) == 1 else ())):
         if remote in remotes:
-            return str(remote), name
+            return str(remote)
     raise NotPushed(f"it isn't known where to: of the remotes ({', '.join(remotes) or 'none'}) none is origin")
+
+
+def known_tip(folder: Path, remote: str, name: str) -> str | None:
+    """Return the commit that a remote's branch had when this repository last heard of it; None if it never did."""
+    return ask(folder, "rev-parse", "--verify", "--quiet", f"refs/remotes/{remote}/{name}^{{commit}}")
+
+
+def is_ancestor(folder: Path, older: str, newer: str) -> bool:
+    """Return whether ``newer`` has all that ``older`` has; False when that can't be told, as in a shallow clone."""
+    return ask(folder, "merge-base", "--is-ancestor", older, newer) is not None
 
 
 def make_commit(folder: Path, base: str, files: Sequence[str], removed: Sequence[str], message: str) -> str:
@@ -113,9 +128,10 @@ class PushResult:
     reason: str = ""
 
 
-def push(folder: Path, remote: str, name: str, commit_id: str) -> PushResult:
-    """Push a commit to the branch ``name`` of a remote, without force."""
-    arguments = [*_NO_HOOKS, "push", "--porcelain", remote, f"{commit_id}:refs/heads/{name}"]
+def push(folder: Path, remote: str, name: str, commit_id: str, *, dry_run: bool = False) -> PushResult:
+    """Push a commit to the branch ``name`` of a remote, without force; with ``dry_run``, only ask."""
+    options = ["--porcelain", *(["--dry-run"] if dry_run else [])]
+    arguments = [*_NO_HOOKS, "push", *options, remote, f"{commit_id}:refs/heads/{name}"]
     try:
         done = run(folder, arguments, seconds=LONG_SECONDS, read_only=False, secrets=True)
     except OSError as error:

@@ -141,7 +141,9 @@ def one(world: World) -> castore.SaveResult:
 def test_a_session_on_another_machine_goes_on_exactly_where_the_first_one_ended(world: World) -> None:
     first = world.machine()
     assert "fresh   there is no checkpoint yet" in first.run("ci", "restore")
-    assert first.told() == {"match": "", "run": "", "step": "0", "fresh": "true", "downloaded-bytes": "0"}
+    assert first.told() == {
+        "match": "", "run": "", "step": "0", "fresh": "true", "can-save": "true", "downloaded-bytes": "0"
+    }  # fmt: skip
     first.train("--max-iters", "8")
     out = first.run("ci", "save", "--commit")
     assert "confirmed" in out
@@ -604,7 +606,9 @@ def test_only_what_is_castores_is_committed(world: World) -> None:
     ).stdout.split()
     assert len(names) == 4
     assert all(name.startswith((".castore/manifests/", ".castore/bundles/")) for name in names)
-    assert machine.git("status", "--porcelain").split("\n")[:2] == ["A  mine.txt", " M texts/0.txt"]
+    status = machine.git("status", "--porcelain").splitlines()
+    assert {"A  mine.txt", " M texts/0.txt"} <= set(status)
+    assert all(line.startswith("A  .castore/") for line in set(status) - {"A  mine.txt", " M texts/0.txt"})
     assert {entry.id for entry in world.machine().repo.checkpoints()} == {first.id, second.id}
 
 
@@ -617,6 +621,186 @@ def test_a_push_that_is_forbidden_fails_honestly(world: World) -> None:
     said = machine.run("ci", "save", "--commit", code=1)
     assert "not pushed, so the next session won't know of it" in said
     assert "remote rejected" in said
+
+
+def test_after_a_refused_push_the_next_commit_of_the_job_deletes_nothing(world: World) -> None:
+    machine = world.machine()
+    before = machine.git("rev-parse", "HEAD")
+    hook = world.origin / "hooks" / "pre-receive"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    saved = machine.checkpoint(10, 3.0)
+    with pytest.raises(NotPushed):
+        machine.save()
+    assert machine.git("rev-parse", "HEAD") == before
+    (machine.root / "results.txt").write_text("done")
+    machine.git("add", "results.txt")
+    machine.git("commit", "-qm", "results")
+    assert machine.git("show", "--name-status", "--format=").split() == ["A", "results.txt"]
+    hook.unlink()
+    machine.save()
+    fresh = world.machine()
+    assert [entry.id for entry in fresh.repo.checkpoints()] == [saved.id]
+    assert (fresh.root / "results.txt").is_file()
+
+
+def test_a_push_won_on_the_second_try_leaves_the_branch_where_a_pull_can_follow(world: World) -> None:
+    machine, other = world.machine(), world.machine()
+    (other.root / "new.txt").write_text("of others")
+    other.git("add", "new.txt")
+    other.git("commit", "-qm", "others")
+    other.git("push", "-q", "origin", "main")
+    machine.checkpoint(10, 3.0)
+    outcome = machine.save()
+    assert outcome.commit
+    (machine.root / "results.txt").write_text("done")
+    machine.git("add", "results.txt")
+    machine.git("commit", "-qm", "results")
+    machine.git("pull", "-q", "--rebase", "origin", "main")
+    machine.git("push", "-q", "origin", "main")
+    fresh = world.machine()
+    assert (fresh.root / "new.txt").is_file()
+    assert (fresh.root / "results.txt").is_file()
+    assert len(fresh.repo.checkpoints()) == 1
+    assert machine.git("merge-base", "--is-ancestor", outcome.commit, "HEAD") == ""
+
+
+def test_what_others_removed_meanwhile_stays_removed(world: World, one: castore.SaveResult) -> None:
+    first = world.machine()
+    first.repo.catalog.pin(one.id)
+    second = first.checkpoint(20, 2.0, parent=one.id)
+    first.save()
+    late, other = world.machine(), world.machine()
+    other.repo.unpin(one.id)
+    other.repo.forget(other.repo.find(second.id))
+    other.git("add", "-A", ".castore")
+    other.git("commit", "-qm", "unpin, forget")
+    other.git("push", "-q", "origin", "main")
+    third = late.checkpoint(30, 1.0)
+    late.save()
+    fresh = world.machine().repo
+    assert fresh.catalog.pins() == frozenset()
+    assert {entry.id for entry in fresh.checkpoints()} == {one.id, third.id}
+
+
+# -- what others pushed while a job was queued ------------------------------------------------------------------------
+
+
+def test_a_queued_session_goes_on_from_where_the_one_before_it_ended(world: World, one: castore.SaveResult) -> None:
+    queued, running = world.machine(), world.machine()
+    queued.git("checkout", "-q", "--detach")
+    running.restore()
+    second = running.checkpoint(20, 2.0, parent=one.id)
+    running.repo.pin(running.repo.find(one.id))
+    running.git("rm", "-q", "texts/1.txt")
+    running.git("commit", "-qm", "code moves on")
+    assert running.save().commit
+    out = queued.run("ci", "restore")
+    assert "also    3 files that others pushed to main meanwhile" in out
+    assert queued.told()["match"] == second.id
+    assert queued.repo.catalog.pins() == {one.id}
+    assert (queued.root / "texts" / "1.txt").is_file()
+    assert "3 files that others pushed to main meanwhile were added" in queued.summary.read_text()
+    queued.git("checkout", "-q", "main")
+    third = queued.checkpoint(30, 1.0, parent=second.id)
+    said = queued.run("ci", "save", "--commit")
+    assert "1 checkpoints" in said
+    assert {entry.id for entry in world.machine().repo.checkpoints()} == {one.id, second.id, third.id}
+    queued.git("pull", "-q", "--rebase", "--autostash", "origin", "main")
+    assert queued.git("status", "--porcelain") == ""
+
+
+def test_a_branch_that_can_not_be_asked_is_told_and_no_reason_to_stop(world: World, one: castore.SaveResult) -> None:
+    machine = world.machine()
+    machine.git("remote", "set-url", "origin", "file:///nowhere.git")
+    out = machine.run("ci", "restore")
+    assert "WARNING main could not be asked what others pushed meanwhile: git fetch: " in out
+    assert machine.told()["match"] == one.id
+    assert "could not be asked" in machine.summary.read_text()
+
+
+@pytest.mark.usefixtures("one")
+def test_what_is_damaged_at_the_tip_is_passed_over_and_told(world: World) -> None:
+    queued, hostile = world.machine(), world.machine()
+    folder = hostile.root / ".castore"
+    (folder / "manifests" / "a" / "000000099-0123456789ab.json").write_text("{}")
+    (folder / "bundles" / "0123456789abcdef.json").write_text("[]")
+    (folder / "tags").mkdir()
+    (folder / "tags" / "release").write_text("not an id\n")
+    (folder / "objects").mkdir(exist_ok=True)
+    (folder / "objects" / "x").write_text("data")
+    hostile.git("add", "-f", ".castore")
+    hostile.git("commit", "-qm", "hostile")
+    hostile.git("push", "-q", "origin", "main")
+    process = queued.start("ci", "restore")
+    _, err = process.communicate()
+    assert process.returncode == 0
+    for name in ("000000099-0123456789ab.json", "0123456789abcdef.json", "tags/release"):
+        assert name in err
+        assert name in queued.summary.read_text().replace("&#45;", "-").replace("&#46;", ".").replace("\\", "")
+        assert not (queued.root / ".castore" / "bundles" / name).exists()
+    assert not (queued.root / ".castore" / "objects" / "x").exists()
+    assert len(queued.repo.checkpoints()) == 1
+
+
+# -- what save will need ----------------------------------------------------------------------------------------------
+
+
+def forbidden(machine: Machine) -> None:
+    machine.git("remote", "set-url", "--push", "origin", "file:///nowhere.git")
+
+
+def detached(machine: Machine) -> None:
+    machine.git("checkout", "-q", "--detach")
+
+
+def without_origin(machine: Machine) -> None:
+    machine.git("remote", "remove", "origin")
+
+
+def read_only(machine: Machine) -> None:
+    machine.environment["ACTIONS_CACHE_MODE"] = "read"
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "says"),
+    [
+        (forbidden, "a push to main failed: git push: "),
+        (detached, "no branch is checked out"),
+        (without_origin, "it isn't known where to"),
+        (read_only, "this job may not write to the cache (ACTIONS_CACHE_MODE = read)"),
+    ],
+)
+def test_what_will_keep_save_from_its_work_is_told_before_training(
+    world: World, one: castore.SaveResult, obstacle: Any, says: str
+) -> None:
+    machine = world.machine()
+    obstacle(machine)
+    process = machine.start("ci", "restore")
+    _, err = process.communicate()
+    assert process.returncode == 0
+    assert f"castore: WARNING: what this job trains can't be handed on: {says}" in err
+    assert (machine.told()["can-save"], machine.told()["match"]) == ("false", one.id)
+    assert "What this job trains can't be handed on" in machine.summary.read_text()
+    assert says in machine.run("ci", "restore", "--require-save", code=2)
+
+
+@pytest.mark.usefixtures("one")
+def test_where_nothing_is_in_the_way_of_save_nothing_is_told(world: World) -> None:
+    machine = world.machine()
+    before = subprocess.run(["git", "-C", str(world.origin), "show-ref"], capture_output=True).stdout
+    process = machine.start("ci", "restore", "--require-save")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, ""), out
+    assert machine.told()["can-save"] == "true"
+    assert subprocess.run(["git", "-C", str(world.origin), "show-ref"], capture_output=True).stdout == before
+
+
+@pytest.mark.parametrize("ref", ["refs/pull/7/merge", "refs/tags/v1", ""])
+def test_what_is_no_branch_asks_nobody(world: World, ref: str) -> None:
+    machine = world.machine()
+    machine.git("remote", "set-url", "origin", "file:///nowhere.git")
+    assert sessions.catch_up(machine.repo, ref) == sessions.CaughtUp()
 
 
 def test_a_push_that_never_gets_through_ends(world: World) -> None:

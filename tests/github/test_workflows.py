@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from project import PROGRAM
+from project import PROGRAM, Project
 
 from castore.format import bundle
 from castore.format.ids import ObjectId
@@ -178,6 +179,34 @@ def test_the_documentation_shows_workflows_that_could_run() -> None:
                 assert f"{name} " in train, name
     for name in set(re.findall(r"castore (?:ci )?(?:train )?(--[a-z-]+)", text)):
         assert f"{name} " in train, name
+
+
+def test_the_route_by_actions_cache_saves_data_alone(tmp_path: Path) -> None:
+    """After a restore that failed, an entry with nothing in it would be the newest, and restored from then on."""
+    text = (ROOT / "docs" / "ci.md").read_text()
+    (_, workflow) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    (job,) = workflow["jobs"].values()
+    (asked,) = [step for step in job["steps"] if step.get("id") == "data"]
+    (saved,) = [step for step in job["steps"] if step.get("uses", "").startswith("actions/cache/save")]
+    assert saved["if"] == "always() && steps.data.outputs.here == 'true'"
+    assert asked["if"] == "always()"
+    project = Project(tmp_path)
+    project.train()
+    outputs = tmp_path / "outputs"
+
+    def ask() -> tuple[int, str]:
+        outputs.write_text("")
+        path = f"{Path(PROGRAM).parent}:{project.environment['PATH']}"
+        environment = project.environment | {"GITHUB_OUTPUT": str(outputs), "PATH": path}
+        done = subprocess.run(["bash", "-e", "-c", asked["run"]], cwd=tmp_path, env=environment, capture_output=True)
+        return done.returncode, outputs.read_text()
+
+    assert ask() == (0, "here=true\n")
+    shutil.rmtree(tmp_path / ".castore" / "objects")
+    assert project.train(code=4)
+    assert ask() == (4, "")
+    project.train("--allow-fresh")
+    assert ask() == (0, "here=true\n")
 
 
 def test_the_packages_that_the_action_installs_are_pinned() -> None:
