@@ -143,10 +143,19 @@ def test_restore_runs_in_its_folder_and_passes_outputs_on(runner: Runner) -> Non
 
 
 def test_castore_gets_the_caches_variables_and_no_others(runner: Runner) -> None:
-    runner.run({"mode": "restore", "castore": "../tools/castore", "token": "secret-of-git"})
+    runner.run({"mode": "save", "castore": "../tools/castore", "token": "secret-of-git"})
     (call,) = runner.calls()
     assert actions(call) == CACHE
     assert not any(name.startswith(("INPUT_", "GIT_CONFIG")) for name in call["env"])
+    assert "secret-of-git" not in json.dumps(call)
+
+
+def test_a_restore_can_fetch_the_branch(runner: Runner) -> None:
+    runner.run({"mode": "restore", "castore": "../tools/castore", "token": "secret-of-git"})
+    (call,) = runner.calls()
+    assert actions(call) == CACHE
+    assert call["env"]["GIT_CONFIG_COUNT"] == "2"
+    assert call["env"]["GIT_CONFIG_VALUE_1"].startswith("AUTHORIZATION: basic ")
     assert "secret-of-git" not in json.dumps(call)
 
 
@@ -228,7 +237,7 @@ def test_a_failed_installation_is_told_and_tried_again(runner: Runner) -> None:
     assert runner.calls()[-1]["argv"][1:] == ["ci", "restore"]
 
 
-def test_the_pushing_save_alone_gets_gits_token(runner: Runner) -> None:
+def test_of_saves_the_pushing_one_alone_gets_gits_token(runner: Runner) -> None:
     for inputs in ({"commit": "false"}, {"commit": "true"}):
         said = runner.run({"mode": "save", "token": "secret-of-git", "castore": "../tools/castore", **inputs})
     plain, pushing = runner.calls()
