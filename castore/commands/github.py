@@ -157,8 +157,14 @@ def _describe_saved(saved: SavedSession) -> Iterator[str]:
     if saved.records:
         record = saved.records[0]
         yield f"bundle  {record.bundle[:12]}: {record.objects} objects, {format_size(record.bytes)}; confirmed"
+    elif saved.unasked:
+        yield f"WARNING no bundle: the cache could not be asked what it has: {saved.unasked}"
+    elif saved.unconfirmed or saved.left_out:
+        yield "bundle  none: there was nothing that could be uploaded"
     else:
         yield "bundle  none: the cache has everything that is kept"
+    for checkpoint_id in saved.unconfirmed:
+        yield f"WARNING {checkpoint_id[:12]} is kept and not here, and the cache was not seen to have all of it"
     for checkpoint_id, reason in saved.left_out:
         yield f"WARNING {checkpoint_id[:12]} was left out: {reason}"
     for path in saved.altered:

@@ -36,12 +36,14 @@ _Item = TypeVar("_Item")
 class BundlePlan:
     """What a new bundle would hold, in order, and the bundles that each part then needs, by the part's index.
 
-    None marks the new bundle. ``left_out`` lists checkpoints that can't be uploaded, as (id, reason).
+    None marks the new bundle. ``left_out`` lists checkpoints that can't be uploaded, as (id, reason). ``unconfirmed``
+    are those with a part that is not here, and of which the bundles were not seen to have all.
     """
 
     objects: tuple[ObjectId, ...]
     bundles_of_parts: Mapping[ObjectId, tuple[ObjectId | None, ...]]
     left_out: tuple[tuple[ObjectId, str], ...]
+    unconfirmed: tuple[ObjectId, ...] = ()
 
 
 # -- planning --------------------------------------------------------------------------------------------------------
@@ -63,13 +65,15 @@ def plan_bundle(repo: Repo, remote: GitHubCache, kept: KeptParts) -> BundlePlan:
     bundles_of_parts: dict[ObjectId, tuple[ObjectId | None, ...]] = {}
     order: list[list[ObjectId]] = []
     left_out = []
+    unconfirmed = []
     for entry, parts in kept:
         indexes = [entry.manifest.parts[name].index for name in parts]
+        lacking = [index_id for index_id in indexes if not _is_in_bundles(repo.store, remote, index_id)]
+        if not all(map(repo.store.has, lacking)):
+            unconfirmed.append(entry.id)
         try:
             sizes_of_parts = {
-                index_id: _stored_sizes(repo.store, index_id)
-                for index_id in indexes
-                if not _is_in_bundles(repo.store, remote, index_id) and repo.store.has(index_id)
+                index_id: _stored_sizes(repo.store, index_id) for index_id in lacking if repo.store.has(index_id)
             }
         except (CorruptionError, ObjectMissing) as error:
             left_out.append((entry.id, str(error)))
@@ -85,7 +89,8 @@ def plan_bundle(repo: Repo, remote: GitHubCache, kept: KeptParts) -> BundlePlan:
             order.append(list(sizes))
             existing = [bundle_id for bundle_id in relied if held[bundle_id].keys() & sizes.keys()]
             bundles_of_parts[index_id] = (*existing, *([None] if new & sizes.keys() else []))
-    return BundlePlan(tuple(bundle.in_order(order, bundled)), bundles_of_parts, tuple(left_out))
+    objects = tuple(bundle.in_order(order, bundled))
+    return BundlePlan(objects, bundles_of_parts, tuple(left_out), tuple(unconfirmed))
 
 
 def _is_in_bundles(store: ObjectStore, remote: GitHubCache, index_id: ObjectId) -> bool:
@@ -129,10 +134,11 @@ def _find_damage(store: ObjectStore, object_ids: Collection[ObjectId]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """The records of a new bundle, none when no upload was needed, and the checkpoints left out, as (id, reason)."""
+    """The records of a new bundle, none when no upload was needed; ``left_out``, ``unconfirmed``: see BundlePlan."""
 
     records: tuple[Record, ...]
     left_out: tuple[tuple[ObjectId, str], ...]
+    unconfirmed: tuple[ObjectId, ...]
 
 
 def upload_missing(
@@ -146,7 +152,7 @@ def upload_missing(
     with repo.lock():
         plan = plan_bundle(repo, remote, kept)
         if not plan.bundles_of_parts:
-            return Uploaded((), plan.left_out)
+            return Uploaded((), plan.left_out, plan.unconfirmed)
         if len(plan.objects) > bundle.MAX_OBJECTS:
             reason = f"{len(plan.objects)} objects are more than a bundle holds: a larger chunk_size makes fewer"
             raise UploadRefused(remote.name, reason)
@@ -169,7 +175,7 @@ def upload_missing(
         )
         for record in records:
             repo.catalog.add_record(record)
-    return Uploaded(records if plan.objects else (), plan.left_out)
+    return Uploaded(records if plan.objects else (), plan.left_out, plan.unconfirmed)
 
 
 def read_ranges(store: ObjectStore, layout: BundleLayout) -> Callable[[int, int], bytes]:

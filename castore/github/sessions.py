@@ -267,7 +267,9 @@ class SavedSession:
     """What was done with this machine's checkpoints.
 
     ``skipped`` is the reason nothing was done, and then nothing else is set. ``records`` name the new bundle; none when
-    the cache had everything that is kept. ``left_out`` lists checkpoints that could not be uploaded, as (id, reason).
+    there was nothing to upload. ``left_out`` lists checkpoints that could not be uploaded, as (id, reason);
+    ``unconfirmed`` those that aren't here and that the cache was not seen to have; ``unasked`` is the reason the cache
+    could not be asked at all.
     ``not_collected`` is the reason garbage collection failed: then all that this session made is uploaded. ``files`` of
     ``.castore/`` were added to git or removed; of those ``altered`` git has other bytes than were written, so that no
     other machine can read them; ``commit`` is what was pushed.
@@ -280,6 +282,8 @@ class SavedSession:
     records: tuple[Record, ...] = ()
     files: tuple[str, ...] = ()
     left_out: tuple[tuple[ObjectId, str], ...] = ()
+    unconfirmed: tuple[ObjectId, ...] = ()
+    unasked: str = ""
     altered: tuple[str, ...] = ()
     commit: str | None = None
     traffic: Traffic = Traffic(uploaded=0, downloaded=0, requests=0)
@@ -323,6 +327,8 @@ def save(
         records=uploaded.records,
         files=files,
         left_out=uploaded.left_out,
+        unconfirmed=uploaded.unconfirmed,
+        unasked=remote.down,
         altered=tuple(git.altered(repo.root, _UNCHANGING) or ()),
         commit=pushed,
         traffic=_traffic(remote),

@@ -147,8 +147,16 @@ def _saved_lines(saved: SavedSession) -> Iterator[str]:
     if saved.records:
         record = saved.records[0]
         yield f"Bundle `{record.bundle[:12]}`: {record.objects} objects, {format_size(record.bytes)}, confirmed."
+    elif saved.unasked:
+        yield f"**No bundle**: the cache could not be asked what it has: {escape_markdown(saved.unasked)}"
+    elif saved.unconfirmed or saved.left_out:
+        yield "No bundle: there was nothing that could be uploaded."
     else:
         yield "The cache has all that is kept already."
+    yield from (
+        f"- **unconfirmed**: `{checkpoint_id[:12]}` is not here, and the cache was not seen to have all of it"
+        for checkpoint_id in saved.unconfirmed
+    )
     if saved.plan:
         decisions = [decision for decision in saved.plan.decisions if decision.entry.manifest.kind == "checkpoint"]
         kept = sum(bool(decision.parts) for decision in decisions)

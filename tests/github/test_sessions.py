@@ -803,6 +803,26 @@ def test_what_is_no_branch_asks_nobody(world: World, ref: str) -> None:
     assert sessions.catch_up(machine.repo, ref) == sessions.CaughtUp()
 
 
+def test_that_the_cache_has_everything_is_asked_and_not_assumed(world: World, one: castore.SaveResult) -> None:
+    machine = world.machine()
+    assert "the cache has everything that is kept" in machine.run("ci", "save")
+    world.cache.fault("GetCacheEntryDownloadURL", actions_service.answer(403, {}, b"{}"), times=1000)
+    said = machine.run("ci", "save")
+    assert "WARNING no bundle: the cache could not be asked what it has: HTTP 403" in said
+    assert "could not be asked what it has" in machine.summary.read_text()
+    assert one.id
+
+
+def test_a_pinned_checkpoint_that_is_nowhere_is_told(world: World, one: castore.SaveResult) -> None:
+    machine = world.machine()
+    machine.repo.catalog.pin(one.id)
+    for entry in world.cache.entries():
+        world.cache.evict(entry.key)
+    said = machine.run("ci", "save")
+    assert f"WARNING {one.id[:12]} is kept and not here, and the cache was not seen to have all of it" in said
+    assert "was not seen to have all of it" in machine.summary.read_text()
+
+
 def test_a_push_that_never_gets_through_ends(world: World) -> None:
     machine = world.machine()
     machine.git("remote", "set-url", "origin", "https://user:hunter2@127.0.0.1:1/x.git")
