@@ -1,4 +1,4 @@
-// Runs `castore ci restore` or `castore ci save`.
+// Runs `castore ci restore` or `castore ci save`; with `mode: both` the one now, and the other after the job's last step.
 //
 // Only a JavaScript action is given the cache's address and token. This one hands them to castore alone: not to pip,
 // not to later steps. Inputs reach castore as arguments, never through a shell.
@@ -29,15 +29,25 @@ function input(name) {
   return (process.env[`INPUT_${name.toUpperCase()}`] ?? "").trim();
 }
 
+const IS_POST = path.basename(process.argv[1] ?? "") === "post.mjs";
+
+/** What to run now, restore or save; nothing after the job, unless the step asked for both. */
+function currentMode() {
+  const mode = input("mode");
+  if (IS_POST) return mode === "both" ? "save" : "";
+  return mode === "both" ? "restore" : mode;
+}
+
 /** The arguments of `castore`. A value is joined to its option, so that it can't be taken for another option. */
 function command() {
-  const mode = input("mode");
-  if (!Object.hasOwn(OPTIONS, mode)) throw new Failure(`mode is restore or save, not "${mode}"`, 2);
+  const mode = currentMode();
+  if (!Object.hasOwn(OPTIONS, mode)) throw new Failure(`mode is restore, save or both, not "${mode}"`, 2);
   const arguments_ = ["ci", mode];
   for (const [owner, { flags, values }] of Object.entries(OPTIONS)) {
     for (const name of [...flags, ...values]) {
       const given = input(name);
       if (!given || (flags.includes(name) && given === "false")) continue;
+      if (owner !== mode && input("mode") === "both") continue;
       if (owner !== mode) throw new Failure(`${name} belongs to mode ${owner}, not to ${mode}`, 2);
       if (flags.includes(name) && given !== "true") throw new Failure(`${name} is true or false, not "${given}"`, 2);
       arguments_.push(flags.includes(name) ? `--${name}` : `--${name}=${given}`);
@@ -57,7 +67,7 @@ function castoreEnvironment() {
   const environment = plainEnvironment();
   for (const name of CACHE) if (process.env[name] !== undefined) environment[name] = process.env[name];
   const token = input("token");
-  if (token && (input("mode") === "restore" || input("commit") === "true")) {
+  if (token && (currentMode() === "restore" || input("commit") === "true")) {
     const encoded = Buffer.from(`x-access-token:${token}`).toString("base64");
     console.log(`::add-mask::${encoded}`);
     const key = `http.${process.env.GITHUB_SERVER_URL ?? "https://github.com"}/.extraheader`;
@@ -127,17 +137,25 @@ async function install() {
   return installed;
 }
 
-let code = 1;
-try {
-  const arguments_ = command();
-  const cwd = path.resolve(input("working-directory"));
-  code = await run(await program(), arguments_, { cwd, env: castoreEnvironment() });
-  if (code) console.log(`::error title=castore::castore ${arguments_.slice(0, 2).join(" ")}: exit code ${code}`);
-} catch (error) {
-  if (!(error instanceof Failure)) throw error;
-  code = error.code;
-  const message = error.message.replace(/[%\r\n]/g, encodeURIComponent); // as the runner's commands want it
-  console.log(`::error title=castore::${message}`);
+/** Runs the command and returns the exit code. */
+async function main() {
+  try {
+    const arguments_ = command();
+    const cwd = path.resolve(input("working-directory"));
+    const code = await run(await program(), arguments_, { cwd, env: castoreEnvironment() });
+    if (code) console.log(`::error title=castore::castore ${arguments_.slice(0, 2).join(" ")}: exit code ${code}`);
+    return code;
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    const message = error.message.replace(/[%\r\n]/g, encodeURIComponent); // as the runner's commands want it
+    console.log(`::error title=castore::${message}`);
+    return error.code;
+  }
 }
-if (process.env.GITHUB_OUTPUT) appendFileSync(process.env.GITHUB_OUTPUT, `exit-code=${code}\n`);
-process.exitCode = code;
+
+if (!IS_POST || currentMode()) {
+  process.exitCode = 1; // if it throws
+  const code = await main();
+  if (process.env.GITHUB_OUTPUT) appendFileSync(process.env.GITHUB_OUTPUT, `exit-code=${code}\n`);
+  process.exitCode = code;
+}

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / ".github" / "action" / "main.mjs"
+POST = MAIN.with_name("post.mjs")
 NODE = shutil.which("node")
 
 pytestmark = [pytest.mark.peers, pytest.mark.skipif(NODE is None, reason="node is not installed")]
@@ -80,10 +81,10 @@ class Runner:
         path.chmod(0o755)
         return path
 
-    def start(self, inputs: Mapping[str, str], **environment: str) -> subprocess.Popen[str]:
+    def start(self, inputs: Mapping[str, str], script: Path = MAIN, **environment: str) -> subprocess.Popen[str]:
         assert NODE
         return subprocess.Popen(
-            [NODE, str(MAIN)],
+            [NODE, str(script)],
             cwd=self.work,
             env={
                 "PATH": str(self.bin),
@@ -100,8 +101,8 @@ class Runner:
             text=True,
         )
 
-    def run(self, inputs: Mapping[str, str], code: int = 0, **environment: str) -> str:
-        process = self.start(inputs, **environment)
+    def run(self, inputs: Mapping[str, str], code: int = 0, script: Path = MAIN, **environment: str) -> str:
+        process = self.start(inputs, script, **environment)
         out, err = process.communicate(timeout=60)
         assert process.returncode == code, out + err
         assert f"exit-code={code}\n" in self.output.read_text()
@@ -140,6 +141,34 @@ def test_restore_runs_in_its_folder_and_passes_outputs_on(runner: Runner) -> Non
     assert call["argv"][1:] == ["ci", "restore", "--allow-fresh", "--resume=main:best"]
     assert call["cwd"] == str(runner.work / "project")
     assert f"match={'a' * 64}\n" in runner.output.read_text()
+
+
+BOTH = {
+    "mode": "both", "castore": "../tools/castore", "resume": "main:best", "keep": "3", "commit": "true", "token": "t",
+}  # fmt: skip
+
+
+def test_one_step_restores_now_and_saves_after_the_job(runner: Runner) -> None:
+    runner.run(BOTH)
+    runner.run(BOTH, script=POST)
+    restored, saved = runner.calls()
+    assert restored["argv"][1:] == ["ci", "restore", "--resume=main:best"]
+    assert sorted(saved["argv"][1:]) == sorted(["ci", "save", "--commit", "--keep=3"])
+    assert all(actions(call) == CACHE and call["env"]["GIT_CONFIG_COUNT"] == "2" for call in runner.calls())
+
+
+def test_a_save_after_the_job_that_fails_fails_the_step(runner: Runner) -> None:
+    said = runner.run(BOTH, script=POST, code=5, CODE="5")
+    assert "::error title=castore::castore ci save: exit code 5" in said
+
+
+@pytest.mark.parametrize("mode", ["restore", "save"])
+def test_in_other_modes_nothing_happens_after_the_job(runner: Runner, mode: str) -> None:
+    process = runner.start({"mode": mode, "castore": "../tools/castore"}, POST)
+    assert process.communicate() == ("", "")
+    assert process.returncode == 0
+    assert runner.calls() == []
+    assert runner.output.read_text() == ""
 
 
 def test_castore_gets_the_caches_variables_and_no_others(runner: Runner) -> None:
