@@ -90,12 +90,13 @@ def catch_up(repo: Repo, ref: str) -> CaughtUp:
     """Add the manifests, records, pins and tags that sessions have pushed since the commit that is checked out.
 
     A queued job is fixed at the commit that triggered it: without this it would train the steps of those before it
-    again. ``ref`` is the job's; a pull request or a tag has no branch that sessions push to. Code and data of the
-    work tree stay as they are. StorageError.
+    again. The branch is the one that is checked out or, at a commit alone, that of the job's ``ref``; a pull request or
+    a tag has none that sessions push to. Code and data of the work tree stay as they are. StorageError.
     """
-    if not ref.startswith("refs/heads/") or git.problem(repo.root):
+    name = git_commits.current_branch(repo.root) or (ref if ref.startswith("refs/heads/") else "")
+    if not name or git.problem(repo.root):
         return CaughtUp()
-    name = ref.removeprefix("refs/heads/")
+    name = name.removeprefix("refs/heads/")
     try:
         tip = git_commits.fetch_branch(repo.root, git_commits.remote_of(repo.root, name), name)
         there = git.files_at(repo.root, tip, _CAUGHT_UP).files

@@ -57,10 +57,15 @@ def _index_lines(folder: Path, prefix: str, added: Sequence[str], removed: Seque
 
 def branch(folder: Path) -> tuple[str, str]:
     """Return the (remote, branch) to push to. NotPushed when no branch is checked out, or no remote is right."""
-    name = (ask(folder, "symbolic-ref", "--quiet", "HEAD") or "").removeprefix("refs/heads/")
+    name = current_branch(folder)
     if not name:
         raise NotPushed("no branch is checked out (this is how a pull request or a tag is)")
     return remote_of(folder, name), name
+
+
+def current_branch(folder: Path) -> str:
+    """Return the name of the branch that is checked out; empty if none is."""
+    return (ask(folder, "symbolic-ref", "--quiet", "HEAD") or "").removeprefix("refs/heads/")
 
 
 def remote_of(folder: Path, name: str) -> str:

@@ -799,8 +799,20 @@ def test_where_nothing_is_in_the_way_of_save_nothing_is_told(world: World) -> No
 @pytest.mark.parametrize("ref", ["refs/pull/7/merge", "refs/tags/v1", ""])
 def test_what_is_no_branch_asks_nobody(world: World, ref: str) -> None:
     machine = world.machine()
+    machine.git("checkout", "-q", "--detach")
     machine.git("remote", "set-url", "origin", "file:///nowhere.git")
     assert sessions.catch_up(machine.repo, ref) == sessions.CaughtUp()
+
+
+@pytest.mark.usefixtures("one")
+def test_a_job_that_has_checked_out_another_branch_gets_nothing_of_its_own(world: World) -> None:
+    machine = world.machine()
+    machine.git("checkout", "-q", "-b", "other")
+    machine.git("push", "-q", "origin", "other")
+    other = world.machine()
+    other.checkpoint(20, 2.0)
+    other.save()
+    assert sessions.catch_up(machine.repo, MAIN) == sessions.CaughtUp(branch="other")
 
 
 def test_that_the_cache_has_everything_is_asked_and_not_assumed(world: World, one: castore.SaveResult) -> None:
