@@ -72,6 +72,8 @@ def _fetch_all(repo: Repo, remotes: Sequence[Remote], lengths: Mapping[ObjectId,
             raise ObjectMissing(object_id)
         return object_id
 
+    for remote in remotes:
+        remote.expect(lengths)
     for object_id in map_ahead(fetch, lengths, threads, name="castore-fetch"):
         done += lengths[object_id]
         progress(done, total)

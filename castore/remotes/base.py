@@ -36,6 +36,10 @@ class Remote(Protocol):
         """Return those of ``object_ids`` that the remote claims to hold. None of their bytes are read."""
         ...
 
+    def expect(self, object_ids: Iterable[ObjectId]) -> None:
+        """Take note of what :meth:`get` will soon be asked for, so that it can be read together. Reads nothing."""
+        ...
+
     def explain_missing(self, object_id: ObjectId) -> str:
         """Explain, for an error message, why this remote cannot supply the object."""
         ...

@@ -113,6 +113,9 @@ class ErrorRecorder:
             self.error = self.error or str(error)
             raise
 
+    def expect(self, object_ids: Iterable[ObjectId]) -> None:
+        self.remote.expect(object_ids)
+
     def explain_missing(self, object_id: ObjectId) -> str:
         return self.remote.explain_missing(object_id)
 

@@ -63,6 +63,9 @@ class Folder:
         """Return those that are regular files there."""
         return {object_id for object_id in object_ids if object_id not in self._corrupt and self._is_file(object_id)}
 
+    def expect(self, object_ids: Iterable[ObjectId]) -> None:
+        """Do nothing: each object is a file of its own."""
+
     def explain_missing(self, object_id: ObjectId) -> str:
         """Explain, for an error message, why this remote cannot supply the object.
 

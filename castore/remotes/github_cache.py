@@ -6,6 +6,7 @@ misses, each with its reason.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -19,8 +20,11 @@ from castore.format.bundle import BundleLayout, Place, Record
 from castore.format.ids import ObjectId
 from castore.parallel import map_all
 from castore.progress import Progress
+from castore.remotes import joined_reads
 from castore.remotes.github_service import CONNECTIONS, NAME, CacheService, ReadRange
+from castore.remotes.joined_reads import JoinedRead
 
+_MAX_INDEXES = 64 << 20  # bytes of frames of indexes that are kept, since each is asked for several times
 _MAX_KEYS = 5  # each failed upload leaves its key reserved, and the next one takes another
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +54,8 @@ class GitHubCache:
         self._bundles: dict[ObjectId, _Opened | str] = {}  # a str is the reason the bundle is unusable
         self._corrupt: dict[ObjectId, str] = {}
         self._opening = threading.Lock()
+        self._joined: dict[tuple[ObjectId, ObjectId], JoinedRead] = {}  # by bundle and object
+        self._indexes: dict[ObjectId, bytes] = {}
 
     # -- objects -----------------------------------------------------------------------------------------------------
 
@@ -57,10 +63,12 @@ class GitHubCache:
         """Return the frame; None when no bundle has it. RemoteUnavailable."""
         if object_id in self._corrupt or not self.has([object_id]):
             return None
+        if object_id in self._indexes:
+            return self._indexes[object_id]
         reason = ""
         for bundle_id, opened in self._holders(object_id):
             try:
-                return self._read(bundle_id, opened, opened.places[object_id])
+                return self._keep_index(object_id, self._read_object(bundle_id, opened, object_id))
             except CorruptBundle as error:
                 reason = f"bundle {bundle_id[:12]}: {error}"
             except RemoteUnavailable as error:
@@ -78,6 +86,16 @@ class GitHubCache:
             # records name the bundles of indexes alone: a chunk may lie in any of them
             self._open(record.bundle for record in self.records)
         return {object_id for object_id in asked if self._holders(object_id)} if not self.down else set()
+
+    def expect(self, object_ids: Iterable[ObjectId]) -> None:
+        """Plan to read objects together that lie next to each other in a bundle."""
+        wanted = self.has(object_ids)
+        for bundle_id, opened in list(self._bundles.items()):
+            if isinstance(opened, _Opened):
+                places = {object_id: opened.places[object_id] for object_id in wanted & opened.places.keys()}
+                wanted -= places.keys()
+                for object_id, read in joined_reads.plan(places).items():
+                    self._joined[bundle_id, object_id] = read
 
     def explain_missing(self, object_id: ObjectId) -> str:
         """Explain, for an error message, why this remote cannot supply the object."""
@@ -192,6 +210,22 @@ class GitHubCache:
             if tail is not None:
                 return _Opened(record.key, url, bundle.read_tail(record.bundle, tail, record.bytes))
         raise RemoteUnavailable(NAME, "HTTP 401 or 403 to an address that it had just signed")
+
+    def _read_object(self, bundle_id: ObjectId, opened: _Opened, object_id: ObjectId) -> bytes:
+        def read(place: Place) -> bytes:
+            return self._read(bundle_id, opened, place)
+
+        frame = None
+        if joined := self._joined.pop((bundle_id, object_id), None):
+            with contextlib.suppress(CorruptBundle):  # by itself it may be had
+                frame = joined.take(object_id, read)
+        return read(opened.places[object_id]) if frame is None else frame
+
+    def _keep_index(self, object_id: ObjectId, frame: bytes) -> bytes:
+        """Keep the frame of an index for when it is asked for again; return it."""
+        if self.bundles_of(object_id) and sum(map(len, self._indexes.values())) + len(frame) <= _MAX_INDEXES:
+            self._indexes[object_id] = frame
+        return frame
 
     def _read(self, bundle_id: ObjectId, opened: _Opened, place: Place) -> bytes:
         data = self.service.read(opened.url, place.offset, place.offset + place.length)

@@ -8,6 +8,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,7 +25,7 @@ from castore.format.bundle import Record
 from castore.format.ids import ObjectId
 from castore.github import bundling, sessions
 from castore.progress import ignore_progress
-from castore.remotes import fallback, github_service
+from castore.remotes import fallback, github_service, joined_reads
 from castore.remotes.github_cache import GitHubCache
 from castore.remotes.github_service import CacheService
 
@@ -309,6 +310,41 @@ def test_a_server_that_ignores_ranges_is_read_all_the_same(box: Box) -> None:
     remote = box.remote()
     for object_id, frame in box.frames.items():
         assert remote.get(object_id) == frame
+
+
+def test_neighbours_are_read_together_and_each_index_once(box: Box) -> None:
+    remote = box.remote()
+    remote.expect(box.frames)
+    before = box.cache.count("GET")
+    assert {object_id: remote.get(object_id) for object_id in box.frames} == box.frames
+    assert box.cache.count("GET") == before + 1
+    assert remote.get(box.index_id) == box.frames[box.index_id]
+    assert box.cache.count("GET") == before + 1
+
+
+def test_what_can_not_be_read_together_is_read_by_itself(box: Box) -> None:
+    remote = box.remote()
+    remote.expect(box.frames)
+    box.cache.fault("GET", actions_service.answer(404))
+    assert {object_id: remote.get(object_id) for object_id in box.frames} == box.frames
+
+
+def test_a_joined_read_is_no_longer_than_its_limit(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_reads, "MAX_BYTES", max(map(len, box.frames.values())) + 1)
+    remote = box.remote()
+    remote.expect(box.frames)
+    before = box.cache.count("GET")
+    assert {object_id: remote.get(object_id) for object_id in box.frames} == box.frames
+    assert box.cache.count("GET") > before + 1
+
+
+def test_threads_that_want_neighbours_at_once_read_them_once(box: Box) -> None:
+    remote = box.remote()
+    remote.expect(box.frames)
+    before = box.cache.count("GET")
+    with ThreadPoolExecutor(8) as pool:
+        assert dict(zip(box.frames, pool.map(remote.get, box.frames), strict=True)) == box.frames
+    assert box.cache.count("GET") == before + 1
 
 
 def test_corrupt_bytes_of_the_index_are_a_miss(box: Box) -> None:
