@@ -222,7 +222,9 @@ def _decide(
 ) -> tuple[Decision, ...]:
     sources = [Source("the work tree", roots.here), *(Source(name, entries) for name, entries in roots.elsewhere)]
     entries = _entries(roots)
-    remote = _remote_indexes(repo, entries.values(), contents.stored)
+    indexes = {part.index for entry in entries.values() for part in entry.manifest.parts.values()}
+    remote = fallback.may_have(repo.remotes, indexes - contents.stored.keys())
+    confirmed: set[ObjectId] = set()
 
     def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
         described = entry.manifest.parts[part]
@@ -231,19 +233,30 @@ def _decide(
             return {described.index: described.stored_bytes}
         return contents.of_part(entry, part)
 
-    return decide(
-        sources[0],
-        sources[1:],
-        request.policy,
-        sizes,
-        now=request.now,
-        pinned=roots.pins,
-        pinned_elsewhere=roots.pins_elsewhere,
-        tagged=roots.tags,
-        tagged_elsewhere=roots.tags_elsewhere,
-        in_use=request.in_use,
-        usable=_usability(repo, entries.values(), contents, remote, damaged),
-    )
+    def judge() -> tuple[Decision, ...]:
+        return decide(
+            sources[0],
+            sources[1:],
+            request.policy,
+            sizes,
+            now=request.now,
+            pinned=roots.pins,
+            pinned_elsewhere=roots.pins_elsewhere,
+            tagged=roots.tags,
+            tagged_elsewhere=roots.tags_elsewhere,
+            in_use=request.in_use,
+            usable=_usability(repo, entries.values(), contents, remote, damaged),
+        )
+
+    while True:
+        decisions = judge()
+        # remotes are asked for what would be kept alone: of a long history that is little
+        kept = {entry.manifest.parts[part].index for entry, part in kept_parts(decisions)}
+        asked = (kept & remote) - confirmed
+        if not asked:
+            return decisions
+        confirmed |= fallback.available(repo.remotes, asked)
+        remote -= asked - confirmed
 
 
 _PartState = Literal["usable", "damaged", "gone"]
@@ -284,12 +297,6 @@ def _usability(
         elif any(state != "usable" for state in states.values()):
             weights_only.add(entry.id)
     return Usability(frozenset(gone), frozenset(incomplete), frozenset(weights_only))
-
-
-def _remote_indexes(repo: Repo, entries: Iterable[Entry], stored: Collection[ObjectId]) -> set[ObjectId]:
-    """Return the indexes that aren't here and that remotes say they have."""
-    absent = {part.index for entry in entries for part in entry.manifest.parts.values()}.difference(stored)
-    return fallback.available(repo.remotes, absent)
 
 
 def _live_objects(decisions: Iterable[Decision], contents: _Contents) -> set[ObjectId]:

@@ -36,6 +36,10 @@ class Remote(Protocol):
         """Return those of ``object_ids`` that the remote claims to hold. None of their bytes are read."""
         ...
 
+    def may_have(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return those that :meth:`has` may return, as far as can be told without asking what costs a request."""
+        ...
+
     def expect(self, object_ids: Iterable[ObjectId]) -> None:
         """Take note of what :meth:`get` will soon be asked for, so that it can be read together. Reads nothing."""
         ...

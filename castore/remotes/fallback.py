@@ -39,6 +39,18 @@ def available(remotes: Sequence[Remote], object_ids: Iterable[ObjectId]) -> set[
     return held
 
 
+def may_have(remotes: Sequence[Remote], object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+    """Return those that :func:`available` may return, as far as can be told without asking what costs a request."""
+    asked = set(object_ids)
+    held: set[ObjectId] = set()
+    for remote in remotes:
+        try:
+            held |= remote.may_have(asked - held)
+        except (StorageError, RemoteError) as error:
+            _logger.warning("remote %s passed over, asked for %d objects: %s", remote.name, len(asked), error)
+    return held & asked
+
+
 def read(
     store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId, *, mend: bool = True
 ) -> tuple[bytes, bytes | None]:
@@ -112,6 +124,9 @@ class ErrorRecorder:
         except (StorageError, RemoteError) as error:
             self.error = self.error or str(error)
             raise
+
+    def may_have(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        return self.remote.may_have(object_ids)
 
     def expect(self, object_ids: Iterable[ObjectId]) -> None:
         self.remote.expect(object_ids)

@@ -87,6 +87,12 @@ class GitHubCache:
             self._open(record.bundle for record in self.records)
         return {object_id for object_id in asked if self._holders(object_id)} if not self.down else set()
 
+    def may_have(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return those of which the records in git name a bundle, and no look-up has shown otherwise."""
+        asked = set(object_ids) - self._corrupt.keys() if not self.down else set()
+        unusable = {bundle_id for bundle_id, state in self._bundles.items() if isinstance(state, str)}
+        return {object_id for object_id in asked if set(self.bundles_of(object_id)) - unusable}
+
     def expect(self, object_ids: Iterable[ObjectId]) -> None:
         """Plan to read objects together that lie next to each other in a bundle."""
         wanted = self.has(object_ids)

@@ -22,6 +22,7 @@ import castore
 from castore import Repo
 from castore.errors import NotPushed, RemoteUnavailable, UploadRefused, UsageError
 from castore.github import sessions, summary
+from castore.policy.retention import Policy
 from castore.progress import ignore_progress
 from castore.remotes import github_service
 from castore.remotes.github_service import CacheService
@@ -823,6 +824,18 @@ def test_that_the_cache_has_everything_is_asked_and_not_assumed(world: World, on
     assert "WARNING no bundle: the cache could not be asked what it has: HTTP 403" in said
     assert "could not be asked what it has" in machine.summary.read_text()
     assert one.id
+
+
+def test_a_save_asks_for_the_bundles_in_use_however_long_the_history_is(world: World) -> None:
+    asked = []
+    parent = None
+    for step in range(10, 70, 10):
+        machine = world.machine()
+        parent = machine.checkpoint(step, 3.0 - step / 100, parent=parent).id
+        before = world.cache.count("GetCacheEntryDownloadURL")
+        assert machine.save(policy=Policy(keep=2, keep_optimizer=1)).commit
+        asked.append(world.cache.count("GetCacheEntryDownloadURL") - before)
+    assert asked == [1, 2, 2, 2, 2, 2]  # the bundle of the other that is kept, and the new one
 
 
 def test_a_pinned_checkpoint_that_is_nowhere_is_told(world: World, one: castore.SaveResult) -> None:
