@@ -257,11 +257,15 @@ class UploadRefused(RemoteError):
 
 
 class NotPushed(RemoteError):
-    """A commit could not be made or pushed; its files are staged or committed locally."""
+    """A commit could not be made or pushed; its files are staged or committed locally.
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(f"not pushed, so the next session won't know of it: {reason}")
+    ``key`` is that of the bundle that was uploaded before, from which `castore ci recover` makes the files again.
+    """
+
+    def __init__(self, reason: str, key: str = "") -> None:
+        self.reason, self.key = reason, key
+        recover = f"\n  what was uploaded can be brought back: castore ci recover {key}" if key else ""
+        super().__init__(f"not pushed, so the next session won't know of it: {reason}{recover}")
 
 
 # -- another process is at work: wait ------------------------------------------------------------------------------

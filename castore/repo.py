@@ -301,19 +301,8 @@ class Repo:
 
         Returns the path of the file. InvalidManifest for a ``run`` that can't be the name of one.
         """
-        if not manifest.RUN.fullmatch(run):
-            raise InvalidManifest(f"run {run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
-        folder = self.root / "sessions" / run
-        path = folder / f"{started.astimezone(UTC):%Y%m%dT%H%M%S.%fZ}.json"
         data = msgspec.json.format(msgspec.json.encode(summary, order="sorted"), indent=2) + b"\n"
-        if folder.is_symlink():
-            raise ConfigError(str(folder), "is a symbolic link, which could lead castore anywhere: remove it")
-        fs.make_directory(folder)
-        if self.config.store.fsync:
-            fs.sync_directory(self.root)
-            fs.sync_directory(folder.parent)
-        fs.publish(path, data, self.root / "tmp", durable=self.config.store.fsync)
-        return path
+        return self.catalog.add_session(run, f"{started.astimezone(UTC):%Y%m%dT%H%M%S.%fZ}.json", data)
 
     def git_commit(self) -> str | None:
         """Return the commit checked out where the repository lives, with ``-dirty`` if tracked files differ from it."""

@@ -9,7 +9,8 @@ from castore.errors import ObjectMissing
 from castore.format import part_index
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
-from castore.parallel import map_ahead
+from castore.format.part_index import ChunkRef
+from castore.parallel import map_ahead, map_all
 from castore.progress import Progress
 from castore.remotes import fallback
 from castore.remotes.base import Remote
@@ -17,7 +18,6 @@ from castore.remotes.fallback import ErrorRecorder
 from castore.repo import Repo
 from castore.state.parts import locate_errors
 
-_FETCHERS = 8  # a request waits for the network, not for a processor
 _MAX_MEMORY = 128 << 20
 
 
@@ -44,11 +44,14 @@ def pull(repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress) -> 
     indexes: dict[ObjectId, tuple[bytes, bytes]] = {}
     missing: dict[ObjectId, int] = {}
     with repo.lock():
-        for name in parts:
+
+        def read_index(name: str) -> tuple[ObjectId, bytes, bytes | None, tuple[ChunkRef, ...]]:
             index_id = entry.manifest.parts[name].index
             with locate_errors(name, entry.id):
                 data, frame = fallback.read(repo.store, recorders, index_id)
-                chunks = part_index.decode_chunks(data)
+                return index_id, data, frame, part_index.decode_chunks(data)
+
+        for index_id, data, frame, chunks in map_all(read_index, parts, fallback.ASKERS, name="castore-fetch"):
             if frame is not None:
                 indexes[index_id] = data, frame
             missing.update((chunk.id, chunk.length) for chunk in chunks if not repo.store.has(chunk.id))
@@ -65,7 +68,7 @@ def _fetch_all(repo: Repo, remotes: Sequence[Remote], lengths: Mapping[ObjectId,
     """Fetch objects, given with their plain lengths, in parallel. ObjectMissing."""
     done, total = 0, sum(lengths.values())
     # each thread holds a frame and what it decodes to
-    threads = max(1, min(_FETCHERS, _MAX_MEMORY // (2 * max(lengths.values(), default=1))))
+    threads = max(1, min(fallback.ASKERS, _MAX_MEMORY // (2 * max(lengths.values(), default=1))))
 
     def fetch(object_id: ObjectId) -> ObjectId:
         if fallback.fetch(repo.store, remotes, object_id) is None:

@@ -1,4 +1,4 @@
-// Runs `castore ci restore` or `castore ci save`; with `mode: both` the one now, and the other after the job's last step.
+// Runs `castore ci restore`, `save` or `recover`; with `mode: both` restore now, and save after the job's last step.
 //
 // Only a JavaScript action is given the cache's address and token. This one hands them to castore alone: not to pip,
 // not to later steps. Inputs reach castore as arguments, never through a shell.
@@ -12,6 +12,7 @@ import { fileURLToPath } from "node:url";
 const OPTIONS = {
   restore: { flags: ["allow-fresh", "require-save"], values: ["resume"] },
   save: { flags: ["commit"], values: ["keep", "keep-optimizer", "max-size", "message"] },
+  recover: { flags: ["commit"], values: ["message"], argument: "bundle" },
 };
 const CACHE = ["ACTIONS_RUNTIME_TOKEN", "ACTIONS_RESULTS_URL", "ACTIONS_CACHE_SERVICE_V2", "ACTIONS_CACHE_MODE"];
 // what `castore ci` imports: all that castore needs but torch and safetensors
@@ -38,21 +39,30 @@ function currentMode() {
   return mode === "both" ? "restore" : mode;
 }
 
+const namesOf = ({ flags, values, argument }) => [...flags, ...values, ...(argument ? [argument] : [])];
+
 /** The arguments of `castore`. A value is joined to its option, so that it can't be taken for another option. */
 function command() {
   const mode = currentMode();
-  if (!Object.hasOwn(OPTIONS, mode)) throw new Failure(`mode is restore, save or both, not "${mode}"`, 2);
-  const arguments_ = ["ci", mode];
-  for (const [owner, { flags, values }] of Object.entries(OPTIONS)) {
-    for (const name of [...flags, ...values]) {
-      const given = input(name);
-      if (!given || (flags.includes(name) && given === "false")) continue;
-      if (owner !== mode && input("mode") === "both") continue;
-      if (owner !== mode) throw new Failure(`${name} belongs to mode ${owner}, not to ${mode}`, 2);
-      if (flags.includes(name) && given !== "true") throw new Failure(`${name} is true or false, not "${given}"`, 2);
-      arguments_.push(flags.includes(name) ? `--${name}` : `--${name}=${given}`);
-    }
+  if (!Object.hasOwn(OPTIONS, mode)) throw new Failure(`mode is restore, save, both or recover, not "${mode}"`, 2);
+  const { flags, values, argument } = OPTIONS[mode];
+  const allowed = input("mode") === "both" ? ["restore", "save"] : [mode];
+  for (const name of Object.values(OPTIONS).flatMap(namesOf)) {
+    const isUnset = !input(name) || input(name) === "false";
+    const owners = Object.keys(OPTIONS).filter((owner) => namesOf(OPTIONS[owner]).includes(name));
+    if (isUnset || owners.some((owner) => allowed.includes(owner))) continue;
+    throw new Failure(`${name} belongs to mode ${owners.join(" or ")}, not to ${mode}`, 2);
   }
+  const arguments_ = ["ci", mode];
+  for (const name of flags) {
+    if (!["", "true", "false"].includes(input(name))) {
+      throw new Failure(`${name} is true or false, not "${input(name)}"`, 2);
+    }
+    if (input(name) === "true") arguments_.push(`--${name}`);
+  }
+  for (const name of values) if (input(name)) arguments_.push(`--${name}=${input(name)}`);
+  if (argument && !input(argument)) throw new Failure(`mode ${mode} needs the input ${argument}`, 2);
+  if (argument) arguments_.push("--", input(argument));
   return arguments_;
 }
 

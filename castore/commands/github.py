@@ -1,4 +1,4 @@
-"""What runs inside a job of GitHub Actions: `castore ci restore` and `ci save`."""
+"""What runs inside a job of GitHub Actions: `castore ci restore`, `ci save` and `ci recover`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from castore.commands.keep import KeepOptimizerOption, KeepOption, MaxSizeOption
 from castore.text import format_number, format_size
 
 if TYPE_CHECKING:
+    from castore.github.recovery import Recovered
     from castore.github.sessions import CaughtUp, RestoredSession, SavedSession, Traffic
     from castore.remotes.github_service import CacheService
     from castore.storage.catalog import BrokenFile
@@ -178,6 +179,45 @@ def _describe_saved(saved: SavedSession) -> Iterator[str]:
 def _describe_traffic(traffic: Traffic) -> str:
     up, down = format_size(traffic.uploaded), format_size(traffic.downloaded)
     return f"{up} up, {down} down, {traffic.requests} requests to the cache"
+
+
+@app.command("recover", epilog="Example: castore ci recover castore-BUNDLE --commit")
+def ci_recover(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's key, or its whole id.")],
+    commit: Annotated[bool, typer.Option("--commit", help="Commit what is staged, and push the branch.")] = False,
+    message: Annotated[str, typer.Option(help="Message of the commit.", show_default="names the bundle")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Bring back what a session recorded and could not push.
+
+    A failed `ci save` names the bundle that it had uploaded. The manifests travel in it too: they are staged, for you
+    to look at. What is committed is trusted from then on.
+    """
+    from castore.github import recovery, summary
+
+    with _job("recover") as (repo, service):
+        recovered = recovery.recover(repo, service, bundle, commit=commit, message=message)
+    _append("GITHUB_STEP_SUMMARY", summary.recovered_markdown(recovered))
+    _append_outputs({"bundle": recovered.bundle, "commit": recovered.commit or ""})
+    if as_json:
+        print_json({**fields_of(recovered), "checkpoints": [entry.id for entry in recovered.checkpoints]})
+    else:
+        say(*_describe_recovered(recovered))
+    warn(*recovered.passed_over)
+    if recovered.passed_over:
+        sys.exit(5)
+
+
+def _describe_recovered(recovered: Recovered) -> Iterator[str]:
+    yield f"bundle  {recovered.bundle[:12]}"
+    for entry in recovered.checkpoints:
+        loss = format_number(entry.manifest.metrics.get("val_loss"))
+        yield f"new     {entry.id[:12]}: {entry.manifest.run}, step {entry.manifest.step:,}, validation loss {loss}"
+    if not recovered.files:
+        yield "git     has all of it: nothing was lost"
+        return
+    told = f"pushed as {recovered.commit[:12]}" if recovered.commit else "staged: look at them, commit and push"
+    yield f"git     {len(recovered.files)} files, {told}"
 
 
 @contextmanager

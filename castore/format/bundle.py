@@ -11,6 +11,8 @@ f + 44 n   16      f (u64), n (u32), magic ``CSTB``
 
 The id of a bundle is the BLAKE3 of its index, and the record in git states it. So reading an object takes two requests:
 one for the index, verified against the bundle's id, and one for the object's frame, verified against the object's id.
+
+The object of the last frame may be the bundle's :class:`Contents`: what a commit would say of it.
 """
 
 from __future__ import annotations
@@ -78,6 +80,18 @@ def tail_bytes(count: int) -> int:
     return _PLACE.size * count + _TRAILER.size
 
 
+TRAILER_BYTES = _TRAILER.size
+"""Length of the end of a bundle, which :func:`read_count` takes."""
+
+
+def read_count(trailer: Buffer) -> int:
+    """Return the number of objects that the end of a bundle states; nothing vouches for it. CorruptBundle."""
+    _, count, magic = _TRAILER.unpack(trailer)
+    if magic != _MAGIC or not 0 < count <= MAX_OBJECTS:
+        raise CorruptBundle("it is no bundle: it doesn't end like one")
+    return int(count)
+
+
 def read_tail(bundle_id: ObjectId, tail: Buffer, size: int) -> dict[ObjectId, Place]:
     """Return the place of every object in the bundle of ``size`` bytes that ends in ``tail``. CorruptBundle.
 
@@ -85,7 +99,7 @@ def read_tail(bundle_id: ObjectId, tail: Buffer, size: int) -> dict[ObjectId, Pl
     """
     index, trailer = tail[: -_TRAILER.size], tail[-_TRAILER.size :]
     if len(trailer) < _TRAILER.size or hash_bytes(index) != bundle_id:
-        raise CorruptBundle("its index does not match the id recorded in git: the entry holds other bytes")
+        raise CorruptBundle("its index does not match its id: the entry holds other bytes")
     frames_end, count, magic = _TRAILER.unpack(trailer)
     if (frames_end, count, magic) != (size - len(tail), len(index) // _PLACE.size, _MAGIC):
         raise CorruptBundle("its trailer contradicts its index")
@@ -170,6 +184,56 @@ def _check(record: Record) -> None:
 
 def _is_valid_key(key: str) -> bool:
     return 0 < len(key) <= _LONGEST_KEY and key.isascii() and key.isprintable() and "," not in key
+
+
+# -- what a bundle says of itself ------------------------------------------------------------------------------------
+
+
+class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a bundle's last frame holds: the commit that names the bundle can be made again from it, should it be lost.
+
+    ``files`` maps paths in ``.castore/`` to texts that the commit adds beside the bundle's records. ``parts`` and
+    ``ref`` are those of the records; None stands for the bundle itself, whose id depends on these bytes.
+    """
+
+    version: int = VERSION
+    ref: str = ""
+    files: dict[str, str]
+    parts: dict[ObjectId, list[ObjectId | None]]
+
+    def records(self, bundle_id: ObjectId, key: str, *, size: int, objects: int, created: str) -> tuple[Record, ...]:
+        """Return the records of the bundle, which is ``size`` bytes long and holds ``objects``. CorruptBundle."""
+        named = sorted((index_id, [needed or bundle_id for needed in ids]) for index_id, ids in self.parts.items())
+        batches = (named[start : start + PARTS_OF_A_RECORD] for start in range(0, len(named), PARTS_OF_A_RECORD))
+        records = [
+            Record(
+                bundle=bundle_id,
+                key=key,
+                created=created,
+                bytes=size,
+                objects=objects,
+                ref=self.ref,
+                parts=dict(batch),
+            )
+            for batch in batches
+        ]
+        return tuple(decode_record(encode_record(record)) for record in records)
+
+
+def encode_contents(contents: Contents) -> bytes:
+    """Return the plain bytes of the object that a bundle's last frame holds."""
+    return canonical(contents)
+
+
+def decode_contents(data: Buffer) -> Contents:
+    """Return the contents in an object's plain bytes. CorruptBundle or UnsupportedVersion for anything else."""
+    try:
+        contents = msgspec.json.decode(data, type=Contents)
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+        raise CorruptBundle(f"its last object names nothing that could be recovered: {error}") from error
+    if contents.version > VERSION:
+        raise UnsupportedVersion("the contents of a bundle", contents.version)
+    return contents
 
 
 # -- which objects go into a new bundle ------------------------------------------------------------------------------

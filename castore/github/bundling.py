@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TypeVar
 
 from castore.errors import CorruptionError, CorruptObject, ObjectMissing, UploadRefused
 from castore.format import bundle, manifest, part_index
-from castore.format.bundle import BundleLayout, Record
-from castore.format.ids import ObjectId
+from castore.format import frame as frames
+from castore.format.bundle import BundleLayout, Contents, Record
+from castore.format.ids import ObjectId, hash_bytes
 from castore.format.manifest import Entry
 from castore.progress import Progress
 from castore.remotes.github_cache import GitHubCache
@@ -28,8 +28,6 @@ KeptParts = Sequence[tuple[Entry, Sequence[str]]]
 """Checkpoints, and the names of the parts of each that are kept."""
 
 _STALE_AFTER = timedelta(days=14)  # GitHub evicts an entry that nobody read for seven days
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,46 +140,54 @@ class Uploaded:
 
 
 def upload_missing(
-    repo: Repo, remote: GitHubCache, kept: KeptParts, *, ref: str, progress: Progress, now: datetime
+    repo: Repo,
+    remote: GitHubCache,
+    kept: KeptParts,
+    files: Mapping[str, str],
+    *,
+    ref: str,
+    progress: Progress,
+    now: datetime,
 ) -> Uploaded:
     """Upload what the cache lacks of ``kept`` as one bundle, then write the records that name it to the repository.
 
-    Records are written only once a look-up has confirmed the bundle. ``ref`` is the git ref of the job. UploadRefused,
+    Records are written only once a look-up has confirmed the bundle. ``files`` are what the commit will add beside
+    them, by paths in ``.castore/``: a copy travels in the bundle. ``ref`` is the git ref of the job. UploadRefused,
     RemoteUnavailable.
     """
     with repo.lock():
         plan = plan_bundle(repo, remote, kept)
         if not plan.bundles_of_parts:
             return Uploaded((), plan.left_out, plan.unconfirmed)
-        if len(plan.objects) > bundle.MAX_OBJECTS:
+        if len(plan.objects) >= bundle.MAX_OBJECTS:
             reason = f"{len(plan.objects)} objects are more than a bundle holds: a larger chunk_size makes fewer"
             raise UploadRefused(remote.name, reason)
+        parts = {index_id: list(bundle_ids) for index_id, bundle_ids in plan.bundles_of_parts.items()}
+        contents = Contents(ref=ref, files=dict(files), parts=parts)
         if plan.objects:
-            layout = bundle.lay_out({object_id: repo.store.stored_size(object_id) or 0 for object_id in plan.objects})
-            key = remote.upload(layout, read_ranges(repo.store, layout), progress)
+            plain = bundle.encode_contents(contents)
+            frame = b"".join(frames.encode_frame(plain))
+            sizes = {object_id: repo.store.stored_size(object_id) or 0 for object_id in plan.objects}
+            layout = bundle.lay_out({**sizes, (contents_id := hash_bytes(plain)): len(frame)})
+            key = remote.upload(layout, read_ranges(repo.store, layout, {contents_id: frame}), progress)
             bundle_id, size, count = layout.id, layout.size, len(layout.places)
         else:  # the cache has all the objects: only the records that say so are missing
             relied = {bundle_id for bundle_ids in plan.bundles_of_parts.values() for bundle_id in bundle_ids}
             basis = next(record for record in remote.records if record.bundle in relied)
             bundle_id, key, size, count = basis.bundle, basis.key, basis.bytes, basis.objects
-        parts = {
-            index_id: [needed or bundle_id for needed in bundle_ids]
-            for index_id, bundle_ids in plan.bundles_of_parts.items()
-        }
-        created = manifest.timestamp(now)
-        records = tuple(
-            Record(bundle=bundle_id, key=key, created=created, bytes=size, objects=count, ref=ref, parts=dict(batch))
-            for batch in _batches(list(parts.items()), bundle.PARTS_OF_A_RECORD)
-        )
+        records = contents.records(bundle_id, key, size=size, objects=count, created=manifest.timestamp(now))
         for record in records:
             repo.catalog.add_record(record)
     return Uploaded(records if plan.objects else (), plan.left_out, plan.unconfirmed)
 
 
-def read_ranges(store: ObjectStore, layout: BundleLayout) -> Callable[[int, int], bytes]:
+def read_ranges(
+    store: ObjectStore, layout: BundleLayout, in_memory: Mapping[ObjectId, bytes]
+) -> Callable[[int, int], bytes]:
     """Return a function that reads any range of a bundle from the objects' files: the whole is never copied.
 
-    It raises ObjectMissing when a file has changed its size since the layout was made, StorageError.
+    Frames that are ``in_memory`` have no file. ObjectMissing, raised by that function, when a file has changed its size
+    since the layout was made; StorageError.
     """
     pieces: list[tuple[int, ObjectId | None]] = [
         (0, None),  # the header
@@ -200,6 +206,8 @@ def read_ranges(store: ObjectStore, layout: BundleLayout) -> Callable[[int, int]
             first, object_id = pieces[bisect.bisect_right(starts, at) - 1]
             if object_id is None:
                 data += bundle.HEADER[at - first : stop - first]
+            elif object_id in in_memory:
+                data += in_memory[object_id][at - first : stop - first]
             else:
                 length = layout.places[object_id].length
                 if store.stored_size(object_id) != length:
@@ -209,10 +217,6 @@ def read_ranges(store: ObjectStore, layout: BundleLayout) -> Callable[[int, int]
         return bytes(data)
 
     return read
-
-
-def _batches(items: list[_Item], size: int) -> Iterator[list[_Item]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 # -- old records -----------------------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 
@@ -25,12 +24,11 @@ from castore.errors import (
     UploadRefused,
     UsageError,
 )
-from castore.format.bundle import MAX_RECORD_BYTES, Record
+from castore.format.bundle import Record
 from castore.format.ids import ObjectId
-from castore.format.manifest import MAX_BYTES, Entry
-from castore.github import bundling
+from castore.format.manifest import Entry
+from castore.github import bundling, git_files
 from castore.github.bundling import KeptParts
-from castore.github.publish import publish
 from castore.policy.order import newest_first
 from castore.policy.resolution import Match, Resolution
 from castore.policy.retention import Policy
@@ -43,8 +41,6 @@ from castore.storage.catalog import BrokenFile
 
 _UNCHANGING = ("manifests", "pins", "bundles")
 _CAUGHT_UP = ("manifests", "bundles", "pins", "tags")
-_MAX_FILE_BYTES = max(MAX_BYTES, MAX_RECORD_BYTES)
-_IN_GIT = ("manifests", "pins", "bundles", "sessions")
 
 
 def connect(repo: Repo, service: CacheService) -> tuple[GitHubCache, list[BrokenFile]]:
@@ -64,7 +60,7 @@ class Traffic:
     requests: int
 
 
-def _traffic(remote: GitHubCache) -> Traffic:
+def traffic_of(remote: GitHubCache) -> Traffic:
     service = remote.service
     return Traffic(uploaded=service.uploaded, downloaded=service.downloaded, requests=service.requests)
 
@@ -101,16 +97,10 @@ def catch_up(repo: Repo, ref: str) -> CaughtUp:
         tip = git_commits.fetch_branch(repo.root, git_commits.remote_of(repo.root, name), name)
         there = git.files_at(repo.root, tip, _CAUGHT_UP).files
         missing = {path: blob for path, blob in there.items() if not os.path.lexists(repo.root / path)}
-        contents = git.blobs(repo.root, {blob: path for path, blob in missing.items()}, _MAX_FILE_BYTES)
+        contents = git.blobs(repo.root, {blob: path for path, blob in missing.items()}, git_files.MAX_BYTES)
     except (NotPushed, RootsUnreadable) as error:
         return CaughtUp(branch=name, problem=error.reason)
-    added, passed_over = [], []
-    for path, blob in sorted(missing.items()):
-        try:
-            if repo.catalog.adopt(path, contents[blob]):
-                added.append(path)
-        except (CorruptionError, UsageError) as error:
-            passed_over.append(f"{path}: {error}")
+    added, passed_over = git_files.adopt(repo, {path: contents[blob] for path, blob in missing.items()})
     try:
         git_commits.stage(repo.root, added, [])  # so that a later merge or pull finds what it brings
     except NotPushed as error:
@@ -184,7 +174,7 @@ def restore(
         further: tuple[Entry, ...] = ()
         if resolution.selector == "best":
             further = _fetch_descendants(repo, entry, progress, errors)
-        match, traffic = resolution.match, _traffic(remote)
+        match, traffic = resolution.match, traffic_of(remote)
         return RestoredSession(
             resolution=resolution, match=match, further=further, fresh="", traffic=traffic, remote_errors=errors
         )
@@ -205,7 +195,7 @@ def _start_fresh(
         match=None,
         further=(),
         fresh=reason,
-        traffic=_traffic(remote),
+        traffic=traffic_of(remote),
         remote_errors=errors,
     )
 
@@ -313,26 +303,30 @@ def save(
     if commit:
         git_commits.branch(repo.root)  # raises now: what can't be pushed needn't be uploaded
     now = now or datetime.now(UTC)
-    known = git_commits.committed(repo.root, _IN_GIT) | (_on_remote(repo) or set())
-    new = [entry for entry in repo.checkpoints() if _manifest_path(entry) not in known]
+    known = git_files.known(repo)
+    new = [entry for entry in repo.checkpoints() if git_files.manifest_path(entry) not in known]
     plan, kept, not_collected = _collect_garbage(repo, policy, new, now)
-    uploaded = bundling.upload_missing(repo, remote, kept, ref=ref, progress=progress, now=now)
+    files = git_files.read_texts(repo, git_files.new_to_remote(repo, git_files.list_files(repo), known))
+    uploaded = bundling.upload_missing(repo, remote, kept, files, ref=ref, progress=progress, now=now)
     removed = bundling.remove_stale_records(repo, remote, kept, ref=ref, now=now) if plan is not None else ()
     session = _session_progress(repo, new)
     message = (message or _commit_message(session)) if commit else ""
-    files, pushed = _record_in_git(repo, known, removed, message, pause)
+    try:
+        changed, pushed = git_files.record(repo, git_files.list_files(repo), known, removed, message, pause)
+    except NotPushed as error:
+        raise NotPushed(error.reason, uploaded.records[0].key if uploaded.records else "") from error
     return SavedSession(
         session=session,
         plan=plan,
         not_collected=not_collected,
         records=uploaded.records,
-        files=files,
+        files=changed,
         left_out=uploaded.left_out,
         unconfirmed=uploaded.unconfirmed,
         unasked=remote.down,
         altered=tuple(git.altered(repo.root, _UNCHANGING) or ()),
         commit=pushed,
-        traffic=_traffic(remote),
+        traffic=traffic_of(remote),
     )
 
 
@@ -359,58 +353,6 @@ def _collect_garbage(
         return None, [(entry, tuple(entry.manifest.parts)) for entry in new], str(error)
     decisions = [decision for decision in plan.decisions if decision.parts and decision.entry.id in in_work_tree]
     return plan, [(decision.entry, decision.parts) for decision in decisions], ""
-
-
-def _manifest_path(entry: Entry) -> str:
-    return f"manifests/{entry.manifest.file_name(entry.id)}"
-
-
-def _files_for_git(repo: Repo) -> list[str]:
-    """Return the files that git should have, relative to the repository. Prepared data can be prepared again: none."""
-    paths = [_manifest_path(entry) for entry in repo.checkpoints()]
-    for name in ("pins", "bundles", "sessions"):
-        paths += [path.relative_to(repo.root).as_posix() for path in (repo.root / name).rglob("*") if _is_plain(path)]
-    return paths
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and path.name.isprintable()
-
-
-def _record_in_git(
-    repo: Repo, known: Collection[str], removed: Sequence[str], message: str, pause: Callable[[float], None]
-) -> tuple[tuple[str, ...], str | None]:
-    """Stage what git doesn't know, or with a ``message`` commit and push it.
-
-    Return (files added or removed, the commit that was pushed).
-    """
-    files = _files_for_git(repo)
-    added = [path for path in files if path not in known]
-    pushed = publish(repo.root, _new_to_remote(repo, files, known), removed, message, pause) if message else None
-    try:
-        git_commits.stage(repo.root, added, removed)
-    except NotPushed:  # the index is in use, which is no failure once the same files are pushed
-        if not pushed:
-            raise
-    return (*added, *removed), pushed
-
-
-def _new_to_remote(repo: Repo, files: Sequence[str], known: Collection[str]) -> list[str]:
-    """Return the files that this machine made: those that the branch didn't have when it was last fetched.
-
-    Only these are pushed, as what it had then and lacks by now was removed by others.
-    """
-    published = _on_remote(repo)
-    return [path for path in files if path not in (known if published is None else published)]
-
-
-def _on_remote(repo: Repo) -> set[str] | None:
-    """Return the files that the branch had when it was last fetched; None if it never was."""
-    try:
-        tip = git_commits.known_tip(repo.root, *git_commits.branch(repo.root))
-        return git_commits.committed(repo.root, _IN_GIT, tip) if tip else None
-    except NotPushed:  # no branch is checked out
-        return None
 
 
 def _session_progress(repo: Repo, new: Sequence[Entry]) -> SessionProgress | None:

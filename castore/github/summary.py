@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from castore.github.recovery import Recovered
 from castore.github.sessions import CaughtUp, RestoredSession, SavedSession, SessionProgress, Traffic
 from castore.policy.resolution import Rejected
 from castore.text import escape_markdown, format_number, format_size
@@ -31,6 +32,27 @@ def restored_markdown(
 def saved_markdown(saved: SavedSession, passed_over: Sequence[str] = ()) -> str:
     """Return the section that tells what the session made, and what of it the next one can get."""
     return _section([*_saved_lines(saved), *_passed_over_lines(passed_over)])
+
+
+def recovered_markdown(recovered: Recovered) -> str:
+    """Return the section that tells what was brought back from a bundle, for who decides whether to trust it."""
+    told = f"pushed as `{recovered.commit[:12]}`" if recovered.commit else "staged"
+    lines = ["### castore: recovered", "", f"From bundle `{recovered.bundle[:12]}`:", ""]
+    if recovered.checkpoints:
+        rows = [
+            (
+                f"`{entry.id[:12]}`",
+                f"`{entry.manifest.run}`",
+                f"{entry.manifest.step:,}",
+                format_number(entry.manifest.metrics.get("val_loss")),
+            )
+            for entry in recovered.checkpoints[:_MAX_ROWS]
+        ]
+        lines += [*_table(("checkpoint", "run", "step", "validation loss"), rows), ""]
+    lines.append(
+        f"{len(recovered.files)} files, {told}." if recovered.files else "Git has all of it: nothing was lost."
+    )
+    return _section([*lines, *_passed_over_lines(recovered.passed_over), "", _traffic_line(recovered.traffic)])
 
 
 def failed_markdown(reason: str) -> str:

@@ -16,6 +16,9 @@ from castore.format.ids import ObjectId
 from castore.remotes.base import Remote
 from castore.storage.object_store import ObjectStore
 
+ASKERS = 8
+"""Threads that ask remotes at once: a request waits for the network, not for a processor."""
+
 _logger = logging.getLogger(__name__)
 
 

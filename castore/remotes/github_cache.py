@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from castore.errors import CorruptBundle, RemoteError, RemoteUnavailable, UploadRefused
+from castore.errors import CorruptBundle, DataMissing, RemoteError, RemoteUnavailable, UploadRefused
 from castore.format import bundle
 from castore.format.bundle import BundleLayout, Place, Record
 from castore.format.ids import ObjectId
@@ -142,6 +142,27 @@ class GitHubCache:
             return set()
         return {bundle_id for bundle_id, state in self._bundles.items() if isinstance(state, str)}
 
+    def open_unrecorded(self, bundle_id: ObjectId, key: str) -> Record:
+        """Open a bundle that no record names; return a record of it, without parts.
+
+        Its index is the one that the id names. DataMissing when there is no such entry; CorruptBundle when there is
+        another one under its key; RemoteUnavailable.
+        """
+        url = self.service.look_up(key)
+        if url is None:
+            raise DataMissing(f"{NAME} has no {key}: evicted, saved where this job can't see it, or never there")
+        size = self.service.size(url)
+        if size is not None and size < len(bundle.HEADER) + bundle.TRAILER_BYTES:
+            raise CorruptBundle(f"{key} holds {size} bytes: it is no bundle")
+        trailer = self.service.read(url, size - bundle.TRAILER_BYTES, size) if size else None
+        if size is None or trailer is None:
+            raise RemoteUnavailable(NAME, "HTTP 401 or 403 to an address that it had just signed")
+        count = bundle.read_count(trailer)
+        record = Record(bundle=bundle_id, key=key, created="", bytes=size, objects=count, parts={})
+        self._bundles[bundle_id] = self._look_up(record)
+        self.records = (*self.records, record)
+        return record
+
     def upload(self, layout: BundleLayout, read: ReadRange, progress: Progress) -> str:
         """Upload a bundle, whose bytes ``read`` returns; return the key under which a look-up has confirmed it.
 
@@ -229,7 +250,7 @@ class GitHubCache:
 
     def _keep_index(self, object_id: ObjectId, frame: bytes) -> bytes:
         """Keep the frame of an index for when it is asked for again; return it."""
-        if self.bundles_of(object_id) and sum(map(len, self._indexes.values())) + len(frame) <= _MAX_INDEXES:
+        if self.bundles_of(object_id) and sum(map(len, list(self._indexes.values()))) + len(frame) <= _MAX_INDEXES:
             self._indexes[object_id] = frame
         return frame
 

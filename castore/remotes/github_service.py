@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import proxy_bypass
 from xml.sax.saxutils import escape
@@ -46,12 +46,21 @@ _EXPIRED = frozenset({401, 403})
 _VERSION = hashlib.sha256(b"castore bundle 1").hexdigest()
 _ALLOW_HTTP = "CASTORE_ALLOW_HTTP_CACHE"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_SIZE = re.compile(r"[0-9]{1,18}", re.ASCII)
 _SIGNATURE = re.compile(r"(?i)\b(sig|signature|se|sp|sv|skoid|sktid)=[^&\s\"']*")
 
 _logger = logging.getLogger(__name__)
 
 ReadRange = Callable[[int, int], bytes]
 """Returns the bytes [start, stop) of what is uploaded."""
+
+
+class _Answer(NamedTuple):
+    """An answer to a request: its HTTP status, its body, or the beginning of it, and its headers."""
+
+    status: int
+    data: bytes
+    headers: Mapping[str, str]
 
 
 class CacheService:
@@ -139,7 +148,7 @@ class CacheService:
         """
         headers = {"Range": f"bytes={start}-{stop - 1}"}
         # a server may ignore the range, and answer 200 with everything from the first byte
-        status, data = self._send("GET", url, headers=headers, limit=stop - start, limit_of_whole=stop)
+        status, data, _ = self._send("GET", url, headers=headers, limit=stop - start, limit_of_whole=stop)
         if status == 200:
             status, data = 206, data[start:stop]
         if status in _EXPIRED:
@@ -152,6 +161,22 @@ class CacheService:
             self.downloaded += len(data)
         return data
 
+    def size(self, url: str) -> int | None:
+        """Return the number of bytes behind a signed address; None when its signature has expired.
+
+        CorruptBundle when that can't be told; RemoteUnavailable.
+        """
+        answer = self._send("GET", url, headers={"Range": "bytes=0-0"}, limit=1)
+        if answer.status in _EXPIRED:
+            return None
+        told = {
+            206: answer.headers.get("Content-Range", "").rpartition("/")[2],
+            200: answer.headers.get("Content-Length", ""),  # from a server that ignores the range
+        }.get(answer.status, "")
+        if not _SIZE.fullmatch(told):
+            raise CorruptBundle(f"its size can't be told: HTTP {answer.status}")
+        return int(told)
+
     def send(self, url: str, size: int, read: ReadRange, progress: Progress) -> bool:
         """Upload the ``size`` bytes that ``read`` returns ranges of; False when the signature expires meanwhile.
 
@@ -161,7 +186,7 @@ class CacheService:
 
         def put(target: str, data: bytes, headers: Mapping[str, str]) -> bool:
             nonlocal done
-            status, _ = self._send("PUT", target, body=data, headers=headers, limit=_MAX_ANSWER_BYTES)
+            status, _, _ = self._send("PUT", target, body=data, headers=headers, limit=_MAX_ANSWER_BYTES)
             if status in _EXPIRED:
                 return False
             if status not in (200, 201):
@@ -197,7 +222,7 @@ class CacheService:
 
     def _call(self, method: str, **fields: Any) -> tuple[int, dict[str, Any]]:
         """Call a method of the service; return (HTTP status, answer)."""
-        status, data = self._send(
+        status, data, _ = self._send(
             "POST",
             self._url + method,
             body=json.dumps(fields).encode(),
@@ -244,8 +269,8 @@ class CacheService:
         limit: int,
         limit_of_whole: int = 0,
         body: bytes | None = None,
-    ) -> tuple[int, bytes]:
-        """Return (status, body), of which at most one byte beyond ``limit`` is read.
+    ) -> _Answer:
+        """Return the answer, of whose body at most one byte beyond ``limit`` is read.
 
         If status 200 says that this is the whole, where a part was asked for, up to ``limit_of_whole`` is read.
 
@@ -269,7 +294,7 @@ class CacheService:
                 )
                 data = _read_body(response, max(limit, limit_of_whole) if response.status == 200 else limit)
                 if response.status not in _TRANSIENT:
-                    return response.status, data
+                    return _Answer(response.status, data, response.headers)
                 reason = f"HTTP {response.status}"
                 pause = max(pause, _seconds(response.headers.get("Retry-After")))
             except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:

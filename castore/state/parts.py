@@ -281,7 +281,15 @@ def part_states(store: ObjectStore, manifest: Manifest, remotes: Sequence[Remote
 
     A part is ``remote`` if ``remotes`` have what is missing in the store. Nothing is fetched into the store.
     """
-    return {name: _part_state(store, part, remotes) for name, part in manifest.parts.items()}
+    parts = manifest.parts
+    if not remotes or all(store.has(part.index) for part in parts.values()):
+        return {name: _part_state(store, part, remotes) for name, part in parts.items()}
+
+    def ask(part: Part) -> PartState:
+        return _part_state(store, part, remotes)
+
+    states = map_all(ask, parts.values(), fallback.ASKERS, name="castore-ask")
+    return dict(zip(parts, states, strict=True))
 
 
 def _part_state(store: ObjectStore, part: Part, remotes: Sequence[Remote]) -> PartState:

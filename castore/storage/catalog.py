@@ -7,11 +7,15 @@ manifests, pins and tags of all of them count: :func:`read_roots`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from castore.errors import (
+    ConfigError,
     CorruptBundle,
     CorruptManifest,
     CorruptTag,
@@ -29,6 +33,7 @@ from castore.format.manifest import Entry, Manifest
 from castore.policy.order import newest_first
 from castore.storage import fs, git, safe_paths
 
+_SESSION = re.compile(r"sessions/(?P<run>[^/]+)/(?P<name>\d{8}T\d{6}\.\d{6}Z\.json)", re.ASCII)
 _ID_DIGITS = 12  # how many digits of a manifest's id stand in the name of its file
 
 
@@ -49,13 +54,14 @@ class Listing:
 
 
 class Catalog:
-    """What a ``.castore`` folder keeps in git, one file each: manifests, pins (empty), tags, and records of bundles."""
+    """What ``.castore`` keeps in git, one file each: manifests, pins (empty), tags, sessions and records of bundles."""
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self.root = folder / "manifests"
         self._pins = folder / "pins"
         self._tags = folder / "tags"
         self._bundles = folder / "bundles"
+        self._sessions = folder / "sessions"
         self._temporary = folder / "tmp"
         self._durable = durable
 
@@ -261,12 +267,29 @@ class Catalog:
         fs.unlink(path)
         return path
 
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def add_session(self, run: str, name: str, data: bytes) -> Path:
+        """Write the summary of a session under the ``name`` that its start gives it; return the path of the file.
+
+        InvalidManifest for a ``run`` that can't be the name of one; ConfigError when a link stands in its place.
+        """
+        if not manifest.RUN.fullmatch(run):
+            raise InvalidManifest(f"run {run[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
+        folder = self._sessions / run
+        if folder.is_symlink():
+            raise ConfigError(str(folder), "is a symbolic link, which could lead castore anywhere: remove it")
+        self._make_folder(self._sessions)
+        self._make_folder(folder)
+        fs.publish(folder / name, data, self._temporary, durable=self._durable)
+        return folder / name
+
     # -- what other machines made ------------------------------------------------------------------------------------
 
     def adopt(self, path: str, data: bytes) -> bool:
         """Add a file of another commit, by its path in ``.castore``; return False if that is none of this class's.
 
-        It must be a manifest, record, pin or tag that belongs under that path: CorruptionError.
+        It must be a manifest, record, pin, tag or session that belongs under that path: CorruptionError.
         """
         folder, _, name = path.partition("/")
         if folder == "manifests" and name.endswith(".json"):
@@ -283,6 +306,8 @@ class Catalog:
             self.pin(ObjectId(name))
         elif folder == "tags" and tag.is_tag_name(name):
             self.add_tag(name, tag.decode(data, path))
+        elif (session := _SESSION.fullmatch(path)) and _is_json(data):
+            self.add_session(session["run"], session["name"], data)
         else:
             return False
         return True
@@ -307,6 +332,14 @@ class Catalog:
                     else:
                         broken.append(BrokenFile(Path(file.path), "not a regular file"))
         return paths, broken
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        msgspec.json.decode(data, type=dict)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _digits_in(path: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_another_implementation_reads_it() -> None:
         digest, offset, length = struct.unpack("<32sQI", index[at : at + 44])
         read_back[digest.hex()] = data[offset : offset + length]
     assert read_back == frames
+
+
+def test_another_implementation_reads_what_a_bundle_says_of_itself() -> None:
+    """By FORMAT.md, section 14, alone."""
+    contents = bundle.Contents(ref="refs/heads/main", files={"pins/x": "", "a": "é"}, parts={a(1): [None, a(2)]})
+    data = bundle.encode_contents(contents)
+    told = {
+        "version": 1,
+        "ref": "refs/heads/main",
+        "files": {"a": "é", "pins/x": ""},
+        "parts": {a(1): [None, a(2)]},
+    }
+    assert data == json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    assert bundle.decode_contents(data) == contents
+    (made,) = contents.records(a(3), "key", size=5000, objects=7, created=record().created)
+    assert (made.bundle, made.ref, made.parts) == (a(3), "refs/heads/main", {a(1): [a(3), a(2)]})
+
+
+@given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
+def test_any_bytes_are_contents_or_refused(data: bytes) -> None:
+    with pytest.raises((CorruptBundle, UnsupportedVersion)):
+        bundle.decode_contents(data)
 
 
 @given(st.data(), SIZES)

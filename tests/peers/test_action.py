@@ -188,6 +188,13 @@ def test_a_restore_can_fetch_the_branch(runner: Runner) -> None:
     assert "secret-of-git" not in json.dumps(call)
 
 
+def test_a_lost_push_is_recovered_by_the_bundles_name(runner: Runner) -> None:
+    runner.run({"mode": "recover", "bundle": "--commit", "commit": "true", "token": "t", "castore": "../tools/castore"})
+    (call,) = runner.calls()
+    assert call["argv"][1:] == ["ci", "recover", "--commit", "--", "--commit"]
+    assert call["env"]["GIT_CONFIG_COUNT"] == "2"
+
+
 def test_a_value_is_never_an_option(runner: Runner) -> None:
     runner.run({"mode": "save", "message": "--commit", "castore": "../tools/castore"})
     assert runner.calls()[0]["argv"][1:] == ["ci", "save", "--message=--commit"]
@@ -203,6 +210,10 @@ def test_a_value_is_never_an_option(runner: Runner) -> None:
         {"mode": "restore", "commit": "true"},
         {"mode": "restore", "keep": "3"},
         {"mode": "save", "resume": "best"},
+        {"mode": "save", "bundle": "castore-ab"},
+        {"mode": "both", "bundle": "castore-ab"},
+        {"mode": "recover"},
+        {"mode": "recover", "bundle": "castore-ab", "keep": "3"},
     ],
     ids=str,
 )

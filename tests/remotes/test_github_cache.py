@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +17,11 @@ from urllib.parse import unquote
 
 import actions_service
 import pytest
+from actions_service import Handle, Reply, Request
 from actions_service import Service as Cache
 from builders import parts
 
-from castore import Repo
+from castore import Repo, transfer
 from castore.errors import NotInActions, RemoteUnavailable, UploadRefused
 from castore.format import bundle, ids
 from castore.format.bundle import Record
@@ -57,7 +60,7 @@ class Box:
         self.frames = {object_id: repo.store.path(object_id).read_bytes() for object_id in sorted(repo.store.stored())}
         self.layout = bundle.lay_out({object_id: len(frame) for object_id, frame in self.frames.items()})
         self.key = GitHubCache(client(cache), []).upload(
-            self.layout, bundling.read_ranges(repo.store, self.layout), ignore_progress
+            self.layout, bundling.read_ranges(repo.store, self.layout, {}), ignore_progress
         )
         indexes = [part.index for part in self.saved.manifest.parts.values()]
         self.record = Record(
@@ -142,6 +145,26 @@ def test_only_what_is_asked_for_is_fetched(box: Box) -> None:
     assert box.cache.downloaded_bytes - before == len(box.frames[box.index_id]) + bundle.tail_bytes(len(box.frames))
 
 
+@pytest.mark.parametrize("ask", ["part_states", "pull"])
+def test_the_indexes_of_a_checkpoint_are_read_at_once(repo: Repo, box: Box, ask: str) -> None:
+    entry = repo.find(box.saved.id)
+    shutil.rmtree(repo.store.objects)
+    repo.remotes.append(box.remote())
+    all_are_here = threading.Barrier(len(box.record.parts))
+
+    def wait_for_the_others(request: Request, handle: Handle) -> Reply:
+        all_are_here.wait(30)
+        return handle(request)
+
+    repo.remotes[-1].has(box.record.parts)  # which reads the index of the bundle
+    box.cache.fault("GET", wait_for_the_others, times=len(box.record.parts))
+    if ask == "pull":
+        transfer.pull(repo, entry, entry.manifest.parts, ignore_progress)
+    else:
+        assert {state.where for state in repo.part_states(entry).values()} == {"remote"}
+    assert not all_are_here.broken
+
+
 def test_what_no_record_names_is_looked_for_in_every_bundle_and_else_a_miss(box: Box) -> None:
     remote = box.remote()
     chunk = next(object_id for object_id in box.frames if object_id not in box.record.parts)
@@ -193,9 +216,9 @@ def saved_on_another_branch(box: Box) -> None:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (truncated, "shorter than git says|does not match the id recorded in git"),
+        (truncated, "shorter than git says|index does not match its id"),
         (empty, "shorter than git says"),
-        (another, "does not match the id recorded in git"),
+        (another, "index does not match its id"),
         (longer, None),
         (evicted, "not in the cache: evicted"),
         (without_bytes, "gone"),
