@@ -306,7 +306,7 @@ class Filler:
         """Store an object as a save would, but without protection against power cuts and other processes."""
         object_id = ids.hash_bytes(plain)
         with open(self._repo.store.path(object_id), "wb", buffering=0) as file:
-            file.write(b"".join(encode_frame(plain)))
+            file.write(encode_frame(plain))
         self.count += 1
         return object_id
 

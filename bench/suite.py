@@ -555,7 +555,7 @@ def encoding(bench: Bench, name: str, blob: bytes, width: int, dtype: str) -> No
     title = f"on one core, trained checkpoint, {name}"
     bench.compare(f"encode-{name}", f"encode {title}", "MB/s", ours + theirs, size=len(blob))
 
-    frames = [(ids.hash_bytes(piece), b"".join(encode_frame(piece, width))) for piece in pieces]
+    frames = [(ids.hash_bytes(piece), encode_frame(piece, width)) for piece in pieces]
     outs = [memoryview(bytearray(len(piece))) for piece in pieces]
 
     def decode() -> None:

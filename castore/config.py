@@ -26,6 +26,9 @@ chunk_size = "4MiB"
 threads = 0
 # Wait until the disk has written a save before reporting success. If false, a power failure can lose recent saves.
 fsync = true
+# How objects of 64 KiB and more are written: "auto" goes past the page cache where the file system can, on Linux, which
+# is faster and leaves the cache to your data; "never" does not.
+direct = "auto"
 # Seconds to wait for another castore process before giving up with exit code 6.
 lock_timeout = 60.0
 
@@ -94,6 +97,7 @@ class Store(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_size: str = "4MiB"
     threads: int = 0
     fsync: bool = True
+    direct: Literal["auto", "never"] = "auto"
     lock_timeout: float = 60.0
 
 

@@ -98,7 +98,7 @@ class Repo:
         self.config = config
         self.location = locate(root)
         share(self.location)
-        self.store = ObjectStore(self.location.data, durable=config.store.fsync)
+        self.store = ObjectStore(self.location.data, durable=config.store.fsync, direct=config.store.direct == "auto")
         self.catalog = Catalog(root, durable=config.store.fsync)
         self.remotes: list[Remote] = open_configured(config.remotes, root)
         self._unscored_runs: set[str] = set()

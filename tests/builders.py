@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from castore.format import codecs
 from castore.format.ids import hash_bytes
 from castore.format.manifest import Entry, Manifest, Part, encode
 
@@ -70,6 +71,13 @@ def trained(count: int, seed: int = 0) -> bytes:
     """Return ``count`` float32 numbers distributed like trained weights, as bytes."""
     rng = random.Random(seed)
     return array.array("f", [rng.gauss(0, 0.02) for _ in range(count)]).tobytes()
+
+
+def encoded(plain: bytes, itemsize: int = 1) -> tuple[int, bytes]:
+    """Return (codec, payload)."""
+    out = bytearray(len(plain) + codecs.OVERHEAD)
+    codec, length = codecs.encode(plain, itemsize, memoryview(out))
+    return codec, bytes(out[:length])
 
 
 def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:

@@ -32,6 +32,9 @@ NAMES = {RAW: "raw", ZSTD: "zstd", PLANES: "planes"}
 MAX_WINDOW = 1 << 23
 """Largest zstd window that is decoded, in bytes. Frames written here stay far below it."""
 
+OVERHEAD = 32
+"""How many bytes more than the plain ones a payload may take while it is made: the headers of planes."""
+
 _PROBE_SLICES = 4
 _PROBE_BYTES = 8192
 _WORTH = 0.97  # an encoding that saves less than 3 % isn't worth the time to decode it
@@ -46,24 +49,34 @@ class CodecError(ValueError):
 # -- encode ----------------------------------------------------------------------------------------------------------
 
 
-def encode(plain: Buffer, itemsize: int = 1) -> tuple[int, list[Buffer]]:
-    """Return (codec, payload): the codec that suits a sample of ``plain`` best, and buffers to write one after another.
+def encode(plain: Buffer, itemsize: int, out: memoryview) -> tuple[int, int]:
+    """Encode ``plain`` into ``out``; return (codec, length of the payload): the codec that suits a sample best.
 
-    ``itemsize`` is the width in bytes of the numbers in ``plain``, 1 for other data. The payload may alias ``plain``
-    (codec raw), so it must be written before ``plain`` changes.
+    ``itemsize`` is the width in bytes of the numbers in ``plain``, 1 for other data. ``out`` takes at least
+    ``len(plain) + OVERHEAD`` bytes.
     """
+    codec, shrinks = _choose(plain, itemsize)
+    if codec == PLANES:
+        return PLANES, _encode_planes(plain, itemsize, shrinks, out)
+    if codec == ZSTD:
+        frame = _compressor(_GENERAL).compress(plain)
+        if len(frame) < len(plain):
+            copy(frame, out[: len(frame)])
+            return ZSTD, len(frame)
+    copy(plain, out[: len(plain)])
+    return RAW, len(plain)
+
+
+def _choose(plain: Buffer, itemsize: int) -> tuple[int, Sequence[bool]]:
+    """Return (codec, whether each plane is worth compressing), judged by a sample."""
     sample = _sample(plain, itemsize)
     as_zstd = len(_compressor(_GENERAL).compress(sample))
     if itemsize in _GROUPS and len(plain) % itemsize == 0:
         plane_sizes = _probe_planes(sample, itemsize)
         as_planes = sum(min(size, raw) for size, raw in plane_sizes)
         if as_planes < min(as_zstd, _WORTH * len(sample)):
-            return PLANES, _encode_planes(plain, itemsize, [size < _WORTH * raw for size, raw in plane_sizes])
-    if as_zstd < _WORTH * len(sample):
-        frame = _compressor(_GENERAL).compress(plain)
-        if len(frame) < len(plain):
-            return ZSTD, [frame]
-    return RAW, [plain]
+            return PLANES, [size < _WORTH * raw for size, raw in plane_sizes]
+    return (ZSTD if as_zstd < _WORTH * len(sample) else RAW), []
 
 
 def _sample(plain: Buffer, itemsize: int) -> bytes:
@@ -85,53 +98,85 @@ _GROUPS = {2: (1, 1), 4: (2, 1, 1), 8: (4, 2, 1, 1)}
 def _probe_planes(sample: bytes, itemsize: int) -> list[tuple[int, int]]:
     """Return the (compressed, raw) size of each plane of the sample."""
     compressor = _compressor(_ENTROPY)
-    planes = _split(sample, itemsize)
+    count = len(sample) // itemsize
+    planes = [memoryview(bytearray(width * count)) for width in _GROUPS[itemsize]]
+    _split(sample, itemsize, planes)
     return [(len(compressor.compress(plane)), len(plane)) for plane in planes]
 
 
-def _split(plain: Buffer, itemsize: int) -> list[memoryview]:
-    """Return the planes of ``plain``, with the widths of ``_GROUPS``."""
+_BLOCK = 1 << 16  # elements that are taken apart while they are in the cache
+
+
+def _split(plain: Buffer, itemsize: int, planes: Sequence[memoryview]) -> None:
+    """Fill ``planes``, which have the widths of ``_GROUPS``, with those of ``plain``."""
     import numpy as np
 
-    planes = []
-    offset = 0
-    # the last two widths are 1 and 1: both bytes are fetched together and taken apart while they are in the cache
-    for width in _GROUPS[itemsize][:-2]:
-        numbers = np.frombuffer(plain, dtype=f"<u{width}")
-        planes.append(np.ascontiguousarray(numbers[offset // width :: itemsize // width]))
-        offset += width
-    pairs = np.frombuffer(plain, dtype="<u2")[offset // 2 :: itemsize // 2]
-    low, high = np.empty(len(pairs), np.uint8), np.empty(len(pairs), np.uint8)
-    scratch = np.empty(min(len(pairs), _BLOCK_PAIRS), np.uint16)
-    for start in range(0, len(pairs), _BLOCK_PAIRS):
-        stop = min(start + _BLOCK_PAIRS, len(pairs))
-        block = scratch[: stop - start]
-        block[:] = pairs[start:stop]
-        low[start:stop] = block
-        np.right_shift(block, 8, out=block)
-        high[start:stop] = block
-    return [plane.view(np.uint8).data for plane in (*planes, low, high)]
+    widths = _GROUPS[itemsize]
+    numbers = np.frombuffer(plain, dtype=f"<u{itemsize}")
+    targets = [np.frombuffer(plane, dtype=f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
+    scratch = np.empty(min(len(numbers), _BLOCK), numbers.dtype)
+    for start in range(0, len(numbers), _BLOCK):
+        stop = min(start + _BLOCK, len(numbers))
+        rest = numbers[start:stop]
+        for number, target in enumerate(targets):
+            if number:  # narrower numbers take the low bytes of wider ones, so the next bytes are moved down
+                rest = np.right_shift(rest, 8 * widths[number - 1], out=scratch[: stop - start])
+            target[start:stop] = rest
 
 
-_BLOCK_PAIRS = 1 << 16
-
-
-def _encode_planes(plain: Buffer, itemsize: int, shrinks: Sequence[bool]) -> list[Buffer]:
-    header = [bytes([itemsize])]
-    payload: list[Buffer] = []
-    for width, plane, shrink in zip(_GROUPS[itemsize], _split(plain, itemsize), shrinks, strict=True):
+def _encode_planes(plain: Buffer, itemsize: int, shrinks: Sequence[bool], out: memoryview) -> int:
+    """Encode into ``out``; return the length of the payload. A plane that is stored raw is split straight into it."""
+    count = len(plain) // itemsize
+    widths = _GROUPS[itemsize]
+    at = 1 + len(widths) * _PLANE_HEADER.size
+    out[0] = itemsize
+    # where a raw plane goes is known as long as none before it is compressed; the others wait in scratch memory
+    in_place = next((number for number, shrink in enumerate(shrinks) if shrink), len(widths))
+    ends = [count * sum(widths[: number + 1]) for number in range(len(widths))]
+    split_at = ends[in_place - 1] if in_place else 0
+    scratch = _scratch.take(count * itemsize - split_at)
+    planes = [
+        out[at + end - count * width : at + end]
+        if end <= split_at
+        else scratch[end - count * width - split_at :][: count * width]
+        for width, end in zip(widths, ends, strict=True)
+    ]
+    _split(plain, itemsize, planes)
+    for number, (width, plane, shrink) in enumerate(zip(widths, planes, shrinks, strict=True)):
         stored: Buffer = _compressor(_ENTROPY).compress(plane) if shrink else plane
-        kind = _PLANE_ZSTD
-        if len(stored) >= len(plane):
-            stored, kind = plane, _PLANE_RAW
-        header.append(_PLANE_HEADER.pack(width, kind, len(stored)))
-        payload.append(stored)
-    return [b"".join(header), *payload]
+        kind = _PLANE_ZSTD if shrink and len(stored) < len(plane) else _PLANE_RAW
+        if kind == _PLANE_RAW:
+            stored = plane
+        _PLANE_HEADER.pack_into(out, 1 + number * _PLANE_HEADER.size, width, kind, len(stored))
+        if number >= in_place:
+            copy(stored, out[at : at + len(stored)])
+        at += len(stored)
+    return at
 
 
 # -- copying ---------------------------------------------------------------------------------------------------------
 
 _WORTH_NUMPY = 1 << 16
+
+
+class Scratch(threading.local):
+    """Per-thread scratch buffer, reused to avoid page faults: fresh memory costs as much as decoding into it.
+
+    >>> len(Scratch().take(10))
+    10
+    """
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def take(self, size: int) -> memoryview:
+        """Return ``size`` bytes of undefined content, valid until the same thread calls this again."""
+        if len(self._data) < size:
+            self._data = bytearray(size)
+        return memoryview(self._data)[:size]
+
+
+_scratch = Scratch()
 
 
 def copy(source: Buffer, target: memoryview) -> None:
@@ -145,6 +190,22 @@ def copy(source: Buffer, target: memoryview) -> None:
     import numpy as np
 
     np.frombuffer(target, np.uint8)[:] = np.frombuffer(source, np.uint8)
+
+
+def is_equal(first: Buffer, second: Buffer) -> bool:
+    """Whether two buffers hold the same bytes. Releases the GIL for long buffers.
+
+    >>> is_equal(b"ab", b"ab"), is_equal(b"ab", b"aB"), is_equal(b"ab", b"a")
+    (True, False, False)
+    """
+    if len(first) != len(second) or len(first) < _WORTH_NUMPY:
+        return bytes(first) == bytes(second)
+    import numpy as np
+
+    whole = len(first) // 8 * 8
+    views = (memoryview(first), memoryview(second))
+    left, right = (np.frombuffer(view[:whole], np.uint64) for view in views)
+    return np.array_equal(left, right) and bytes(views[0][whole:]) == bytes(views[1][whole:])
 
 
 # -- decode ----------------------------------------------------------------------------------------------------------

@@ -32,15 +32,29 @@ _HEADER = struct.Struct("<4sBBHQ")
 HEADER_BYTES = _HEADER.size
 
 
-def encode_frame(plain: Buffer, itemsize: int = 1) -> list[Buffer]:
-    """Return the frame of ``plain`` as buffers to write one after another. ValueError above ``MAX_PLAIN`` bytes.
+def encode_frame(plain: Buffer, itemsize: int = 1) -> bytes:
+    """Return the frame of ``plain``. See :func:`encode_frame_into`."""
+    out = bytearray(bound(len(plain)))
+    with memoryview(out) as view:
+        size = encode_frame_into(plain, itemsize, view)
+    return bytes(out[:size])
 
-    ``itemsize`` and aliasing are as in :func:`castore.format.codecs.encode`.
+
+def encode_frame_into(plain: Buffer, itemsize: int, out: memoryview) -> int:
+    """Write the frame of ``plain`` into ``out``; return its length. ValueError above ``MAX_PLAIN`` bytes.
+
+    ``itemsize`` is as in :func:`castore.format.codecs.encode`; ``out`` has at least :func:`bound` bytes.
     """
     if len(plain) > MAX_PLAIN:
         raise ValueError(f"an object holds at most {MAX_PLAIN} bytes, not {len(plain)}")
-    codec, payload = codecs.encode(plain, itemsize)
-    return [_HEADER.pack(_MAGIC, _VERSION, codec, 0, len(plain)), *payload]
+    codec, length = codecs.encode(plain, itemsize, out[HEADER_BYTES:])
+    _HEADER.pack_into(out, 0, _MAGIC, _VERSION, codec, 0, len(plain))
+    return HEADER_BYTES + length
+
+
+def bound(length: int) -> int:
+    """Return how many bytes :func:`encode_frame_into` needs for ``length`` plain ones."""
+    return HEADER_BYTES + length + codecs.OVERHEAD
 
 
 def plain_length(object_id: ObjectId, frame: memoryview) -> int:

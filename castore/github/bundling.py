@@ -166,7 +166,7 @@ def upload_missing(
         contents = Contents(ref=ref, files=dict(files), parts=parts)
         if plan.objects:
             plain = bundle.encode_contents(contents)
-            frame = b"".join(frames.encode_frame(plain))
+            frame = frames.encode_frame(plain)
             sizes = {object_id: repo.store.stored_size(object_id) or 0 for object_id in plan.objects}
             layout = bundle.lay_out({**sizes, (contents_id := hash_bytes(plain)): len(frame)})
             key = remote.upload(layout, read_ranges(repo.store, layout, {contents_id: frame}), progress)

@@ -30,7 +30,6 @@ from castore.parallel import map_all
 from castore.policy.resolution import PartState
 from castore.remotes import fallback
 from castore.remotes.base import Remote
-from castore.storage import fs
 from castore.storage.object_store import ObjectStore, Writer
 
 
@@ -248,7 +247,7 @@ def _read_chunks(
     A chunk without a byte of any of them is read only if they are all the tensors of the part: so every chunk that the
     index lists is verified, even one that no tensor lies in.
     """
-    scratch = fs.Scratch()
+    scratch = codecs.Scratch()
 
     def fill(job: tuple[ChunkRef, Sequence[chunking.Piece]]) -> None:
         chunk, pieces = job

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import mmap
 import os
 import stat
 import sys
@@ -31,6 +32,11 @@ from castore.format.ids import Buffer
 
 _POLL_SECONDS = 0.05
 _WRITEV_BUFFERS = 512  # below IOV_MAX (1024) everywhere
+_O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone
+_REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+BLOCK = 4096
+"""Direct writes begin and end at multiples of this: no disk has larger blocks."""
+
 _serial = itertools.count()
 
 
@@ -46,13 +52,16 @@ def _reporting(action: str, path: Path) -> Iterator[None]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def create_temporary(directory: Path, mode: int | None = None, prefix: str = "") -> tuple[int, Path]:
+def create_temporary(
+    directory: Path, mode: int | None = None, prefix: str = "", *, direct: bool = False
+) -> tuple[int, Path]:
     """A new, empty file with a name no other process or thread uses, opened for writing. The caller closes it.
 
-    ``mode`` is its permissions, less what the umask takes away; by default those of a file in the store.
+    ``mode`` is its permissions, less what the umask takes away; by default those of a file in the store. With
+    ``direct`` it is written by :func:`write_direct`.
     """
     path = directory / f"{prefix}{os.getpid()}-{time.time_ns():x}-{next(_serial)}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (_O_DIRECT if direct else 0)
     with _reporting("create", path):
         try:
             descriptor = os.open(path, flags, _FILE_MODE if mode is None else mode)
@@ -76,6 +85,50 @@ def write(descriptor: int, path: Path, buffers: Sequence[Buffer]) -> int:
             if written:
                 views[0] = views[0][written:]
     return total
+
+
+def write_direct(descriptor: int, path: Path, buffer: memoryview, size: int) -> int:
+    """Write the first ``size`` bytes of a page-aligned ``buffer``, past the page cache; return ``size``.
+
+    The kernel takes whole blocks, so up to a block of what follows in the buffer is written too, and cut off again. If
+    the file system refuses after all, or stops within a block, what remains is written as :func:`write` does.
+    """
+    padded = -(-size // BLOCK) * BLOCK
+    done = 0
+    with _reporting("write", path):
+        while done < padded and done % BLOCK == 0:
+            try:
+                done += os.write(descriptor, buffer[done:padded])
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                break
+        if done < padded:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_O_DIRECT)
+            while done < size:
+                done += os.write(descriptor, buffer[done:size])
+        if done > size:
+            os.ftruncate(descriptor, size)
+    return size
+
+
+def can_write_direct(directory: Path) -> bool:
+    """Whether :func:`write_direct` works on files in a directory. Tried by writing one."""
+    if not _O_DIRECT:
+        return False
+    path = None
+    try:
+        descriptor, path = create_temporary(directory, direct=True)
+        try:
+            with mmap.mmap(-1, BLOCK) as block:
+                return os.write(descriptor, block) == BLOCK
+        finally:
+            os.close(descriptor)
+    except (OSError, StorageError):  # whatever it is, the write that follows tells
+        return False
+    finally:
+        if path is not None:
+            discard(path)
 
 
 def sync(descriptor: int, path: Path) -> None:
@@ -298,23 +351,6 @@ def scan(folder: Path | str) -> list[os.DirEntry[str]]:
         return []
     except OSError as error:
         raise StorageError("read", str(folder), error) from error
-
-
-class Scratch(threading.local):
-    """Per-thread scratch buffer, reused to avoid page faults: fresh memory costs as much as decoding into it.
-
-    >>> len(Scratch().take(10))
-    10
-    """
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def take(self, size: int) -> memoryview:
-        """Return ``size`` bytes of undefined content, valid until the same thread calls this again."""
-        if len(self._data) < size:
-            self._data = bytearray(size)
-        return memoryview(self._data)[:size]
 
 
 if sys.platform == "darwin":

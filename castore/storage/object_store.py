@@ -16,15 +16,18 @@ from types import TracebackType
 
 from castore.errors import CorruptObject, ObjectMissing, StateChanged, StorageError, UnsupportedVersion
 from castore.format import codecs
-from castore.format.frame import MAX_STORED, decode_frame, encode_frame, plain_length
+from castore.format.frame import MAX_STORED, bound, decode_frame, encode_frame_into, plain_length
 from castore.format.ids import Buffer, ObjectId, hash_bytes, is_object_id
 from castore.storage import fs
+from castore.storage.buffers import BufferPool
 
-# fsync waits for the disk, not for the processor: on two cores, two threads that compute and eight that sync and rename
-# saved fastest; four or sixteen were slower. The cap on files in flight bounds descriptors, not memory: a file that
-# waits to be synced has been written and its buffer freed.
+# Writing and syncing wait for the disk, not for the processor: on two cores, two threads that compute and eight that
+# write, sync and rename saved fastest; four or sixteen were slower. The pool of buffers bounds how many files wait.
 _FINISHERS = 8
-_IN_FLIGHT = 64
+
+# Bytes from which a file is written past the page cache. There, a page that the kernel has to take anew costs more than
+# the disk (docs/performance.md); for few pages that is little, and nothing is gained.
+_DIRECT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class ObjectStore:
     discarded one to ``root/trash/``, from where it comes back if it is read or saved before the trash is emptied.
     """
 
-    def __init__(self, root: Path, *, durable: bool = True) -> None:
+    def __init__(self, root: Path, *, durable: bool = True, direct: bool = True) -> None:
         self.objects = root / "objects"
         self._folder = str(self.objects)
         self.temporary = root / "tmp"
@@ -80,7 +83,10 @@ class ObjectStore:
         self._settled: dict[ObjectId, fs.Stamp] = {}
         # objects whose content this process has verified, or written itself
         self._verified: dict[ObjectId, fs.Stamp] = {}
-        self._scratch = fs.Scratch()
+        self._scratch = codecs.Scratch()
+        self._buffers = BufferPool()
+        self._direct = None if direct else False  # None until it was tried
+        self._trying = threading.Lock()
 
     def path(self, object_id: ObjectId) -> Path:
         """Return where the object's file is, or would be."""
@@ -196,18 +202,38 @@ class ObjectStore:
         the directory.
         """
         decode_frame(object_id, memoryview(frame), out)
+        buffer = self._buffers.take(len(frame))
+        try:
+            codecs.copy(frame, buffer[: len(frame)])
+            self._place(object_id, buffer, len(frame))
+        finally:
+            self._buffers.give_back(buffer)
+
+    def _place(self, object_id: ObjectId, buffer: memoryview, size: int) -> None:
+        """Write the first ``size`` bytes of a buffer of the pool as an object's file."""
         path = self.path(object_id)
         fs.make_directory(path.parent)
-        descriptor, temp = fs.create_temporary(self.temporary)
+        direct = size >= _DIRECT_BYTES and self._writes_direct()
+        descriptor, temp = fs.create_temporary(self.temporary, direct=direct)
         try:
             with fs.closing(descriptor, temp):
-                fs.write(descriptor, temp, [frame])
+                if direct:
+                    fs.write_direct(descriptor, temp, buffer, size)
+                else:
+                    fs.write(descriptor, temp, [buffer[:size]])
                 if self.durable:
                     fs.sync(descriptor, temp)
+            # only after the sync: a torn file under a valid id would be deduplicated against for ever
             fs.rename(temp, path)
         except BaseException:
             fs.discard(temp)
             raise
+
+    def _writes_direct(self) -> bool:
+        with self._trying:
+            if self._direct is None:
+                self._direct = fs.can_write_direct(self.temporary)
+            return self._direct
 
     # -- removing: trash and quarantine ------------------------------------------------------------------------------
 
@@ -336,12 +362,12 @@ class Writer:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(_IN_FLIGHT)
         self._finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="castore-finish")
         self._claimed: set[ObjectId] = set()
         self._unfinished: list[Future[None]] = []
         # the folder above too: a fresh clone has no objects/, and the process that made it may have died before syncing
         self._directories: set[Path] = {store.objects.parent, store.objects}
+        self._is_new = True  # a guess about the next object, which costs time alone when it is wrong
         self._error: BaseException | None = None
         self._new_objects = 0
         self._new_bytes = 0
@@ -358,25 +384,33 @@ class Writer:
     def put(self, plain: Buffer, itemsize: int = 1, *, is_shared: bool = False) -> ObjectId:
         """Store ``plain`` unless the store has a good copy; return the object's id.
 
-        ``itemsize`` is that of the elements in ``plain``, in bytes: see :func:`castore.format.frame.encode_frame`.
-        ``plain`` may be reused once this returns. If others might write to it until then (``is_shared``) a copy is
-        hashed again and stored, and StateChanged raised if they did. The object is durable only after :meth:`commit`.
+        ``itemsize`` is that of the elements in ``plain``, in bytes: see :func:`castore.format.codecs.encode`.
+        ``plain`` may be reused once this returns. If others might write to it until then (``is_shared``), what is
+        stored is a copy, and StateChanged is raised if they did. The object is durable only after :meth:`commit`.
         """
-        object_id = hash_bytes(plain)
+        # a copy serves for hashing too, unless the object is one that the store has: as the one before it was
+        copied = self._copy(plain) if is_shared and self._is_new else None
+        object_id = hash_bytes(plain if copied is None else copied)
         with self._lock:
             if object_id in self._claimed:
                 return object_id
             self._claimed.add(object_id)
-        if not self._is_settled(object_id, len(plain)):
-            if is_shared:
+        self._is_new = not self._is_settled(object_id, len(plain))
+        if self._is_new:
+            if is_shared and copied is None:
+                copied = self._copy(plain)
                 # what is encoded must be the very bytes that the id names: else the object would be damaged for ever
-                copied = self._store._scratch.take(len(plain))
-                codecs.copy(plain, copied)
                 if hash_bytes(copied) != object_id:
                     raise StateChanged
-                plain = copied
-            self._write(object_id, encode_frame(plain, itemsize))
+            self._write(object_id, plain if copied is None else copied, itemsize)
+            if copied is not None and not codecs.is_equal(plain, copied):
+                raise StateChanged
         return object_id
+
+    def _copy(self, plain: Buffer) -> memoryview:
+        copied = self._store._scratch.take(len(plain))
+        codecs.copy(plain, copied)
+        return copied
 
     def commit(self) -> Written:
         """Wait until every object is durable under its name. Raises the first error of any."""
@@ -409,45 +443,29 @@ class Writer:
             self._directories.add(self._store.path(object_id).parent)
         return True
 
-    def _write(self, object_id: ObjectId, frame: list[Buffer]) -> None:
-        self._raise_if_failed()
-        path = self._store.path(object_id)
-        fs.make_directory(path.parent)
-        self._slots.acquire()
+    def _write(self, object_id: ObjectId, plain: Buffer, itemsize: int) -> None:
+        buffer = self._store._buffers.take(bound(len(plain)))
         try:
-            descriptor, temp = fs.create_temporary(self._store.temporary)
+            self._raise_if_failed()
+            size = encode_frame_into(plain, itemsize, buffer)
         except BaseException:
-            self._slots.release()
-            raise
-        try:
-            size = fs.write(descriptor, temp, frame)
-        except BaseException:
-            self._slots.release()
-            with contextlib.suppress(StorageError):
-                fs.close(descriptor, temp)
-            fs.discard(temp)
+            self._store._buffers.give_back(buffer)
             raise
         with self._lock:
             self._new_objects += 1
             self._new_bytes += size
-            self._directories.add(path.parent)
-            self._unfinished.append(self._finishers.submit(self._finish, descriptor, temp, path))
+            self._directories.add(self._store.path(object_id).parent)
+            self._unfinished.append(self._finishers.submit(self._finish, object_id, buffer, size))
 
-    def _finish(self, descriptor: int, temp: Path, path: Path) -> None:
+    def _finish(self, object_id: ObjectId, buffer: memoryview, size: int) -> None:
         try:
-            try:
-                with fs.closing(descriptor, temp):
-                    self._raise_if_failed()
-                    if self._store.durable:
-                        fs.sync(descriptor, temp)
-            finally:
-                self._slots.release()
-            # only after the sync: a torn file under a valid id would be deduplicated against for ever
-            fs.rename(temp, path)
+            self._raise_if_failed()
+            self._store._place(object_id, buffer, size)
         except BaseException as error:
             self._fail(error)
-            fs.discard(temp)
             raise
+        finally:
+            self._store._buffers.give_back(buffer)
 
     def _fail(self, error: BaseException | None) -> None:
         with self._lock:

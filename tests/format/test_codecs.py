@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 import zstandard
-from builders import trained
+from builders import encoded, trained
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,11 +38,6 @@ numbers = st.sampled_from([1, 2, 4, 8]).flatmap(
         st.tuples(st.binary(min_size=1, max_size=9), st.integers(0, 9000)).map(lambda pair: pair[0] * pair[1]),
     ).map(lambda data: (data, width))
 )
-
-
-def encoded(plain: bytes, itemsize: int = 1) -> tuple[int, bytes]:
-    codec, payload = codecs.encode(plain, itemsize)
-    return codec, b"".join(payload)
 
 
 def decoded(codec: int, payload: bytes, size: int) -> bytes:

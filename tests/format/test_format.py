@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import zstandard
 from blake3 import blake3
+from builders import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_golden import describe, states
@@ -418,17 +419,17 @@ def test_castore_decodes_every_split_into_planes_that_the_format_allows(width: i
 @settings(deadline=None)
 @given(st.binary(max_size=4000) | st.binary(max_size=40).map(lambda few: few * 100), st.sampled_from([1, 2, 4, 8]))
 def test_an_independent_reader_decodes_whatever_castore_encodes(plain: bytes, width: int) -> None:
-    codec, payload = codecs.encode(plain, width)
-    assert (plain_raw, plain_zstd, plain_planes)[codec](b"".join(payload), len(plain)) == plain
+    codec, payload = encoded(plain, width)
+    assert (plain_raw, plain_zstd, plain_planes)[codec](payload, len(plain)) == plain
 
 
 @pytest.mark.parametrize("kind", ["<f2", "<f4", "<f8"])
 @pytest.mark.parametrize("count", [300, 50_000])
 def test_an_independent_reader_decodes_numbers_that_castore_splits_into_planes(kind: str, count: int) -> None:
     plain = np.random.default_rng(count).normal(scale=0.02, size=count).astype(kind).tobytes()
-    codec, payload = codecs.encode(plain, int(kind[2]))
+    codec, payload = encoded(plain, int(kind[2]))
     assert codec == 2
-    assert plain_planes(b"".join(payload), len(plain)) == plain
+    assert plain_planes(payload, len(plain)) == plain
 
 
 # -- canonical form of manifests -------------------------------------------------------------------------------------
@@ -647,7 +648,7 @@ def test_the_element_types_are_those_of_the_code() -> None:
 
 
 def test_the_versions_are_those_of_the_code() -> None:
-    frame = b"".join(encode_frame(b"x"))
+    frame = encode_frame(b"x")
     stated = {name: int(version) for name, version, _ in table("format")}
     assert stated == {
         "frame": frame[4],

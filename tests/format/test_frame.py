@@ -24,7 +24,7 @@ IGNORED = {codecs.RAW: 0, codecs.ZSTD: 1, codecs.PLANES: 1}
 
 
 def frame_of(plain: bytes, itemsize: int = 1) -> bytes:
-    return b"".join(encode_frame(plain, itemsize))
+    return encode_frame(plain, itemsize)
 
 
 def read(frame: bytes, plain: bytes) -> bytes:

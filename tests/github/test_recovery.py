@@ -52,7 +52,7 @@ def recover(machine: Machine, name: str, **options: Any) -> recovery.Recovered:
 
 def upload(cache: Cache, plain: bytes) -> str:
     """Upload a bundle that ends with an object of these bytes; return its key."""
-    contents = {hash_bytes(data): b"".join(frames.encode_frame(data)) for data in (b"first", plain)}
+    contents = {hash_bytes(data): frames.encode_frame(data) for data in (b"first", plain)}
     layout = bundle.lay_out({object_id: len(frame) for object_id, frame in contents.items()})
     data = bundle.HEADER + b"".join(contents.values()) + layout.tail
     remote = GitHubCache(CacheService.of_job(cache.environment()), [])

@@ -35,7 +35,7 @@ from castore.remotes.base import PublishingRemote, Remote
 
 
 def frame_of(plain: bytes) -> bytes:
-    return b"".join(bytes(piece) for piece in encode_frame(plain))
+    return encode_frame(plain)
 
 
 PLAINS = [random.Random(number).randbytes(1000 * number) for number in range(1, 13)]

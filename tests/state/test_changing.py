@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,21 @@ def test_a_tensor_that_changes_between_hashing_and_encoding_fails_the_save(
     monkeypatch.undo()
     saved = repo.save({"model": {"weights": tensor}}, run="r", step=1)
     assert exact(repo.load(saved.id)["model"]["weights"]) == exact(tensor)
+
+
+def test_a_tensor_that_changes_where_others_did_not_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is expected to be there already is hashed where it is, and copied when it proves to be new."""
+    (Repo.init(tmp_path).root / "config.toml").write_text("[store]\nthreads = 1\n")
+    repo = Repo.open(tmp_path)
+    frozen, tensor = torch.arange(8_000.0), torch.arange(16_000.0)
+    # parts are stored one after another, and the first has made the writer expect what it has
+    repo.save({"model": {"frozen": frozen}}, run="r", step=1)
+    change_after_the_first_hash(monkeypatch, tensor)
+    with pytest.raises(StateChanged):
+        repo.save({"model": {"frozen": frozen}, "optimizer": {"weights": tensor}}, run="r", step=2)
+    assert list(verify(repo)) == []
 
 
 def test_a_save_in_the_background_reads_a_copy_that_nobody_writes_to(

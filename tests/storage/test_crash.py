@@ -21,7 +21,7 @@ from builders import exact, parts
 
 from castore import Repo
 from castore.format.bundle import Record
-from castore.storage import fs
+from castore.storage import fs, object_store
 
 DURABLE = '[store]\nchunk_size = "64KiB"\nthreads = 2\nlock_timeout = 0.2\n'
 
@@ -47,8 +47,9 @@ class Operation(NamedTuple):
 
 # where the operations are called, and what of their arguments they are about
 WRAPPED: list[tuple[Any, str, Callable[..., Operation]]] = [
-    (fs, "create_temporary", lambda directory: Operation("create", directory)),
+    (fs, "create_temporary", lambda directory, **_: Operation("create", directory)),
     (fs, "write", lambda _, path, _buffers: Operation("write", path)),
+    (fs, "write_direct", lambda _, path, _buffer, _size: Operation("write", path)),
     (fs, "sync", lambda _, path: Operation("sync", path)),
     (fs, "close", lambda _, path: Operation("close", path)),
     (fs, "sync_directory", lambda path: Operation("sync directory", path)),
@@ -64,10 +65,10 @@ def wrap(replace: Callable[[Any, str, Any], None], before: Callable[[Operation],
     """Call ``before`` and, when it succeeded, ``after`` every operation."""
 
     def around(original: Callable[..., Any], describe: Callable[..., Operation]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any) -> Any:
-            operation = describe(*arguments)
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            operation = describe(*arguments, **options)
             before(operation)
-            result = original(*arguments)
+            result = original(*arguments, **options)
             after(operation)
             return result
 
@@ -80,8 +81,17 @@ def wrap(replace: Callable[[Any, str, Any], None], before: Callable[[Operation],
 # -- killed ----------------------------------------------------------------------------------------------------------
 
 
-def save_killed_before(root: str, nth: int) -> None:
+@pytest.fixture(params=[0, 1 << 30], ids=["direct", "buffered"])
+def direct_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """From how many bytes on files are written past the page cache."""
+    size: int = request.param
+    monkeypatch.setattr(object_store, "_DIRECT_BYTES", size)
+    return size
+
+
+def save_killed_before(root: str, nth: int, direct_bytes: int) -> None:
     """Save step 2, but die before operation ``nth``, counted from 0."""
+    object_store._DIRECT_BYTES = direct_bytes
     count = itertools.count()
     lock = threading.Lock()
 
@@ -97,7 +107,7 @@ def save_killed_before(root: str, nth: int) -> None:
 
 @pytest.mark.slow
 def test_a_save_killed_before_any_operation_leaves_every_visible_checkpoint_whole(
-    tmp_path: Path, start: Callable[..., BaseProcess]
+    tmp_path: Path, start: Callable[..., BaseProcess], direct_bytes: int
 ) -> None:
     template = new_repo(tmp_path / "template")
     older = template.save(parts(1), run="old", step=1).id
@@ -105,7 +115,7 @@ def test_a_save_killed_before_any_operation_leaves_every_visible_checkpoint_whol
     for nth in itertools.count():
         folder = tmp_path / str(nth)
         shutil.copytree(tmp_path / "template", folder)
-        child = start(save_killed_before, str(folder), nth)
+        child = start(save_killed_before, str(folder), nth, direct_bytes)
         child.join()
         repo = unsynced(folder)
         listing = repo.catalog.listing()
@@ -186,6 +196,7 @@ def save_after_clone(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> list[Operat
     return recorded(monkeypatch, lambda: Repo.open(repo.root.parent).save(parts(1), run="ci", step=1))
 
 
+@pytest.mark.usefixtures("direct_bytes")
 def test_everything_is_synced_in_the_order_that_survives_a_power_failure(
     durable: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +209,7 @@ def test_everything_is_synced_in_the_order_that_survives_a_power_failure(
     assert names.count("link") == 1
 
 
+@pytest.mark.usefixtures("direct_bytes")
 def test_every_sync_of_a_save_is_needed(durable: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     log = save_after_clone(durable, monkeypatch)
     syncs = [i for i, operation in enumerate(log) if "sync" in operation.name]

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
 import os
 import random
 import resource
@@ -10,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builders import exact, parts, trained, tree
 
@@ -18,6 +24,7 @@ from castore.errors import CorruptObject, ObjectMissing, StorageError, Unsupport
 from castore.format.frame import MAX_STORED
 from castore.format.ids import ObjectId, hash_bytes
 from castore.storage import fs
+from castore.storage.buffers import BufferPool
 from castore.storage.object_store import ObjectStore, Written
 
 
@@ -333,3 +340,120 @@ def test_a_folder_that_can_not_be_listed_is_a_storage_error(repo: Repo, monkeypa
     monkeypatch.setattr("castore.storage.object_store.os.scandir", refuse)
     with pytest.raises(StorageError, match=f"can't read {folder}: Permission denied"):
         repo.store.strays()
+
+
+# -- past the page cache -----------------------------------------------------------------------------------------------
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file is in the page cache."""
+    size = path.stat().st_size
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as data:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Path:
+    if not fs.can_write_direct(tmp_path) or "/dev/shm" in str(tmp_path):
+        pytest.skip("the file system of the temporary folder takes no direct writes")
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [64 << 10, (64 << 10) + 1, 300_000, (1 << 20) - 1, 4 << 20])
+def test_what_is_written_past_the_page_cache_is_what_was_given(on_disk: Path, size: int) -> None:
+    store = ObjectStore(on_disk)
+    plain = random.Random(size).randbytes(size)
+    put(store, plain)
+    object_id = hash_bytes(plain)
+    assert store.read(object_id) == plain
+    assert store.path(object_id).stat().st_size == size + 16
+    assert put(ObjectStore(on_disk), plain) == Written(0, 0)
+
+
+def test_a_save_leaves_the_page_cache_alone(on_disk: Path) -> None:
+    store, buffered = ObjectStore(on_disk / "a"), ObjectStore(on_disk / "b", direct=False)
+    plain = random.Random(1).randbytes(4 << 20)
+    put(store, plain)
+    put(buffered, plain)
+    assert cached_bytes(store.path(hash_bytes(plain))) == 0
+    assert cached_bytes(buffered.path(hash_bytes(plain))) >= 4 << 20
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 4096, 5000])
+def test_a_file_system_that_refuses_or_stops_within_a_block_is_written_to_as_usual(
+    on_disk: Path, monkeypatch: pytest.MonkeyPatch, accepted: int
+) -> None:
+    """Faults that no file system here has."""
+    write, calls = os.write, []
+
+    def stop(descriptor: int, data: Any) -> int:
+        is_direct = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+        if not is_direct:
+            return write(descriptor, data)
+        calls.append(len(data))
+        if not accepted or len(calls) > 1:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+        try:
+            return write(descriptor, data[:accepted])
+        finally:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+
+    store = ObjectStore(on_disk)
+    assert store._writes_direct()
+    monkeypatch.setattr("castore.storage.fs.os.write", stop)
+    plain = random.Random(2).randbytes(200_000)
+    put(store, plain)
+    assert calls
+    assert store.read(hash_bytes(plain)) == plain
+
+
+def test_where_the_file_system_refuses_from_the_start_everything_is_written_as_usual(
+    on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def refuse(path: Any, flags: int, *arguments: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return open_file(path, flags, *arguments)
+
+    monkeypatch.setattr("castore.storage.fs.os.open", refuse)
+    store = ObjectStore(on_disk)
+    assert put(store, bytes(range(256)) * 1000, os.urandom(100_000)).objects == 2
+    assert os.listdir(store.temporary) == []
+
+
+def test_a_forked_child_has_buffers_of_its_own(on_disk: Path) -> None:
+    store = ObjectStore(on_disk)
+    taken = [store._buffers.take(4 << 20) for _ in range(15)]
+    taken[0][:4] = b"mine"
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            taken[0][:4] = b"here"
+            put(store, os.urandom(4 << 20))
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bytes(taken[0][:4]) == b"mine"
+
+
+def test_buffers_are_waited_for_and_used_again() -> None:
+    pool = BufferPool()
+    taken = [pool.take(16 << 20) for _ in range(4)]
+    got: list[memoryview] = []
+    thread = threading.Thread(target=lambda: got.append(pool.take(1)))
+    thread.start()
+    thread.join(0.2)
+    assert got == []
+    pool.give_back(taken[2])
+    thread.join()
+    assert got[0] is taken[2]
+    for buffer in (taken[0], taken[1], taken[3], got[0]):
+        pool.give_back(buffer)
+    large = [pool.take(65 << 20) for _ in range(3)]  # larger than the limit, and yet a few at a time
+    assert [len(buffer) for buffer in large] == [65 << 20] * 3
