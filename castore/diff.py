@@ -201,12 +201,12 @@ class _Side:
 
     def load(self, numbers: Iterable[int]) -> dict[int, Any]:
         """Return the tensors of these numbers in the index."""
-        import castore.state.tensors
+        from castore.state import tensors
 
         repo = self.repo
         with locate_errors(self.part, self.checkpoint_id):
             return load_tensors(
-                repo.store, self.index, numbers, castore.state.tensors.allocate, repo.threads, repo.remotes
+                repo.store, self.index, numbers, tensors.allocate, tensors.bytes_of, repo.threads, repo.remotes
             )
 
 

@@ -355,7 +355,15 @@ class Repo:
         names, patterns = _choose_parts(entry, parts), _check_names(patterns, "patterns")
         with self.lock():
             loaded = state_parts.load_matching(
-                self.store, entry.id, entry.manifest, names, patterns, tensors.allocate, self.threads, self.remotes
+                self.store,
+                entry.id,
+                entry.manifest,
+                names,
+                patterns,
+                tensors.allocate,
+                tensors.bytes_of,
+                self.threads,
+                self.remotes,
             )
         states = {}
         for name in names:
@@ -369,7 +377,7 @@ class Repo:
 
         with self.lock():
             loaded = state_parts.load_parts(
-                self.store, entry.id, entry.manifest, names, place, self.threads, self.remotes
+                self.store, entry.id, entry.manifest, names, place, tensors.bytes_of, self.threads, self.remotes
             )
         states = {}
         for name in names:

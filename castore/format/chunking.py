@@ -7,7 +7,8 @@ equal chunks whatever else the part holds. Smaller tensors of equal element widt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 ALIGNMENT = 64
@@ -32,14 +33,6 @@ class Chunk:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """``offsets[i]`` is where tensor i begins in the stream, the concatenation of ``chunks``; 0 if it is empty."""
-
-    offsets: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-
 @dataclass(slots=True)
 class _OpenChunk:
     """A shared chunk to which small tensors are still being added."""
@@ -48,8 +41,11 @@ class _OpenChunk:
     pieces: list[Piece] = field(default_factory=list)
 
 
-def plan_layout(sizes: Sequence[tuple[int, int]], chunk_size: int) -> Layout:
-    """Return the layout of tensors given as (bytes, element width), in order. Deterministic."""
+def plan_layout(sizes: Iterable[tuple[int, int]], chunk_size: int) -> tuple[Sequence[int], list[Chunk]]:
+    """Return (offsets, chunks) of tensors given as (bytes, element width), in order. Deterministic.
+
+    ``offsets[i]`` is where tensor i begins in the stream, the concatenation of ``chunks``; 0 if it is empty.
+    """
     chunks: list[Chunk] = []
     open_chunks: dict[int, _OpenChunk] = {}  # by element width
 
@@ -57,6 +53,7 @@ def plan_layout(sizes: Sequence[tuple[int, int]], chunk_size: int) -> Layout:
         closed = open_chunks.pop(itemsize)
         chunks.append(Chunk(closed.length, itemsize, tuple(closed.pieces)))
 
+    tensor = -1
     for tensor, (size, itemsize) in enumerate(sizes):
         if size == 0:
             continue
@@ -72,7 +69,7 @@ def plan_layout(sizes: Sequence[tuple[int, int]], chunk_size: int) -> Layout:
         chunk.length = at + size
     for itemsize in list(open_chunks):
         close(itemsize)
-    return Layout(_offsets(len(sizes), chunks), tuple(chunks))
+    return _offsets(tensor + 1, chunks), chunks
 
 
 def _cut(tensor: int, size: int, itemsize: int, chunk_size: int) -> Iterator[Chunk]:
@@ -81,24 +78,31 @@ def _cut(tensor: int, size: int, itemsize: int, chunk_size: int) -> Iterator[Chu
         yield Chunk(stop - start, itemsize, (Piece(tensor, start, stop, 0),))
 
 
-def _offsets(count: int, chunks: Sequence[Chunk]) -> tuple[int, ...]:
-    offsets = [0] * count
+def _offsets(count: int, chunks: Sequence[Chunk]) -> Sequence[int]:
+    offsets = array("q", bytes(8 * count))
     start = 0
     for chunk in chunks:
         for piece in chunk.pieces:
             if piece.start == 0:
                 offsets[piece.tensor] = start + piece.at
         start += chunk.length
-    return tuple(offsets)
+    return offsets
 
 
-def pieces_by_chunk(extents: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[list[Piece]]:
+def pieces_by_chunk(extents: Iterable[tuple[int, int]], lengths: Sequence[int]) -> list[list[Piece]]:
     """Return, for each chunk of the given lengths, the pieces of tensors that lie in it.
 
     ``extents`` are (offset, bytes) in the stream. Inverts :func:`plan_layout`, and accepts any other layout that an
     index may describe.
     """
-    order = sorted((offset, size, tensor) for tensor, (offset, size) in enumerate(extents) if size)
+    offsets, sizes = (
+        array("q"),
+        array("q"),
+    )  # there may be 200,000 small tensors: lists of tuples take ten times as much
+    for offset, size in extents:
+        offsets.append(offset)
+        sizes.append(size)
+    order = sorted((tensor for tensor, size in enumerate(sizes) if size), key=offsets.__getitem__)
     by_chunk: list[list[Piece]] = []
     start = 0
     first = 0
@@ -106,13 +110,14 @@ def pieces_by_chunk(extents: Sequence[tuple[int, int]], lengths: Sequence[int]) 
         stop = start + length
         pieces = []
         i = first
-        while i < len(order) and order[i][0] < stop:
-            offset, size, tensor = order[i]
-            low, high = max(offset, start), min(offset + size, stop)
+        while i < len(order) and offsets[order[i]] < stop:
+            tensor = order[i]
+            offset, end = offsets[tensor], offsets[tensor] + sizes[tensor]
+            low, high = max(offset, start), min(end, stop)
             if low < high:
                 pieces.append(Piece(tensor, low - offset, high - offset, low - start))
             i += 1
-            if offset + size <= stop:
+            if end <= stop:
                 first = i
         by_chunk.append(pieces)
         start = stop

@@ -123,24 +123,25 @@ def encode(index: Index, name: str = "") -> bytes:
     """
     pack = msgpack.Packer(use_bin_type=True, strict_types=True).pack
     lengths = b"".join(_COUNT.pack(chunk.length) for chunk in index.chunks)
-    out = [pack(VERSION), pack(join_digests(chunk.id for chunk in index.chunks)), pack(lengths)]
-    out.append(pack(len(index.tensors)))
+    data = bytearray()
+    for head in (VERSION, join_digests(chunk.id for chunk in index.chunks), lengths, len(index.tensors)):
+        data += pack(head)
     for spec in index.tensors:
-        out.extend((pack(spec.dtype), pack(len(spec.shape)), *map(pack, spec.shape), pack(spec.offset)))
-    _encode_value(index.tree, name, 0, out, pack)
-    data = b"".join(out)
+        for value in (spec.dtype, len(spec.shape), *spec.shape, spec.offset):
+            data += pack(value)
+    _encode_value(index.tree, name, 0, data, pack)
     if len(data) > MAX_PLAIN:
         reason = f"the values other than tensors take {len(data)} bytes, over the limit of {MAX_PLAIN}"
         raise UnsupportedValue(name or "part", reason + ": store large bytes and strings as uint8 tensors")
-    return data
+    return bytes(data)
 
 
-def _encode_value(value: Any, key: str, depth: int, out: list[bytes], pack: Any) -> None:
+def _encode_value(value: Any, key: str, depth: int, out: bytearray, pack: Any) -> None:
     kind = type(value)
     if depth > MAX_DEPTH:
         raise UnsupportedValue(key[:80], f"nested more than {MAX_DEPTH} deep")
     if kind in _CONTAINERS:
-        out.append(pack(msgpack.ExtType(_CONTAINERS[kind], _COUNT.pack(len(value)))))
+        out += pack(msgpack.ExtType(_CONTAINERS[kind], _COUNT.pack(len(value))))
         if kind is list or kind is tuple:
             for i, item in enumerate(value):
                 _encode_value(item, f"{key}[{i}]", depth + 1, out, pack)
@@ -150,11 +151,11 @@ def _encode_value(value: Any, key: str, depth: int, out: list[bytes], pack: Any)
                 _encode_value(name, key, depth + 1, out, pack)
                 _encode_value(item, join_key(key, name), depth + 1, out, pack)
     elif kind is Object:
-        out.append(pack(msgpack.ExtType(_OBJECT, _COUNT.pack(len(value.items)))))
+        out += pack(msgpack.ExtType(_OBJECT, _COUNT.pack(len(value.items))))
         for item in (value.kind, *value.items):
             _encode_value(item, key, depth + 1, out, pack)
     else:
-        out.append(pack(check_leaf(value, key)))
+        out += pack(check_leaf(value, key))
 
 
 def check_leaf(value: Any, key: str) -> Any:
@@ -195,6 +196,8 @@ def join_key(key: str, name: Any) -> str:
     ('state[3]["exp_avg"]', 'blocks.0.weight')
     """
     if type(name) is str:
+        if key and name.isascii() and name.isprintable() and '"' not in name and "\\" not in name:
+            return f'{key}["{name}"]'  # as below, and ten times as fast
         return name if not key and name and "[" not in name else f"{key}[{json.dumps(name, ensure_ascii=False)}]"
     if type(name) is int and name.bit_length() > _DECIMAL_BITS:
         return f"{key}[{name:#x}]"
@@ -300,17 +303,19 @@ def _read_chunks(reader: _Reader) -> tuple[ChunkRef, ...]:
 
 def _read_tensors(reader: _Reader, stream: int) -> tuple[TensorSpec, ...]:
     tensors = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few, and each in memory once
+    names = {name: name for name in DTYPES}
     for _ in range(reader.count(reader.next(int))):
-        dtype = reader.next(str)
-        if dtype not in DTYPES:
-            raise CorruptIndex(f"index is damaged: unknown element type {dtype[:40]!r}")
+        dtype = names.get(given := reader.next(str), "")
+        if not dtype:
+            raise CorruptIndex(f"index is damaged: unknown element type {given[:40]!r}")
         dimensions = reader.count(reader.next(int))
         if dimensions > MAX_DIMENSIONS:
             raise CorruptIndex(f"index is damaged: {dimensions} dimensions")
         shape = tuple(reader.next(int) for _ in range(dimensions))
         if not all(0 <= extent < 2**63 for extent in shape):
             raise CorruptIndex("index is damaged: a shape is out of range")
-        tensors.append(TensorSpec(dtype, shape, reader.next(int)))
+        tensors.append(TensorSpec(dtype, shapes.setdefault(shape, shape), reader.next(int)))
     _check_extents(tensors, stream)
     return tuple(tensors)
 

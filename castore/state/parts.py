@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,19 +62,18 @@ class Flat:
     sources: Sequence[Source]
 
 
-class AllocateTensor(Protocol):
-    """Allocates memory for one tensor that is loaded."""
+AllocateTensor = Callable[[TensorSpec], Any]
+"""Returns an uninitialised tensor."""
 
-    def __call__(self, spec: TensorSpec, /) -> tuple[Any, memoryview]:
-        """Allocate an uninitialised tensor; return it and a writable view of its bytes."""
-        ...
+BytesOf = Callable[[Any], memoryview]
+"""Returns a writable view of a tensor's bytes, when it is filled: many views take more memory than small tensors."""
 
 
 class PlaceTensors(Protocol):
     """Decides where the tensors of a part go: into new memory, or into tensors that exist already."""
 
-    def __call__(self, part: str, index: Index, /) -> Sequence[tuple[Any, memoryview]]:
-        """Return a (tensor, writable buffer) pair for each tensor of the index."""
+    def __call__(self, part: str, index: Index, /) -> Sequence[tuple[Any, Any]]:
+        """Return a (tensor, tensor to fill) pair for each tensor of the index."""
         ...
 
 
@@ -116,14 +115,10 @@ class _StoredPart:
 
 
 def _save_part(writer: Writer, name: str, flat: Flat, chunk_size: int, threads: int) -> _StoredPart:
-    sizes = [
+    sizes = (
         (part_index.nbytes(source.dtype, source.shape), part_index.DTYPES[source.dtype][1]) for source in flat.sources
-    ]
-    layout = chunking.plan_layout(sizes, chunk_size)
-    tensors = tuple(
-        TensorSpec(source.dtype, source.shape, offset)
-        for source, offset in zip(flat.sources, layout.offsets, strict=True)
     )
+    offsets, layout = chunking.plan_layout(sizes, chunk_size)
 
     def store_chunk(chunk: chunking.Chunk) -> ObjectId:
         first = chunk.pieces[0].tensor
@@ -135,10 +130,16 @@ def _save_part(writer: Writer, name: str, flat: Flat, chunk_size: int, threads: 
             keys = (key for key, leaf in part_index.leaves(flat.tree, name) if leaf == TensorRef(first))
             raise StateChanged(next(keys, name)) from None
 
-    chunk_ids = map_all(store_chunk, layout.chunks, threads)
-    chunks = tuple(ChunkRef(chunk_id, chunk.length) for chunk_id, chunk in zip(chunk_ids, layout.chunks, strict=True))
+    chunk_ids = map_all(store_chunk, layout, threads)
+    chunks = tuple(ChunkRef(chunk_id, chunk.length) for chunk_id, chunk in zip(chunk_ids, layout, strict=True))
+    del layout  # of many small tensors, it takes more memory than their data
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few, and each in memory once
+    tensors = tuple(
+        TensorSpec(source.dtype, shapes.setdefault(shape := source.shape, shape), offset)
+        for source, offset in zip(flat.sources, offsets, strict=True)
+    )
     index_id = writer.put(part_index.encode(Index(chunks, tensors, flat.tree), name))
-    return _StoredPart(index_id, sum(size for size, _ in sizes), chunk_ids)
+    return _StoredPart(index_id, sum(spec.nbytes for spec in tensors), chunk_ids)
 
 
 def _gather(chunk: chunking.Chunk, sources: Sequence[Source]) -> Buffer:
@@ -163,6 +164,7 @@ def load_parts(
     manifest: Manifest,
     names: Sequence[str],
     place: PlaceTensors,
+    bytes_of: BytesOf,
     threads: int,
     remotes: Sequence[Remote] = (),
 ) -> dict[str, tuple[Any, list[Any]]]:
@@ -178,7 +180,7 @@ def load_parts(
             data, frame = fallback.read(store, remotes, index_id)
             index = part_index.decode(data)
             tensors = place(name, index)
-            _read_chunks(store, remotes, index, dict(enumerate(view for _, view in tensors)), threads)
+            _read_chunks(store, remotes, index, dict(enumerate(target for _, target in tensors)), bytes_of, threads)
         # after its chunks: an index without them would be taken for damage
         if frame is not None:
             store.adopt(index_id, frame, memoryview(bytearray(len(data))))
@@ -191,6 +193,7 @@ def load_tensors(
     index: Index,
     numbers: Iterable[int],
     allocate: AllocateTensor,
+    bytes_of: BytesOf,
     threads: int,
     remotes: Sequence[Remote] = (),
 ) -> dict[int, Any]:
@@ -199,8 +202,8 @@ def load_tensors(
     The caller holds the shared lock. ObjectMissing, CorruptObject.
     """
     allocated = {number: allocate(index.tensors[number]) for number in numbers}
-    _read_chunks(store, remotes, index, {number: view for number, (_, view) in allocated.items()}, threads)
-    return {number: tensor for number, (tensor, _) in allocated.items()}
+    _read_chunks(store, remotes, index, allocated, bytes_of, threads)
+    return allocated
 
 
 def load_matching(
@@ -210,6 +213,7 @@ def load_matching(
     names: Sequence[str],
     patterns: Sequence[str],
     allocate: AllocateTensor,
+    bytes_of: BytesOf,
     threads: int,
     remotes: Sequence[Remote] = (),
 ) -> dict[str, tuple[dict[str, int], dict[int, Any]]]:
@@ -233,16 +237,21 @@ def load_matching(
                 unmatched -= {pattern} if matches else set()
             hint = f"part {name} has {min(keys)}, for example" if keys else f"part {name} has none at all"
             chosen = sorted(set(numbers.values()))
-            loaded[name] = (numbers, load_tensors(store, index, chosen, allocate, threads, remotes))
+            loaded[name] = (numbers, load_tensors(store, index, chosen, allocate, bytes_of, threads, remotes))
     if unmatched:
         raise NotFound(f"checkpoint {checkpoint_id[:12]} has no tensor {min(unmatched)}: {hint}")
     return loaded
 
 
 def _read_chunks(
-    store: ObjectStore, remotes: Sequence[Remote], index: Index, views: Mapping[int, memoryview], threads: int
+    store: ObjectStore,
+    remotes: Sequence[Remote],
+    index: Index,
+    targets: Mapping[int, Any],
+    bytes_of: BytesOf,
+    threads: int,
 ) -> None:
-    """Fill the buffers of tensors, given by number.
+    """Fill tensors, given by number.
 
     A chunk without a byte of any of them is read only if they are all the tensors of the part: so every chunk that the
     index lists is verified, even one that no tensor lies in.
@@ -253,18 +262,18 @@ def _read_chunks(
         chunk, pieces = job
         if len(pieces) == 1 and pieces[0].stop - pieces[0].start == chunk.length:
             piece = pieces[0]
-            fallback.read_into(store, remotes, chunk.id, views[piece.tensor][piece.start : piece.stop])
+            fallback.read_into(store, remotes, chunk.id, bytes_of(targets[piece.tensor])[piece.start : piece.stop])
             return
         data = scratch.take(chunk.length)
         fallback.read_into(store, remotes, chunk.id, data)
         for piece in pieces:
             length = piece.stop - piece.start
-            codecs.copy(data[piece.at : piece.at + length], views[piece.tensor][piece.start : piece.stop])
+            codecs.copy(data[piece.at : piece.at + length], bytes_of(targets[piece.tensor])[piece.start : piece.stop])
 
-    is_whole = len(views) == len(index.tensors)
-    extents = [(spec.offset, spec.nbytes) for spec in index.tensors]
+    is_whole = len(targets) == len(index.tensors)
+    extents = ((spec.offset, spec.nbytes) for spec in index.tensors)
     covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
-    needed = [[piece for piece in pieces if piece.tensor in views] for pieces in covered]
+    needed = [[piece for piece in pieces if piece.tensor in targets] for pieces in covered]
     jobs = [(chunk, pieces) for chunk, pieces in zip(index.chunks, needed, strict=True) if pieces or is_whole]
     map_all(fill, jobs, threads)
 

@@ -15,7 +15,7 @@ sizes = st.lists(
 @given(sizes)
 def test_every_byte_is_in_one_chunk_and_no_chunk_is_over_the_limit(sizes: list[tuple[int, int]]) -> None:
     seen = [bytearray(size) for size, _ in sizes]
-    for chunk in plan_layout(sizes, CHUNK).chunks:
+    for chunk in plan_layout(sizes, CHUNK)[1]:
         assert 0 < chunk.length <= CHUNK
         end = 0
         for piece in chunk.pieces:
@@ -29,15 +29,15 @@ def test_every_byte_is_in_one_chunk_and_no_chunk_is_over_the_limit(sizes: list[t
 
 @given(sizes)
 def test_covering_a_plan_gives_back_its_pieces(sizes: list[tuple[int, int]]) -> None:
-    layout = plan_layout(sizes, CHUNK)
-    extents = [(offset, size) for offset, (size, _) in zip(layout.offsets, sizes, strict=True)]
-    covered = pieces_by_chunk(extents, [chunk.length for chunk in layout.chunks])
-    assert covered == [list(chunk.pieces) for chunk in layout.chunks]
+    offsets, chunks = plan_layout(sizes, CHUNK)
+    extents = [(offset, size) for offset, (size, _) in zip(offsets, sizes, strict=True)]
+    covered = pieces_by_chunk(extents, [chunk.length for chunk in chunks])
+    assert covered == [list(chunk.pieces) for chunk in chunks]
 
 
 @given(sizes)
 def test_tensors_that_share_a_chunk_are_aligned_and_of_one_width(sizes: list[tuple[int, int]]) -> None:
-    for chunk in plan_layout(sizes, CHUNK).chunks:
+    for chunk in plan_layout(sizes, CHUNK)[1]:
         assert all(piece.at % ALIGNMENT == 0 for piece in chunk.pieces)
         assert {sizes[piece.tensor][1] for piece in chunk.pieces} == {chunk.itemsize}
         if len(chunk.pieces) > 1:
@@ -49,7 +49,7 @@ def test_a_large_tensor_is_cut_alike_wherever_it_stands(
     before: list[tuple[int, int]], after: list[tuple[int, int]], size: int
 ) -> None:
     def cuts(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        chunks = plan_layout([*before, (size, 1), *after], CHUNK).chunks
+        chunks = plan_layout([*before, (size, 1), *after], CHUNK)[1]
         return [
             (piece.start, piece.stop, chunk.length)
             for chunk in chunks
@@ -83,8 +83,8 @@ def test_cover_finds_every_byte_of_any_layout(gaps_and_sizes: list[tuple[int, in
 
 
 def test_small_tensors_fill_a_chunk_before_another_is_begun() -> None:
-    layout = plan_layout([(100, 4), (10, 1), (100, 4), (60, 4)], CHUNK)
-    assert [chunk.pieces for chunk in layout.chunks] == [
+    offsets, chunks = plan_layout([(100, 4), (10, 1), (100, 4), (60, 4)], CHUNK)
+    assert [chunk.pieces for chunk in chunks] == [
         (Piece(0, 0, 100, 0), Piece(2, 0, 100, 128)),
         (Piece(1, 0, 10, 0),),
         (Piece(3, 0, 60, 0),),
