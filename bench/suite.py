@@ -5,8 +5,10 @@
 
 Every round runs each contender once, the order reversed from round to round; a ratio is the median over rounds of
 what a peer took divided by what castore took in the same round. The disk is synced between runs; output goes to a fresh
-folder and is removed outside of the timing. The whole process tree is limited to two cores. A peer that is not
-installed is left out, and the output says how to install it. Writes JSON and a Markdown table.
+folder and is removed outside of the timing; where each contender overwrites its own, the title says so. Memory is
+touched first, since a page that a virtual machine has never used takes longer to get. The whole process tree is limited
+to two cores. A peer that is not installed is left out, and the output says how to install it. Writes JSON and a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import ctypes
 import functools
 import gc
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +40,7 @@ from typing import Any
 
 import blake3
 import catalog
+import numpy as np
 import peers
 import states
 import torch
@@ -47,7 +52,7 @@ import castore
 import castore.torch
 from castore import verify
 from castore.format import codecs, ids
-from castore.format.frame import HEADER_BYTES, decode_frame, encode_frame
+from castore.format.frame import HEADER_BYTES, bound, decode_frame, encode_frame, encode_frame_into
 from nanecho import config as configs
 from nanecho import events, train
 
@@ -120,6 +125,7 @@ class Bench:
 
     scratch: Path
     quick: bool
+    groups: Collection[str]
     rows: dict[str, Row] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     disk_peak: int = 0
@@ -230,6 +236,105 @@ def saves(bench: Bench, key: str, label: str, state: State, *, both: bool = True
         how = "durable" if durable else "no fsync"
         name = f"{key}-{'durable' if durable else 'no-fsync'}"
         bench.compare(name, f"save, {how}, {label}", "MB/s", contenders, size=size)
+
+
+def overwriting_saves(bench: Bench, key: str, label: str, state: State) -> None:
+    """Measure durable saves in which each contender replaces what it wrote in the round before.
+
+    The pages and blocks that it frees come back at once, which new files don't have. castore deletes the older
+    checkpoint between rounds, untimed, as its gc would.
+    """
+    folders: dict[str, Path] = {}
+
+    def saving_again(peer: peers.Format) -> Contender:
+        def prepare(_: Path) -> Act:
+            if peer.name not in folders:
+                folders[peer.name] = bench.fresh()
+                peer.prepare(folders[peer.name], True)
+            for tensor in states.tensors(state):
+                tensor.mul_(1.0001)
+            os.sync()
+            return lambda: peer.save(state, folders[peer.name], True)
+
+        def finish(_: Any) -> None:
+            if peer is peers.CASTORE:
+                repo = castore.Repo.open(folders[peer.name])
+                for older in repo.checkpoints()[1:]:
+                    repo.forget(older)
+                castore.collect_garbage(repo, grace=timedelta())
+
+        return Contender(peer.name + ("" if peer is peers.CASTORE else " + fsync"), prepare, finish=finish)
+
+    title = f"save, durable, each over its own of the round before, {label}"
+    bench.compare(
+        f"{key}-overwrite", title, "MB/s", [saving_again(peer) for peer in FORMATS], size=states.nbytes(state)
+    )
+    for folder in folders.values():
+        shutil.rmtree(folder)
+
+
+def limits(bench: Bench, key: str, label: str, state: State) -> None:
+    """Measure how near a durable save comes to hashing and encoding alone, and what it leaves in the page cache."""
+    views = [
+        (tensor.reshape(-1).view(torch.uint8).numpy().data, tensor.element_size()) for tensor in states.tensors(state)
+    ]
+    pieces = [(view[start : start + CHUNK], width) for view, width in views for start in range(0, len(view), CHUNK)]
+    memory = threading.local()
+
+    def encode(piece: tuple[memoryview, int]) -> None:
+        if not hasattr(memory, "out"):
+            memory.out = memoryview(bytearray(bound(CHUNK)))
+        encode_frame_into(*piece, memory.out)
+
+    def hash_and_encode(piece: tuple[memoryview, int]) -> None:
+        ids.hash_bytes(piece[0])
+        encode(piece)
+
+    def on_two_threads(function: Callable[[tuple[memoryview, int]], None]) -> Act:
+        def act() -> None:
+            with ThreadPoolExecutor(peers.THREADS) as pool:
+                list(pool.map(function, pieces))
+
+        return act
+
+    cached: list[float] = []
+
+    def measure_cache(saved: Any) -> None:
+        cached.append(sum(cached_bytes(path) for path in saved.rglob("*") if path.is_file()))
+
+    def save(folder: Path) -> Act:
+        peers.CASTORE.prepare(folder, True)
+
+        def act() -> Path:
+            peers.CASTORE.save(state, folder, True)
+            return folder / ".castore" / "objects"
+
+        return act
+
+    contenders = [
+        Contender("castore", save, finish=measure_cache),
+        Contender("BLAKE3 and encoding alone, two threads", lambda _: on_two_threads(hash_and_encode)),
+        Contender("encoding alone, two threads", lambda _: on_two_threads(encode)),
+    ]
+    bench.compare(
+        f"{key}-limit", f"save, durable, and what limits it, {label}", "MB/s", contenders, size=states.nbytes(state)
+    )
+    bench.measured(
+        f"{key}-cache", f"page cache left behind by a save, {label}", "MB", {"castore": statistics.median(cached)}
+    )
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file is in the page cache."""
+    size = path.stat().st_size
+    if not size:
+        return 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as data:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        if _LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages):
+            raise OSError(ctypes.get_errno(), "mincore")
+        return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
 def repeated_saves(bench: Bench, label: str, state: State) -> None:
@@ -369,9 +474,11 @@ def loads(bench: Bench, key: str, label: str, state: State, *, everything: bool 
             return there
 
         compare("into", "load into tensors that are there", "MB/s", into, state, size)
+        compare("into-cold", "load into tensors that are there, cache dropped", "MB/s", into, state, size, cold=True)
         del there
         verifying(bench, label, kept["castore"], size)
-        stores(bench, label, kept["torch.save"] / "state.pt", state)
+        if "stores" in bench.groups:
+            stores(bench, label, kept["torch.save"] / "state.pt", state)
     for folder in set(kept.values()):
         shutil.rmtree(folder)
 
@@ -776,21 +883,35 @@ def bars(rows: dict[str, Row]) -> list[Bar]:
 
     zipnns = [f"ZipNN, {label}" for label in ZIPNN_PIECES]
     return [
-        Bar("durable save by torch.save + fsync", times("fp32-durable", "torch.save + fsync"), 1.5, False, "x"),
+        Bar(
+            "durable save by torch.save + fsync, new files",
+            times("fp32-durable", "torch.save + fsync"), 2.5, False, "x",
+        ),
+        Bar("the same, each over its own", times("fp32-overwrite", "torch.save + fsync"), 1.1, False, "x"),
         Bar("durable save by DCP + fsync", times("fp32-durable", "DCP + fsync"), 1.0, False, "x"),
-        Bar("verified load, hot, by torch.load", times("fp32-hot", "torch.save"), 1.8, False, "x"),
+        Bar(
+            "durable save by BLAKE3 and encoding alone",
+            times("fp32-limit", "BLAKE3 and encoding alone, two threads"), 0.8, False, "x",
+        ),
+        Bar("page cache left by a save", figure("fp32-cache"), 50, True, "MB"),
+        Bar(
+            "verified load into a model, hot, by torch.load and a copy",
+            times("fp32-into", "torch.save"), 1.5, False, "x",
+        ),
+        Bar("the same, cold", times("fp32-into-cold", "torch.save"), 1.2, False, "x"),
+        Bar("verified load, new memory, hot, by torch.load", times("fp32-hot", "torch.save"), 0.9, False, "x"),
         Bar(
             "unchanged save by BLAKE3 on two threads",
             times("unchanged", "BLAKE3 of the same bytes, two threads"), 0.8, False, "x",
         ),
-        Bar("bytes, trained fp32, by ZipNN", share("bytes-fp32", *zipnns), 1.01, True, "x"),
-        Bar("bytes, trained bf16, by ZipNN", share("bytes-bf16", *zipnns), 1.01, True, "x"),
+        Bar("bytes, trained fp32, by ZipNN", share("bytes-fp32", *zipnns), 0.99, True, "x"),
+        Bar("bytes, trained bf16, by ZipNN", share("bytes-bf16", *zipnns), 0.99, True, "x"),
         Bar("bytes of nine, default retention, by borg", share("sequence-kept", "borg, zstd,1"), 0.5, True, "x"),
         Bar("bytes of nine, default retention, by DVC", share("sequence-kept", "DVC"), 0.5, True, "x"),
         Bar("encode on one core, fp32, by ZipNN", times("encode-fp32", *zipnns), 1.8, False, "x"),
         Bar("memory beside the state, save", figure("memory-save"), 256, True, "MB"),
         Bar("memory beside the state, load", figure("memory-load"), 256, True, "MB"),
-        Bar("stall by one copy", share("stall", "one copy into memory that is there"), 1.25, True, "x"),
+        Bar("stall by one copy", share("stall", "one copy into memory that is there"), 1.05, True, "x"),
         Bar("training overhead", figure("overhead"), 1.0, True, "%"),
         Bar("verify by load", times("verify", "castore load"), 0.8, False, "x"),
         *(
@@ -924,11 +1045,12 @@ def write(out: Path, bench: Bench, on: dict[str, Any]) -> None:
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-GROUPS = ("sequence", "compression", "saves", "loads", "repeated", "stall", "memory", "commands", "overhead")
+GROUPS = ("sequence", "compression", "saves", "loads", "stores", "repeated", "stall", "memory", "commands", "overhead")
 
 
-def measure(bench: Bench, groups: Collection[str]) -> None:
-    """Every row of these groups, the big states one at a time."""
+def measure(bench: Bench) -> None:
+    """Every row of the groups asked for, the big states one at a time."""
+    groups = bench.groups
     shapes = states.gpt2(192, 16_384) if bench.quick else states.gpt2()
     for tool in peers.TOOLS:
         if not tool.path:
@@ -941,7 +1063,7 @@ def measure(bench: Bench, groups: Collection[str]) -> None:
             compression(bench, run[-1])
         del run
     for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        if not {"saves", "loads", "repeated", "stall"} & set(groups):
+        if not {"saves", "loads", "stores", "repeated", "stall"} & set(groups):
             break
         bench.say(f"making a state in GPT-2's shape, {key}")
         state = states.synthetic(shapes, dtype)
@@ -949,7 +1071,10 @@ def measure(bench: Bench, groups: Collection[str]) -> None:
         everything = key == "fp32"
         if "saves" in groups:
             saves(bench, key, label, state, both=everything)
-        if "loads" in groups:
+        if everything and "saves" in groups:
+            overwriting_saves(bench, key, label, state)
+            limits(bench, key, label, state)
+        if {"loads", "stores"} & set(groups):
             loads(bench, key, label, state, everything=everything)
         if everything and "repeated" in groups:
             repeated_saves(bench, label, state)
@@ -961,6 +1086,13 @@ def measure(bench: Bench, groups: Collection[str]) -> None:
     for name, act in (("memory", memory), ("commands", commands), ("overhead", overhead)):
         if name in groups:
             act(bench)
+
+
+def touch_memory() -> None:
+    """Use most of what is free once: a virtual machine's host hands out a page when it is first touched."""
+    with mmap.mmap(-1, int(0.8 * available()), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        for at in range(0, len(memory), mmap.PAGESIZE):
+            memory[at] = 1
 
 
 def stop(_number: int, _frame: Any) -> None:
@@ -993,9 +1125,10 @@ def main() -> None:
             subprocess.run(["git", "init", "--quiet", folder], check=True)
             (scratch / "home").mkdir()
             peers.isolate(scratch / "home", [Path(sys.executable).parent, BUILD / "venv" / "bin"])
-            bench = Bench(scratch, given.quick)
+            bench = Bench(scratch, given.quick, given.only or GROUPS)
+            touch_memory()
             gc.freeze()  # what was imported needn't be looked through before every run
-            measure(bench, given.only or GROUPS)
+            measure(bench)
             write(given.out, bench, machine(scratch))
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: nothing was written") from None

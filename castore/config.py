@@ -67,6 +67,7 @@ grace = "1d"
 GITIGNORE = """\
 # config.toml and manifests/ belong in git; data does not
 /objects
+/cache
 /tmp
 /trash
 /quarantine

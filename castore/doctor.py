@@ -305,7 +305,7 @@ def _remotes(repo: Repo) -> Iterator[Check]:
 
 
 def _manifests(repo: Repo, now: datetime) -> Iterator[Check]:
-    listing = repo.catalog.listing()
+    listing = repo.catalog.listing(cached=False)
     for broken in listing.broken:
         advice = "restore it from git, or remove it: until then gc deletes nothing"
         yield Check("manifests", "problem", f"{broken.path}: {broken.reason}", advice)

@@ -129,7 +129,7 @@ class _Verification:
     def check_everything(self) -> Iterator[Finding]:
         """Check all manifests and everything in the store."""
         # manifests first: what a save that ends meanwhile refers to is then among the objects, which come after
-        listing = self._repo.catalog.listing()
+        listing = self._repo.catalog.listing(cached=False)
         yield from self._look_around(listing)
         index_ids = self._collect_indexes(listing.entries)
         yield from self._find_inconsistent(listing.entries)

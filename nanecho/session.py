@@ -188,13 +188,13 @@ def begin(repo: castore.Repo, experiment: castore.Experiment, session: TrainingS
 
 def _load(repo: castore.Repo, match: castore.Match, session: TrainingSession) -> None:
     is_whole = match.availability != "weights-only"
-    state = repo.load(match.id, parts=RESUMED if is_whole else ["model"])
+    state = repo.load(match.id, parts=[part for part in RESUMED if part != "model"]) if is_whole else {}
     try:
-        session.model.load_state_dict(state["model"])
+        repo.load_into(match.id, session.model)  # its first weights are of no more use
         if is_whole:
             session.optimizer.load_state_dict(state["optimizer"])
             session.best_loss = state["trainer"]["best_loss"]
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (errors.UsageError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise errors.NothingMatches(f"checkpoint {match.id[:12]} was not saved by nanecho: {reason}") from error
     # the optimizer's state brings the options of the session that saved it, but those of this session count

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+_ROWS = 100
+
 Kind = Literal["checkpoint", "dataset", "files", "all"]
 
 # -- log -------------------------------------------------------------------------------------------------------------
@@ -40,7 +42,10 @@ Kind = Literal["checkpoint", "dataset", "files", "all"]
 def log(
     run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
     tag: Annotated[str | None, typer.Option(help="Only what has this tag.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option("-n", "--limit", min=1, help="At most this many.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("-n", "--limit", min=0, help="At most this many, 0 for all.", show_default="100, or all as JSON"),
+    ] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Draw which checkpoint was resumed from which.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the validation loss of each run.")] = False,
     kind: Annotated[Kind, typer.Option(help="dataset is prepared data; files are what `castore add` added.")] = (
@@ -64,7 +69,10 @@ def log(
         if run in (None, entry.manifest.run)
         and kind in ("all", entry.manifest.kind)
         and (tag is None or tag in tags.of(entry))
-    ][:limit]
+    ]
+    most = (0 if as_json or plot else _ROWS) if limit is None else limit
+    older = max(0, len(entries) - most) if most else 0
+    entries = entries[: len(entries) - older]
     if as_json:
         print_json([_entry_json(repo, entry, tags) for entry in entries])
     elif not entries:
@@ -77,6 +85,8 @@ def log(
         now = datetime.now(UTC)
         heads = ("id", "run", "step", "score", "val loss", "data", "size", "age", "tags")
         print_table(heads, [_log_row(repo, entry, tags, now) for entry in entries])
+    if older and limit is None and not as_json:
+        say(f"and {older:,} older: `castore log -n 0` lists all")
 
 
 class _Tags:

@@ -170,12 +170,16 @@ def resolve(
     ``parts_of`` returns the states of an entry's parts. It is called only for compatible candidates, up to the match:
     a call may have to ask a remote.
     """
-    if requirement.selector not in ("best", "latest"):
-        entries = [entry for entry in entries if entry.id == requirement.selector]
+    is_id = requirement.selector not in ("best", "latest")
+    entries = [entry for entry in entries if not is_id or entry.id == requirement.selector]
     compatible = []
     incompatible = []
+    known: dict[int, list[str]] = {}  # most entries share one experiment, which is one object
     for entry in entries:
-        problems = _incompatibilities(requirement, entry.manifest.experiment)
+        experiment = entry.manifest.experiment
+        problems = known.get(id(experiment))
+        if problems is None:
+            problems = known[id(experiment)] = _incompatibilities(requirement, experiment)
         if problems:
             incompatible.append(_reject(entry, problems))
         else:

@@ -55,8 +55,14 @@ def rank(entries: Iterable[Entry], tie_tolerance: float) -> list[Entry]:
     those that tie with the best not yet ranked the later step comes first, as training progress decides where quality
     does not. The order of ``entries`` does not matter.
     """
-    entries = list(entries)
-    scored = sorted((entry for entry in entries if score(entry.manifest) is not None), key=_best_first)
+    unscored, keyed = [], []
+    for entry in entries:
+        quality = score(entry.manifest)
+        if quality is None:
+            unscored.append(entry)
+        else:
+            keyed.append((_best_first(entry, quality), entry))
+    scored = [entry for _, entry in sorted(keyed, key=lambda pair: pair[0])]
     ranked: list[Entry] = []
     start = 0
     while start < len(scored):
@@ -66,7 +72,7 @@ def rank(entries: Iterable[Entry], tie_tolerance: float) -> list[Entry]:
         # sorted() is stable: of one step the better one stays first
         ranked += sorted(scored[start:stop], key=lambda entry: -entry.manifest.step)
         start = stop
-    return ranked + newest_first(entry for entry in entries if score(entry.manifest) is None)
+    return ranked + newest_first(unscored)
 
 
 def _factors(manifest: Manifest) -> dict[str, float]:
@@ -78,12 +84,12 @@ def _factors(manifest: Manifest) -> dict[str, float]:
     return factors
 
 
-def _best_first(entry: Entry) -> tuple[float, list[float], ObjectId]:
+def _best_first(entry: Entry, quality: float) -> tuple[float, list[float], ObjectId]:
     """Sort key: the score, then each factor; what was not measured counts as the worst."""
     manifest = entry.manifest
     factors = _factors(manifest)
     names = ("val_loss", *sorted(manifest.experiment.metrics))
-    return -(score(manifest) or 0.0), [factors.get(name, math.inf) for name in names], entry.id
+    return -quality, [factors.get(name, math.inf) for name in names], entry.id
 
 
 def _is_tie(one: Manifest, other: Manifest, tolerance: float) -> bool:

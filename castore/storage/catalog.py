@@ -7,6 +7,8 @@ manifests, pins and tags of all of them count: :func:`read_roots`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,8 @@ from castore.format.bundle import MAX_RECORD_BYTES, Record, decode_record, encod
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry, Manifest
 from castore.policy.order import newest_first
-from castore.storage import fs, git, safe_paths
+from castore.storage import fs, git, manifest_cache, safe_paths
+from castore.storage.manifest_cache import ManifestCache
 
 _SESSION = re.compile(r"sessions/(?P<run>[^/]+)/(?P<name>\d{8}T\d{6}\.\d{6}Z\.json)", re.ASCII)
 _ID_DIGITS = 12  # how many digits of a manifest's id stand in the name of its file
@@ -62,28 +65,46 @@ class Catalog:
         self._tags = folder / "tags"
         self._bundles = folder / "bundles"
         self._sessions = folder / "sessions"
+        self._cache = folder / "cache" / "manifests"
         self._temporary = folder / "tmp"
         self._durable = durable
 
     # -- manifests ---------------------------------------------------------------------------------------------------
 
-    def listing(self) -> Listing:
-        """Read every manifest of the work tree. A damaged one is reported beside the others, never replaced.
+    def listing(self, *, cached: bool = True) -> Listing:
+        """Return every manifest of the work tree. A damaged one is reported beside the others, never replaced.
 
+        Unless ``cached``, every file is read, also one that has not changed since it was read and verified before.
         ManifestsHidden if there is none here, and git has some.
         """
-        entries = []
-        paths, broken = self._manifest_paths()
-        for path in paths:
+        files, broken = self._manifest_files()
+        cache = manifest_cache.read(self._cache) if cached else ManifestCache()
+        stamps = _stamps(files)
+        if stamps and len(cache.paths) == len(stamps) and dict(zip(cache.paths, cache.stamps, strict=True)) == stamps:
+            return Listing(tuple(cache.entries), tuple(broken))  # in their order, too
+        before = dict(zip(cache.paths, zip(cache.stamps, cache.entries, strict=True), strict=True))
+        known: dict[str, tuple[manifest_cache.Stamp, Entry]] = {}
+        read_again = 0
+        for path, stamp in stamps.items():
+            if (then := before.get(path)) and then[0] == stamp:
+                known[path] = then
+                continue
             try:
-                entries.append(_read_manifest(path))
+                known[path] = stamp, _read_manifest(files[path].path)
+                read_again += 1
             except (CorruptManifest, UnsupportedVersion, StorageError) as error:
-                broken.append(BrokenFile(Path(path), str(error).removeprefix(f"{path}: ")))
+                file = files[path].path
+                broken.append(BrokenFile(Path(file), str(error).removeprefix(f"{file}: ")))
             except FileNotFoundError:
                 continue  # removed since it was listed
-        if not entries and not broken:
+        if not known and not broken:
             self._refuse_sparse()
-        return Listing(tuple(newest_first(entries)), tuple(broken))
+        paths = {entry.id: path for path, (_, entry) in known.items()}
+        newest = newest_first(entry for _, entry in known.values())
+        if cached and manifest_cache.is_worth_writing(read_again=read_again, entries=len(known)):
+            ordered = {paths[entry.id]: known[paths[entry.id]] for entry in newest}
+            manifest_cache.write(self._cache, ordered, self._temporary)
+        return Listing(tuple(newest), tuple(broken))
 
     def _refuse_sparse(self) -> None:
         """Raise ManifestsHidden if git has manifests and the work tree has none."""
@@ -101,7 +122,7 @@ class Catalog:
         if not prefix:  # a variable that was not set, not a wish for whatever is there
             return []
         entries, errors = [], []
-        for path in self._manifest_paths()[0]:
+        for path in self._manifest_paths():
             # the file's name holds the first digits of the id, so no other file has to be read
             if not _digits_in(path).startswith(prefix[:_ID_DIGITS]):
                 continue
@@ -118,7 +139,7 @@ class Catalog:
 
     def known_ids(self) -> Iterator[str]:
         """Yield the first 12 digits of every manifest's id, from the names of the files alone."""
-        yield from map(_digits_in, self._manifest_paths()[0])
+        yield from map(_digits_in, self._manifest_paths())
 
     def check_run(self, run: str) -> None:
         """Raise InvalidManifest if a run of the same name in other case is here: on some disks they are one folder."""
@@ -312,8 +333,11 @@ class Catalog:
             return False
         return True
 
-    def _manifest_paths(self) -> tuple[list[str], list[BrokenFile]]:
-        """Return the paths of the files that should be manifests, and what stands in such a place but can't be one.
+    def _manifest_paths(self) -> list[str]:
+        return [file.path for file in self._manifest_files()[0].values()]
+
+    def _manifest_files(self) -> tuple[dict[str, os.DirEntry[str]], list[BrokenFile]]:
+        """Return the files that should be manifests, by their path below ``manifests/``, and what can't be one.
 
         Links are not followed: one that came with a pull request could lead anywhere, to a terminal whose end is never
         reached for example.
@@ -321,17 +345,26 @@ class Catalog:
         runs = fs.scan(self.root)
         is_link = "a symbolic link, which is not followed"
         broken = [BrokenFile(Path(run.path), is_link) for run in runs if run.is_symlink()]
-        paths = []
+        files = {}
         for run in runs:
             if run.is_dir(follow_symlinks=False):
                 for file in fs.scan(run.path):
                     if not file.name.endswith(".json"):
                         continue
                     if file.is_file(follow_symlinks=False):
-                        paths.append(file.path)
+                        files[f"{run.name}/{file.name}"] = file
                     else:
                         broken.append(BrokenFile(Path(file.path), "not a regular file"))
-        return paths, broken
+        return files, broken
+
+
+def _stamps(files: Mapping[str, os.DirEntry[str]]) -> dict[str, manifest_cache.Stamp]:
+    """Return the stamps of files by path, less those that were removed since they were listed."""
+    stamps = {}
+    for path, file in files.items():
+        with contextlib.suppress(FileNotFoundError):
+            stamps[path] = manifest_cache.stamp_of(file.stat(follow_symlinks=False))
+    return stamps
 
 
 def _is_json(data: bytes) -> bool:
@@ -479,7 +512,7 @@ def _pins_in(snapshot: git.Snapshot) -> set[ObjectId]:
 
 
 def _read_all(catalog: Catalog) -> tuple[Entry, ...]:
-    listing = catalog.listing()
+    listing = catalog.listing(cached=False)
     for broken in listing.broken:
         raise CorruptManifest(str(broken.path), f"{broken.reason}; nothing was deleted")
     return listing.entries

@@ -19,7 +19,8 @@ from castore.storage import fs, git
 
 LOCAL = "local.toml"
 NEVER_LINKS = (
-    "objects", "tmp", "trash", "quarantine", "lock", "lock.gate", "manifests", "pins", "tags", "bundles", "sessions",
+    "objects", "cache", "tmp", "trash", "quarantine", "lock", "lock.gate", "manifests", "pins", "tags", "bundles",
+    "sessions",
 )  # fmt: skip
 _OWNER = "repository"
 _MAX_BYTES = 1 << 16

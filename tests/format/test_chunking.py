@@ -83,7 +83,7 @@ def test_cover_finds_every_byte_of_any_layout(gaps_and_sizes: list[tuple[int, in
 
 
 def test_small_tensors_fill_a_chunk_before_another_is_begun() -> None:
-    offsets, chunks = plan_layout([(100, 4), (10, 1), (100, 4), (60, 4)], CHUNK)
+    _, chunks = plan_layout([(100, 4), (10, 1), (100, 4), (60, 4)], CHUNK)
     assert [chunk.pieces for chunk in chunks] == [
         (Piece(0, 0, 100, 0), Piece(2, 0, 100, 128)),
         (Piece(1, 0, 10, 0),),
