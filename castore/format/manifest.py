@@ -74,7 +74,7 @@ def _metric(given: Any) -> Any:
     return Metric(direction=given) if given in ("max", "min") else given
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """One part of a checkpoint: the id of its index, and its size in plain and in stored bytes (informative)."""
 
     index: ObjectId

@@ -7,6 +7,7 @@ those, newest first, since their scores can't be compared.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -220,12 +221,12 @@ def _missing(parts: Mapping[str, PartState], needed: Sequence[str]) -> list[str]
     ]
 
 
-def _by_preference(requirement: Requirement, compatible: list[Entry]) -> list[Entry]:
+def _by_preference(requirement: Requirement, compatible: list[Entry]) -> Iterable[Entry]:
     if requirement.selector != "best":
         return newest_first(compatible)
     comparable = [entry for entry in compatible if entry.manifest.experiment == requirement.experiment]
     others = [entry for entry in compatible if entry.manifest.experiment != requirement.experiment]
-    return rank(comparable, requirement.tie_tolerance) + newest_first(others)
+    return itertools.chain(rank(comparable, requirement.tie_tolerance), newest_first(others))
 
 
 def _incompatibilities(requirement: Requirement, experiment: Experiment) -> list[str]:

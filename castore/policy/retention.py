@@ -200,7 +200,7 @@ def _judge_damaged(
     entries: Sequence[Entry], policy: Policy, drafts: Mapping[ObjectId, _Draft], usable: Usability
 ) -> None:
     """Keep what is left of a damaged checkpoint that would be kept if it were whole: a good copy may turn up."""
-    ranked = rank(entries, policy.tie_tolerance)
+    ranked = list(rank(entries, policy.tie_tolerance))
     wanted = {entry.id for entry in [*ranked[: policy.keep], *newest_first(entries)[: policy.keep_latest]]}
     for entry in entries:
         if entry.id in usable.damaged:
@@ -212,7 +212,7 @@ def _judge_damaged(
 def _judge_experiment(
     entries: Sequence[Entry], policy: Policy, drafts: Mapping[ObjectId, _Draft], where: str, usable: Usability
 ) -> None:
-    ranked = rank(entries, policy.tie_tolerance)
+    ranked = list(rank(entries, policy.tie_tolerance))
     newest = newest_first(entries)
     kept_ids = {entry.id for entry in [*ranked[: policy.keep], *newest[: policy.keep_latest]]}
     for place, entry in enumerate(ranked):

@@ -8,7 +8,7 @@ time are recorded, never scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Manifest, Metric
@@ -47,8 +47,8 @@ def score(manifest: Manifest) -> float | None:
     return sum(weight * value for weight, value in factors) / sum(weight for weight, _ in factors)
 
 
-def rank(entries: Iterable[Entry], tie_tolerance: float) -> list[Entry]:
-    """Return the entries of one experiment, best first, then those without a score, newest first.
+def rank(entries: Iterable[Entry], tie_tolerance: float) -> Iterator[Entry]:
+    """Yield the entries of one experiment, best first, then those without a score, newest first.
 
     Where scores are equal, as they are when rounding or a metric's range hides a difference, the losses and metrics
     themselves decide. Two are a tie only if every one of these differs by at most ``tie_tolerance`` of its size: of
@@ -56,23 +56,24 @@ def rank(entries: Iterable[Entry], tie_tolerance: float) -> list[Entry]:
     does not. The order of ``entries`` does not matter.
     """
     unscored, keyed = [], []
+    names: tuple[str, ...] | None = None
     for entry in entries:
         quality = score(entry.manifest)
         if quality is None:
             unscored.append(entry)
-        else:
-            keyed.append((_best_first(entry, quality), entry))
-    scored = [entry for _, entry in sorted(keyed, key=lambda pair: pair[0])]
-    ranked: list[Entry] = []
+            continue
+        names = names or ("val_loss", *sorted(entry.manifest.experiment.metrics))
+        keyed.append((_best_first(entry, quality, names), entry))
+    keyed.sort(key=lambda pair: pair[0])
     start = 0
-    while start < len(scored):
+    while start < len(keyed):
         stop = start + 1
-        while stop < len(scored) and _is_tie(scored[start].manifest, scored[stop].manifest, tie_tolerance):
+        while stop < len(keyed) and _is_tie(keyed[start][1].manifest, keyed[stop][1].manifest, tie_tolerance):
             stop += 1
         # sorted() is stable: of one step the better one stays first
-        ranked += sorted(scored[start:stop], key=lambda entry: -entry.manifest.step)
+        yield from sorted((entry for _, entry in keyed[start:stop]), key=lambda entry: -entry.manifest.step)
         start = stop
-    return ranked + newest_first(unscored)
+    yield from newest_first(unscored)
 
 
 def _factors(manifest: Manifest) -> dict[str, float]:
@@ -84,11 +85,9 @@ def _factors(manifest: Manifest) -> dict[str, float]:
     return factors
 
 
-def _best_first(entry: Entry, quality: float) -> tuple[float, list[float], ObjectId]:
-    """Sort key: the score, then each factor; what was not measured counts as the worst."""
-    manifest = entry.manifest
-    factors = _factors(manifest)
-    names = ("val_loss", *sorted(manifest.experiment.metrics))
+def _best_first(entry: Entry, quality: float, names: Sequence[str]) -> tuple[float, list[float], ObjectId]:
+    """Sort key: the score, then the factors of these names; what was not measured counts as the worst."""
+    factors = _factors(entry.manifest)
     return -quality, [factors.get(name, math.inf) for name in names], entry.id
 
 

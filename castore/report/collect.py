@@ -215,7 +215,7 @@ def _judge(
     groups: dict[bytes, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(msgspec.json.encode(entry.manifest.experiment, order="sorted"), []).append(entry)
-    bests = [rank(group, tie_tolerance)[0].id for group in groups.values()]
+    bests = [next(rank(group, tie_tolerance)).id for group in groups.values()]
     experiment_of = {entry.id: number for number, group in enumerate(groups.values()) for entry in group}
     best_path = frozenset(ancestors(entries, bests[0]) if bests else ())
     lane_of = lanes(entries, best_path)

@@ -7,7 +7,6 @@ manifests, pins and tags of all of them count: :func:`read_roots`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,7 +79,7 @@ class Catalog:
         files, broken = self._manifest_files()
         cache = manifest_cache.read(self._cache) if cached else ManifestCache()
         stamps = _stamps(files)
-        if stamps and len(cache.paths) == len(stamps) and dict(zip(cache.paths, cache.stamps, strict=True)) == stamps:
+        if stamps and len(cache.paths) == len(stamps) and [stamps.get(path) for path in cache.paths] == cache.stamps:
             return Listing(tuple(cache.entries), tuple(broken))  # in their order, too
         before = dict(zip(cache.paths, zip(cache.stamps, cache.entries, strict=True), strict=True))
         known: dict[str, tuple[manifest_cache.Stamp, Entry]] = {}
@@ -362,8 +361,10 @@ def _stamps(files: Mapping[str, os.DirEntry[str]]) -> dict[str, manifest_cache.S
     """Return the stamps of files by path, less those that were removed since they were listed."""
     stamps = {}
     for path, file in files.items():
-        with contextlib.suppress(FileNotFoundError):
+        try:
             stamps[path] = manifest_cache.stamp_of(file.stat(follow_symlinks=False))
+        except FileNotFoundError:
+            continue
     return stamps
 
 

@@ -115,7 +115,7 @@ def test_the_order_depends_on_the_entries_alone(
 ) -> None:
     entries = [entry(step) if value is None else scored(step, value) for step, value in steps_and_values]
     shuffled = rng.sample(entries, len(entries))
-    assert rank(entries, tolerance) == rank(shuffled, tolerance)
+    assert list(rank(entries, tolerance)) == list(rank(shuffled, tolerance))
     assert newest_first(entries) == newest_first(shuffled)
 
 
@@ -125,7 +125,7 @@ def test_the_order_depends_on_the_entries_alone(
 def best(*metrics: dict[str, float], experiment: Experiment = Experiment(), tolerance: float = 1e-4) -> int:  # noqa: B008
     """The place of the best of checkpoints with these metrics, the later ones of which have trained less."""
     entries = [entry(100 - i, metrics=values, experiment=experiment) for i, values in enumerate(metrics)]
-    return 100 - rank(entries, tolerance)[0].manifest.step
+    return 100 - next(rank(entries, tolerance)).manifest.step
 
 
 def test_the_best_loss_wins_whatever_its_scale() -> None:
@@ -160,7 +160,7 @@ def test_a_difference_in_one_factor_alone_is_no_tie() -> None:
 def test_ranking_by_the_loss_alone_is_exact_and_knows_no_scale(losses: list[float], factor: float) -> None:
     scaled = [loss * factor for loss in losses]
     for values in (losses, scaled):
-        ranked = rank([entry(i, metrics={"val_loss": value}) for i, value in enumerate(values)], 0.0)
+        ranked = list(rank([entry(i, metrics={"val_loss": value}) for i, value in enumerate(values)], 0.0))
         assert [found.manifest.metrics["val_loss"] for found in ranked] == sorted(values)
 
 
