@@ -138,10 +138,10 @@ def _folder_files(folder: Path) -> Iterator[bytes]:
 
 
 def _is_report(text: bytes) -> bool:
-    """Whether it is what `castore report` writes, as a page or as Markdown."""
-    return b'<meta name="generator" content="castore report">' in text[:_PROBE_BYTES] or text.startswith(
-        b"### castore: "
-    )
+    """Whether it is what `castore report` writes: a page, Markdown or JSON."""
+    head = text[:_PROBE_BYTES]
+    is_json = head.startswith(b"{") and b'"generator": "castore report"' in head
+    return is_json or b'<meta name="generator" content="castore report">' in head or head.startswith(b"### castore: ")
 
 
 def _standard_library() -> Iterator[bytes]:

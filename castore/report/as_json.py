@@ -16,6 +16,7 @@ def report_as_json(report: Report) -> dict[str, Any]:
     """Return the report as JSON values. It leaves whole manifests to ``castore show``."""
     match = report.resolution.match
     return {
+        "generator": "castore report",
         "name": report.name,
         "made": report.made,
         "run": report.run,

@@ -32,6 +32,8 @@ from castore.remotes import fallback
 from castore.remotes.base import Remote
 from castore.storage.object_store import ObjectStore, Writer
 
+_READ_AHEAD = 8  # chunks that the disk is asked for before they are read
+
 
 class Source(Protocol):
     """A tensor to be saved."""
@@ -275,7 +277,15 @@ def _read_chunks(
     covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
     needed = [[piece for piece in pieces if piece.tensor in targets] for pieces in covered]
     jobs = [(chunk, pieces) for chunk, pieces in zip(index.chunks, needed, strict=True) if pieces or is_whole]
-    map_all(fill, jobs, threads)
+
+    def ahead() -> Iterator[tuple[ChunkRef, Sequence[chunking.Piece]]]:
+        for number, job in enumerate(jobs):
+            # the first time for all up to there, then for one more each time
+            for later, _ in jobs[number + _READ_AHEAD if number else 0 : number + _READ_AHEAD + 1]:
+                store.will_read(later.id)
+            yield job
+
+    map_all(fill, ahead(), threads)
 
 
 # -- availability ----------------------------------------------------------------------------------------------------

@@ -74,3 +74,11 @@ class BufferPool:
             yield buffer
         finally:
             self.give_back(buffer)
+
+
+# Of this process, whatever repositories it opens: new memory costs as much as encoding into it. Two, since who waits
+# for a buffer of one while holding one of the same could wait for ever.
+FILES = BufferPool()
+"""What files are written from."""
+COPIES = BufferPool()
+"""Copies of memory that others may write to; their holder may wait for one of ``FILES``."""

@@ -315,6 +315,18 @@ def read_into(path: Path | str, limit: int, allocate: Callable[[int], memoryview
         raise StorageError("read", str(path), error) from error
 
 
+def will_need(path: Path | str) -> None:
+    """Ask the kernel to begin reading a file that will be read soon; nothing happens if there is none."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
+
 def read_range(path: Path, start: int, stop: int) -> bytes:
     """Return bytes [start, stop) of a file. StorageError if it can't be read or is shorter."""
     with _reporting("read", path), open(path, "rb", buffering=0) as file:

@@ -19,7 +19,7 @@ from castore.format import codecs
 from castore.format.frame import MAX_STORED, bound, decode_frame, encode_frame_into, plain_length
 from castore.format.ids import Buffer, ObjectId, hash_bytes, is_object_id
 from castore.storage import fs
-from castore.storage.buffers import BufferPool
+from castore.storage.buffers import COPIES, FILES
 
 # Writing and syncing wait for the disk, not for the processor: on two cores, two threads that compute and eight that
 # write, sync and rename saved fastest; four or sixteen were slower. The pool of buffers bounds how many files wait.
@@ -84,7 +84,6 @@ class ObjectStore:
         # objects whose content this process has verified, or written itself
         self._verified: dict[ObjectId, fs.Stamp] = {}
         self._scratch = codecs.Scratch()
-        self._buffers = BufferPool()
         self._direct = None if direct else False  # None until it was tried
         self._trying = threading.Lock()
 
@@ -113,6 +112,10 @@ class ObjectStore:
             out = bytearray(plain_length(object_id, frame))
             decode_frame(object_id, frame, memoryview(out))
         return bytes(out)
+
+    def will_read(self, object_id: ObjectId) -> None:
+        """Have the disk begin to read an object's file: two threads that decode don't keep it busy by themselves."""
+        fs.will_need(f"{self._folder}/{object_id[:2]}/{object_id}")
 
     def read_into(self, object_id: ObjectId, out: memoryview) -> None:
         """Read and verify an object straight into ``out``, which must be exactly as long. Errors: :meth:`read`."""
@@ -202,12 +205,12 @@ class ObjectStore:
         the directory.
         """
         decode_frame(object_id, memoryview(frame), out)
-        buffer = self._buffers.take(len(frame))
+        buffer = FILES.take(len(frame))
         try:
             codecs.copy(frame, buffer[: len(frame)])
             self._place(object_id, buffer, len(frame))
         finally:
-            self._buffers.give_back(buffer)
+            FILES.give_back(buffer)
 
     def _place(self, object_id: ObjectId, buffer: memoryview, size: int) -> None:
         """Write the first ``size`` bytes of a buffer of the pool as an object's file."""
@@ -388,29 +391,42 @@ class Writer:
         ``plain`` may be reused once this returns. If others might write to it until then (``is_shared``), what is
         stored is a copy, and StateChanged is raised if they did. The object is durable only after :meth:`commit`.
         """
-        # a copy serves for hashing too, unless the object is one that the store has: as the one before it was
-        copied = self._copy(plain) if is_shared and self._is_new else None
-        object_id = hash_bytes(plain if copied is None else copied)
+        if not is_shared:
+            return self._put(plain, itemsize)[0]
+        with COPIES.hold(COPIES.take(len(plain))) as buffer:
+            copied = buffer[: len(plain)]
+            if self._is_new:  # a copy serves for hashing too, if the object is as new as the one before it
+                codecs.copy(plain, copied)
+                object_id, is_new = self._put(copied, itemsize)
+                if is_new and not codecs.is_equal(plain, copied):
+                    raise StateChanged
+                return object_id
+            object_id = hash_bytes(plain)
+            if self._has(object_id, len(plain)):
+                return object_id
+            codecs.copy(plain, copied)
+            # what is encoded must be the very bytes that the id names: else the object would be damaged for ever
+            if hash_bytes(copied) != object_id:
+                raise StateChanged
+            self._write(object_id, copied, itemsize)
+            return object_id
+
+    def _put(self, plain: Buffer, itemsize: int) -> tuple[ObjectId, bool]:
+        """Store bytes that nobody writes to; return the object's id, and whether it was written."""
+        object_id = hash_bytes(plain)
+        if self._has(object_id, len(plain)):
+            return object_id, False
+        self._write(object_id, plain, itemsize)
+        return object_id, True
+
+    def _has(self, object_id: ObjectId, length: int) -> bool:
+        """Whether the object needs no writing: it is stored, or this save stores it already."""
         with self._lock:
             if object_id in self._claimed:
-                return object_id
+                return True
             self._claimed.add(object_id)
-        self._is_new = not self._is_settled(object_id, len(plain))
-        if self._is_new:
-            if is_shared and copied is None:
-                copied = self._copy(plain)
-                # what is encoded must be the very bytes that the id names: else the object would be damaged for ever
-                if hash_bytes(copied) != object_id:
-                    raise StateChanged
-            self._write(object_id, plain if copied is None else copied, itemsize)
-            if copied is not None and not codecs.is_equal(plain, copied):
-                raise StateChanged
-        return object_id
-
-    def _copy(self, plain: Buffer) -> memoryview:
-        copied = self._store._scratch.take(len(plain))
-        codecs.copy(plain, copied)
-        return copied
+        self._is_new = not self._is_settled(object_id, length)
+        return not self._is_new
 
     def commit(self) -> Written:
         """Wait until every object is durable under its name. Raises the first error of any."""
@@ -444,12 +460,12 @@ class Writer:
         return True
 
     def _write(self, object_id: ObjectId, plain: Buffer, itemsize: int) -> None:
-        buffer = self._store._buffers.take(bound(len(plain)))
+        buffer = FILES.take(bound(len(plain)))
         try:
             self._raise_if_failed()
             size = encode_frame_into(plain, itemsize, buffer)
         except BaseException:
-            self._store._buffers.give_back(buffer)
+            FILES.give_back(buffer)
             raise
         with self._lock:
             self._new_objects += 1
@@ -465,7 +481,7 @@ class Writer:
             self._fail(error)
             raise
         finally:
-            self._store._buffers.give_back(buffer)
+            FILES.give_back(buffer)
 
     def _fail(self, error: BaseException | None) -> None:
         with self._lock:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castore import CastoreError, Repo
+from castore.report.as_json import report_as_json
 from castore.report.collect import collect_report
 from castore.report.html import report_as_html
 from castore.report.markdown import report_as_markdown
@@ -165,6 +167,8 @@ def test_a_report_among_the_texts_does_not_make_them_other_texts(tmp_path: Path)
     found = collect_report(repo, datetime.now(UTC))
     (tmp_path / "report.html").write_text(report_as_html(found))
     (tmp_path / "report.md").write_text(report_as_markdown(found))
+    (tmp_path / "report.json").write_text(json.dumps(report_as_json(found), indent=2))
+    (tmp_path / "one-line.json").write_text(json.dumps(report_as_json(found)))
     assert data.read(options).digest == before
     (tmp_path / "more.txt").write_text("one text more")
     assert data.read(options).digest != before

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from builders import exact, parts, trained, tree
 
 from castore import Repo
@@ -24,7 +25,7 @@ from castore.errors import CorruptObject, ObjectMissing, StorageError, Unsupport
 from castore.format.frame import MAX_STORED
 from castore.format.ids import ObjectId, hash_bytes
 from castore.storage import fs
-from castore.storage.buffers import BufferPool
+from castore.storage.buffers import FILES, BufferPool
 from castore.storage.object_store import ObjectStore, Written
 
 
@@ -429,7 +430,7 @@ def test_where_the_file_system_refuses_from_the_start_everything_is_written_as_u
 
 def test_a_forked_child_has_buffers_of_its_own(on_disk: Path) -> None:
     store = ObjectStore(on_disk)
-    taken = [store._buffers.take(4 << 20) for _ in range(15)]
+    taken = [FILES.take(4 << 20) for _ in range(15)]
     taken[0][:4] = b"mine"
     child = os.fork()
     if not child:
@@ -440,6 +441,16 @@ def test_a_forked_child_has_buffers_of_its_own(on_disk: Path) -> None:
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     assert bytes(taken[0][:4]) == b"mine"
+    for buffer in taken:
+        FILES.give_back(buffer)
+
+
+def test_more_threads_than_buffers_wait_for_each_other_and_not_for_ever(on_disk: Path) -> None:
+    (Repo.init(on_disk).root / "config.toml").write_text("[store]\nthreads = 64\nfsync = false\n")
+    repo = Repo.open(on_disk)
+    state = {f"t{i}": torch.full((1 << 20,), float(i)) for i in range(40)}  # a chunk each, in memory that may change
+    saved = repo.save({"model": state}, run="r", step=1)
+    assert exact(repo.load(saved.id)["model"]) == exact(state)
 
 
 def test_buffers_are_waited_for_and_used_again() -> None:
