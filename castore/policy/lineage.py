@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -139,8 +140,9 @@ def lanes(entries: Iterable[Entry], best_path: frozenset[ObjectId]) -> dict[Obje
 def _free_row(spans_of: list[list[tuple[int, int]]], first: int, last: int) -> int:
     """Take the steps ``first`` to ``last`` in the first row where they overlap with nothing; return the row."""
     for row, spans in enumerate(spans_of):
-        if all(end < first or last < begin for begin, end in spans):
-            spans.append((first, last))
+        at = bisect.bisect(spans, (first, last))  # a row's spans are in order, so only neighbours can overlap
+        if (at == 0 or spans[at - 1][1] < first) and (at == len(spans) or last < spans[at][0]):
+            spans.insert(at, (first, last))
             return row
     spans_of.append([(first, last)])
     return len(spans_of) - 1
