@@ -341,6 +341,20 @@ class Repo:
         load_target.finish()
         return loaded
 
+    def outline(self, selector: str, parts: Sequence[str]) -> dict[str, Any]:
+        """Read and verify every byte of these parts; return their states with tensors on the device ``meta``.
+
+        They have types and shapes, and take no memory: to see whether a checkpoint fits before :meth:`load_into`.
+        Errors as those of :meth:`load`.
+        """
+        from castore.state import tensors
+
+        entry = self.find(selector)
+        names = _choose_parts(entry, parts)
+        with self.lock():
+            indexes = state_parts.check_parts(self.store, entry.id, entry.manifest, names, self.threads, self.remotes)
+        return {name: tensors.outline(index) for name, index in indexes.items()}
+
     def load_tensors(
         self, selector: str, patterns: Sequence[str], parts: Sequence[str] | None = None, *, device: Any = None
     ) -> dict[str, dict[str, Any]]:

@@ -27,8 +27,12 @@ def restore_all(
     *,
     strict: bool,
     checkpoint: str,
+    fill: Callable[[dict[str, torch.Tensor]], Any] | None = None,
 ) -> None:
     """Load the ``states`` of parts into what they belong to, by way of its ``load_state_dict``.
+
+    With ``fill`` the model's state has tensors without memory: once all else is loaded, ``fill`` gets the model's own
+    tensors, by the names of the checkpoint, to read into them. It must have verified every byte before.
 
     UsageError, naming what doesn't fit in ``checkpoint`` and what to do; then everything is as it was before, the
     random generators too. Without ``strict`` a component that only one side has is left as it is.
@@ -42,28 +46,31 @@ def restore_all(
             which = "has no optimizer" if optimizer else "has an optimizer, and this Checkpointer was given none"
             raise UsageError(f"checkpoint {checkpoint} {which}: give the same as when it was saved, or strict=False")
     model_state = _fit_model(states["model"], trainer.get(METADATA), model, checkpoint)
+    targets = _targets(states["model"], model_state, model) if fill else {}
     undo: list[Callable[[], None]] = []
     # whatever the caller has set, what is loaded is to be trained on
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         try:
-            _assign(states, trainer, model_state, model, optimizer, others, undo)
+            _assign(states, trainer, None if fill else model_state, model, optimizer, others, undo)
         except Exception as error:
             for step in reversed(undo):
                 step()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"checkpoint {checkpoint} doesn't fit, and nothing was changed: {reason}") from error
+        if fill:
+            fill(targets)
 
 
 def _assign(
     states: Mapping[str, Any],
     trainer: Mapping[str, Any],
-    model_state: OrderedDict[str, Any],
+    model_state: OrderedDict[str, Any] | None,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     others: Mapping[str, Any],
     undo: list[Callable[[], None]],
 ) -> None:
-    """Load everything; ``undo`` gets what takes it back, in order."""
+    """Load everything, the model unless its state is None; ``undo`` gets what takes it back, in order."""
     for name, component in others.items():
         if name in trainer:
             _load(component, trainer[name], undo)
@@ -71,7 +78,9 @@ def _assign(
         old = optimizer.state_dict()
         optimizer.load_state_dict(states["optimizer"])
         undo.append(lambda: optimizer.load_state_dict(old))
-    if _is_custom(model):
+    if model_state is None:
+        pass
+    elif _is_custom(model):
         _load(model, model_state, undo)
     else:
         model.load_state_dict(model_state)
@@ -107,17 +116,22 @@ def _fit_model(state: Any, metadata: Any, model: torch.nn.Module, checkpoint: st
     """Return what to give to ``load_state_dict``: under the model's own names, and with the versions of its modules."""
     if not isinstance(state, Mapping):
         raise UsageError(f"checkpoint {checkpoint} holds no state dict of a model")
-    fitted = OrderedDict(state)
     own = model.state_dict()
-    if fitted.keys() != own.keys():
-        by_plain_name = {plain_name(key): key for key in own}
-        if len(by_plain_name) == len(own) and {plain_name(key) for key in fitted} == by_plain_name.keys():
-            fitted = OrderedDict((by_plain_name[plain_name(key)], value) for key, value in fitted.items())
+    fitted = _own_names(state, own)
     if isinstance(metadata, Mapping):
         fitted._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
     if not _is_custom(model):
         _check_tensors(fitted, own, checkpoint)
     return fitted
+
+
+def _own_names(state: Mapping[str, Any], own: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Return a state, in its order, under the names of ``own`` if what wrappers add is all that differs."""
+    if state.keys() != own.keys():
+        by_plain_name = {plain_name(key): key for key in own}
+        if len(by_plain_name) == len(own) and {plain_name(key) for key in state} == by_plain_name.keys():
+            return OrderedDict((by_plain_name[plain_name(key)], value) for key, value in state.items())
+    return OrderedDict(state)
 
 
 def plain_name(key: str) -> str:
@@ -141,6 +155,29 @@ def _check_tensors(state: Mapping[str, Any], own: Mapping[str, Any], checkpoint:
                 f"checkpoint {checkpoint} has {there} for {key}, where the model has {list(own[key].shape)}; "
                 "nothing was changed"
             )
+
+
+def can_be_filled(model: torch.nn.Module) -> bool:
+    """Whether loading copies tensors and does no more, into memory that a checkpoint can be read into."""
+    return not _is_custom(model) and all(
+        tensor.is_cpu and tensor.is_contiguous() for tensor in model.state_dict().values()
+    )
+
+
+def has_types_of(outline: Any, model: torch.nn.Module) -> bool:
+    """Whether the tensors of a model's state have the element types of the model's own; others have to be converted."""
+    own = model.state_dict()
+    fitted = _own_names(outline, own) if isinstance(outline, Mapping) else {}
+    return all(
+        isinstance(value, torch.Tensor) and key in own and own[key].dtype == value.dtype
+        for key, value in fitted.items()
+    )
+
+
+def _targets(stored: Mapping[str, Any], fitted: Mapping[str, Any], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the model's own tensors by the names of the checkpoint: ``fitted`` has the same order."""
+    own = model.state_dict()
+    return {name: own[key] for name, key in zip(stored, fitted, strict=True)}
 
 
 def _is_custom(model: torch.nn.Module) -> bool:

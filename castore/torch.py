@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -15,7 +16,17 @@ import torch
 from castore.background import AsyncSaver
 from castore.errors import UsageError
 from castore.format.manifest import Experiment, Metric
-from castore.restoring import METADATA, RANDOM, RESERVED, metadata_of, plain_name, random_state, restore_all
+from castore.restoring import (
+    METADATA,
+    RANDOM,
+    RESERVED,
+    can_be_filled,
+    has_types_of,
+    metadata_of,
+    plain_name,
+    random_state,
+    restore_all,
+)
 from castore.stopping import StopRequest, stop_signals
 
 if TYPE_CHECKING:
@@ -142,7 +153,8 @@ class Checkpointer:
         """Load a checkpoint of this run and experiment; return its step, which is how many were completed.
 
         ``furthest`` is where the run got furthest, ``best`` its best; ``OTHER:best`` or an id is taken from wherever it
-        is. Everything is read, verified and checked for fit first: after an error, all is as it was. UsageError for
+        is. Everything is read, verified and checked for fit first: after an error, all is as it was. A plain model in
+        main memory is then read again, straight into its tensors, and never in memory twice. UsageError for
         what doesn't fit; with ``strict=False`` components that only one side has are left alone.
 
         Returns 0 and changes nothing when this run has no checkpoint of this experiment, or when the data of none is
@@ -156,12 +168,24 @@ class Checkpointer:
         match = resolution.require()
         parts = ["model", "trainer", *(["optimizer"] if self._optimizer else [])]
         manifest = self.repo.find(match.id).manifest
-        states = self.repo.load(match.id, [name for name in manifest.parts if name in parts or name == "optimizer"])
-        restore_all(states, self._model, self._optimizer, self._others, strict=strict, checkpoint=match.id[:12])
+        names = [name for name in manifest.parts if name in parts or name == "optimizer"]
+        outline = self.repo.outline(match.id, ["model"])["model"] if can_be_filled(self._model) else None
+        if outline is None or not has_types_of(outline, self._model):
+            states, fill = self.repo.load(match.id, names), None
+        else:
+            states = {**self.repo.load(match.id, [name for name in names if name != "model"]), "model": outline}
+            fill = functools.partial(self._fill, match.id)
+        restore_all(
+            states, self._model, self._optimizer, self._others, strict=strict, checkpoint=match.id[:12], fill=fill
+        )
         self.parent = match.id
         why = f"the furthest step of run {match.run}" if selector == "furthest" else f"{selector} of run {match.run}"
         _log.info("resuming from %s, step %d of run %s: %s", match.id[:12], match.step, match.run, why)
         return Resumed(match.step, checkpoint_id=match.id, run=match.run, why=why)
+
+    def _fill(self, checkpoint_id: str, model: dict[str, torch.Tensor]) -> None:
+        """Read a checkpoint's model into these tensors."""
+        self.repo.load_into(checkpoint_id, {"model": model})
 
     def _resolve(self, selector: str) -> Resolution | None:
         """Look at this run for a word of no run; None when it has no checkpoint at all."""

@@ -10,7 +10,7 @@ import contextlib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from castore.errors import (
     CorruptIndex,
@@ -31,6 +31,8 @@ from castore.policy.resolution import PartState
 from castore.remotes import fallback
 from castore.remotes.base import Remote
 from castore.storage.object_store import ObjectStore, Writer
+
+_Job = TypeVar("_Job")
 
 _READ_AHEAD = 8  # chunks that the disk is asked for before they are read
 
@@ -190,6 +192,33 @@ def load_parts(
     return loaded
 
 
+def check_parts(
+    store: ObjectStore,
+    checkpoint_id: ObjectId,
+    manifest: Manifest,
+    names: Sequence[str],
+    threads: int,
+    remotes: Sequence[Remote] = (),
+) -> dict[str, Index]:
+    """Read and verify every byte of these parts, keep none, and return their indexes; see :func:`load_parts`."""
+    scratch = codecs.Scratch()
+    checked = {}
+    for name in names:
+        index_id = manifest.parts[name].index
+        with locate_errors(name, checkpoint_id):
+            data, frame = fallback.read(store, remotes, index_id)
+            index = part_index.decode(data)
+
+            def check(chunk: ChunkRef) -> None:
+                fallback.read_into(store, remotes, chunk.id, scratch.take(chunk.length))
+
+            map_all(check, _ahead(store, index.chunks, lambda chunk: chunk), threads)
+        if frame is not None:
+            store.adopt(index_id, frame, memoryview(bytearray(len(data))))
+        checked[name] = index
+    return checked
+
+
 def load_tensors(
     store: ObjectStore,
     index: Index,
@@ -277,15 +306,16 @@ def _read_chunks(
     covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
     needed = [[piece for piece in pieces if piece.tensor in targets] for pieces in covered]
     jobs = [(chunk, pieces) for chunk, pieces in zip(index.chunks, needed, strict=True) if pieces or is_whole]
+    map_all(fill, _ahead(store, jobs, lambda job: job[0]), threads)
 
-    def ahead() -> Iterator[tuple[ChunkRef, Sequence[chunking.Piece]]]:
-        for number, job in enumerate(jobs):
-            # the first time for all up to there, then for one more each time
-            for later, _ in jobs[number + _READ_AHEAD if number else 0 : number + _READ_AHEAD + 1]:
-                store.will_read(later.id)
-            yield job
 
-    map_all(fill, ahead(), threads)
+def _ahead(store: ObjectStore, jobs: Sequence[_Job], chunk_of: Callable[[_Job], ChunkRef]) -> Iterator[_Job]:
+    """Yield the jobs, and have the disk begin to read what comes soon."""
+    for number, job in enumerate(jobs):
+        # the first time for all up to there, then for one more each time
+        for later in jobs[number + _READ_AHEAD if number else 0 : number + _READ_AHEAD + 1]:
+            store.will_read(chunk_of(later).id)
+        yield job
 
 
 # -- availability ----------------------------------------------------------------------------------------------------

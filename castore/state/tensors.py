@@ -67,13 +67,17 @@ def allocate(spec: TensorSpec) -> torch.Tensor:
 
 
 def _new(spec: TensorSpec) -> torch.Tensor:
-    if spec.dtype not in _DTYPES:
-        raise CorruptIndex(f"this torch has no element type {spec.dtype}: a newer one wrote it")
-    dtype = _DTYPES[spec.dtype]
+    dtype = _dtype(spec)
     try:
         return _empty(spec.shape, dtype)
     except (RuntimeError, OverflowError) as error:
         raise CorruptIndex(f"can't make a tensor of shape {spec.shape}: {error}") from error
+
+
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    if spec.dtype not in _DTYPES:
+        raise CorruptIndex(f"this torch has no element type {spec.dtype}: a newer one wrote it")
+    return _DTYPES[spec.dtype]
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
@@ -82,6 +86,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool = False) -> 
     made_as = torch.int32 if dtype == torch.complex32 else dtype
     tensor = torch.empty(shape, dtype=made_as, device="cpu", pin_memory=pin)
     return tensor.view(dtype) if made_as != dtype else tensor
+
+
+def outline(index: Index) -> Any:
+    """Return the state of a part with tensors that have a type and a shape, and no memory."""
+    return restore(index.tree, [torch.empty(spec.shape, dtype=_dtype(spec), device="meta") for spec in index.tensors])
 
 
 def move_tensors(tensors: list[torch.Tensor], device: Any) -> list[torch.Tensor]:

@@ -50,3 +50,31 @@ def test_saving_and_loading_take_little_memory_beside_the_state_itself(tmp_path:
     _, loaded, extra = run(LOAD, str(tmp_path), checkpoint_id)
     assert loaded == size
     assert extra < LIMIT
+
+
+RESUME = """
+import sys, torch, castore
+from castore.torch import Checkpointer
+model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(6)))  # 403 MB
+checkpointer = Checkpointer(castore.Repo.open(sys.argv[1]), model, run="r")
+if sys.argv[2] == "save":
+    with checkpointer:
+        checkpointer.save(1, {"val_loss": 1.0})
+    print("saved", sum(value.double().sum().item() for value in model.state_dict().values()), 0)
+else:
+    before = peak()
+    assert checkpointer.resume() == 1
+    extra = peak() - before
+    print("loaded", sum(value.double().sum().item() for value in model.state_dict().values()), extra)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_resumed_where_it_is_and_is_never_in_memory_twice(tmp_path: Path) -> None:
+    Repo.init(tmp_path)
+    results = []
+    for action in ("save", "resume"):
+        program = [sys.executable, "-c", PEAK + RESUME, str(tmp_path), action]
+        results.append(subprocess.run(program, capture_output=True, text=True, check=True).stdout.split())
+    assert results[0][1] == results[1][1]
+    assert int(results[1][2]) < 100 * MIB
