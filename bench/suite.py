@@ -53,6 +53,7 @@ import castore.torch
 from castore import verify
 from castore.format import codecs, ids
 from castore.format.frame import HEADER_BYTES, bound, decode_frame, encode_frame, encode_frame_into
+from castore.storage import fs
 from nanecho import config as configs
 from nanecho import events, train
 
@@ -297,6 +298,24 @@ def limits(bench: Bench, key: str, label: str, state: State) -> None:
 
         return act
 
+    buffer = memoryview(mmap.mmap(-1, bound(CHUNK) // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE))
+    sizes = [encode_frame_into(*piece, buffer) for piece in pieces]
+
+    def write_alone(folder: Path) -> Act:
+        def write(numbered: tuple[int, int]) -> None:
+            number, size = numbered
+            descriptor, path = fs.create_temporary(folder, direct=True)
+            with fs.closing(descriptor, path):
+                fs.write_direct(descriptor, path, buffer, size)
+                fs.sync(descriptor, path)
+            fs.rename(path, folder / f"{number}")
+
+        def act() -> None:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(write, enumerate(sizes)))
+
+        return act
+
     cached: list[float] = []
 
     def measure_cache(saved: Any) -> None:
@@ -315,6 +334,7 @@ def limits(bench: Bench, key: str, label: str, state: State) -> None:
         Contender("castore", save, finish=measure_cache),
         Contender("BLAKE3 and encoding alone, two threads", lambda _: on_two_threads(hash_and_encode)),
         Contender("encoding alone, two threads", lambda _: on_two_threads(encode)),
+        Contender("writing what is stored alone, eight threads", write_alone),
     ]
     bench.compare(
         f"{key}-limit", f"save, durable, and what limits it, {label}", "MB/s", contenders, size=states.nbytes(state)
