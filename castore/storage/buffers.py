@@ -24,9 +24,10 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._reset()
+        os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        self._process = os.getpid()
+        """Begin anew: what the threads of a parent had taken would never come back to its child."""
         self._changed = threading.Condition()
         self._free: list[memoryview] = []
         self._in_use = 0
@@ -37,8 +38,6 @@ class BufferPool:
 
         Its content is undefined. The caller gives it back.
         """
-        if self._process != os.getpid():  # those that the parent's threads have taken would never come back
-            self._reset()
         rounded = -(-size // _STEP) * _STEP
         with self._changed:
             while True:
@@ -60,8 +59,6 @@ class BufferPool:
 
     def give_back(self, buffer: memoryview) -> None:
         """Let others use a buffer that :meth:`take` has returned."""
-        if self._process != os.getpid():
-            return
         with self._changed:
             self._in_use -= 1
             self._free.append(buffer)

@@ -54,6 +54,17 @@ def test_a_broken_manifest_is_told_and_hides_no_other(trained_copy: Project) -> 
     assert broken.read_text() == "{}"
 
 
+def test_log_shows_the_newest_and_says_how_many_are_older(eight: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("castore.commands.inspect._ROWS", 3)
+    ids = [entry["id"] for entry in eight.json("log")]  # programs get all
+    *rows, last = eight.call("log").splitlines()
+    assert [row[:12] for row in rows[1:]] == [checkpoint_id[:12] for checkpoint_id in ids[:3]]
+    assert last == f"and {len(ids) - 3} older: `castore log -n 0` lists all"
+    assert len(eight.call("log", "-n", "0").splitlines()) == len(ids) + 1
+    assert len(eight.call("log", "-n", "5").splitlines()) == 6
+    assert len(eight.json("log", "-n", "2")) == 2
+
+
 def test_log_of_another_kind_is_empty_in_words(empty: Project) -> None:
     assert empty.call("log", "--kind", "files") == "no manifest of kind files yet\n"
     assert empty.json("log", "--kind", "dataset") == []
