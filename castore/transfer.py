@@ -18,8 +18,6 @@ from castore.remotes.fallback import ErrorRecorder
 from castore.repo import Repo
 from castore.state.parts import locate_errors
 
-_MAX_MEMORY = 128 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
@@ -67,16 +65,12 @@ def pull(repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress) -> 
 def _fetch_all(repo: Repo, remotes: Sequence[Remote], lengths: Mapping[ObjectId, int], progress: Progress) -> None:
     """Fetch objects, given with their plain lengths, in parallel. ObjectMissing."""
     done, total = 0, sum(lengths.values())
-    # each thread holds a frame and what it decodes to
-    threads = max(1, min(fallback.ASKERS, _MAX_MEMORY // (2 * max(lengths.values(), default=1))))
 
     def fetch(object_id: ObjectId) -> ObjectId:
         if fallback.fetch(repo.store, remotes, object_id) is None:
             raise ObjectMissing(object_id)
         return object_id
 
-    for remote in remotes:
-        remote.expect(lengths)
-    for object_id in map_ahead(fetch, lengths, threads, name="castore-fetch"):
+    for object_id in map_ahead(fetch, lengths, fallback.prepare(remotes, lengths), name="castore-fetch"):
         done += lengths[object_id]
         progress(done, total)

@@ -7,7 +7,7 @@ error passed over this way is logged as a warning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from castore.errors import CorruptObject, ObjectMissing, RemoteError, StorageError, UnsupportedVersion
@@ -18,6 +18,8 @@ from castore.storage.object_store import ObjectStore
 
 ASKERS = 8
 """Threads that ask remotes at once: a request waits for the network, not for a processor."""
+
+_MAX_MEMORY = 128 << 20  # of what they hold: each a frame, and what it decodes to
 
 _logger = logging.getLogger(__name__)
 
@@ -96,6 +98,20 @@ def fetch(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId) ->
         if _adopt(store, remote, object_id, frame, memoryview(out)):
             return remote.name
     return None
+
+
+def prepare(remotes: Sequence[Remote], lengths: Mapping[ObjectId, int]) -> int:
+    """Tell remotes which objects they will be asked for, given with their plain lengths; return by how many threads.
+
+    Eight, unless the objects are so large that fewer fill the memory. While one waits for the network or until the
+    disk has what it fetched, others decode.
+    """
+    for remote in remotes:
+        try:
+            remote.expect(lengths)
+        except (StorageError, RemoteError) as error:
+            _logger.warning("remote %s passed over, asked for %d objects: %s", remote.name, len(lengths), error)
+    return max(1, min(ASKERS, _MAX_MEMORY // (2 * max(lengths.values(), default=1))))
 
 
 def explain_missing(remotes: Sequence[Remote], object_id: ObjectId) -> str:

@@ -212,7 +212,8 @@ def check_parts(
             def check(chunk: ChunkRef) -> None:
                 fallback.read_into(store, remotes, chunk.id, scratch.take(chunk.length))
 
-            map_all(check, _ahead(store, index.chunks, lambda chunk: chunk), threads)
+            workers = _workers(store, remotes, index.chunks, threads)
+            map_all(check, _ahead(store, index.chunks, lambda chunk: chunk), workers)
         if frame is not None:
             store.adopt(index_id, frame, memoryview(bytearray(len(data))))
         checked[name] = index
@@ -306,7 +307,14 @@ def _read_chunks(
     covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
     needed = [[piece for piece in pieces if piece.tensor in targets] for pieces in covered]
     jobs = [(chunk, pieces) for chunk, pieces in zip(index.chunks, needed, strict=True) if pieces or is_whole]
-    map_all(fill, _ahead(store, jobs, lambda job: job[0]), threads)
+    workers = _workers(store, remotes, [chunk for chunk, _ in jobs], threads)
+    map_all(fill, _ahead(store, jobs, lambda job: job[0]), workers)
+
+
+def _workers(store: ObjectStore, remotes: Sequence[Remote], chunks: Sequence[ChunkRef], threads: int) -> int:
+    """Return how many threads read chunks: more than ``threads`` where some have to be fetched."""
+    missing = {chunk.id: chunk.length for chunk in chunks if not store.has(chunk.id)} if remotes else {}
+    return max(threads, fallback.prepare(remotes, missing)) if missing else threads
 
 
 def _ahead(store: ObjectStore, jobs: Sequence[_Job], chunk_of: Callable[[_Job], ChunkRef]) -> Iterator[_Job]:

@@ -6,9 +6,12 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from builders import exact, parts, tree
 
 from castore import Repo
@@ -53,6 +56,45 @@ def flip(path: Path) -> None:
 def states(repo: Repo) -> dict[str, str]:
     (entry,) = repo.checkpoints()
     return {name: state.where for name, state in repo.part_states(entry).items()}
+
+
+class Crowded:
+    """A remote that answers once four have asked for chunks."""
+
+    def __init__(self, remote: Folder) -> None:
+        self._remote = remote
+        self.together = threading.Barrier(4)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._remote, name)
+
+    def get(self, object_id: ObjectId) -> bytes | None:
+        frame = self._remote.get(object_id)
+        if frame is not None and len(frame) > CHUNK // 2:
+            self.together.wait(30)
+        return frame
+
+
+CHUNK = 64 << 10
+
+
+@pytest.mark.parametrize("ask", ["load", "outline", "load_tensors"])
+def test_what_a_load_lacks_is_fetched_by_more_threads_than_compute(repo: Repo, tmp_path: Path, ask: str) -> None:
+    (repo.root / "config.toml").write_text(f"[store]\nchunk_size = '{CHUNK}'\nthreads = 1\nfsync = false\n")
+    repo = Repo.open(repo.root.parent)
+    state = {"a": torch.randint(0, 256, (8 * CHUNK,), dtype=torch.uint8)}
+    saved = repo.save({"model": state}, run="ci", step=1)
+    shutil.copytree(repo.store.objects, tmp_path / "elsewhere" / "objects")
+    empty(repo)
+    repo.remotes.append(remote := Crowded(Folder("elsewhere", tmp_path / "elsewhere")))
+    if ask == "load":
+        assert exact(repo.load(saved.id)["model"]) == exact(state)
+    elif ask == "outline":
+        assert repo.outline(saved.id, ["model"])["model"]["a"].shape == state["a"].shape
+    else:
+        assert exact(repo.load_tensors(saved.id, ["a"])["model"]) == exact(state)
+    assert not remote.together.broken
+    assert states(repo) == {"model": "local"} or ask == "load_tensors"
 
 
 def test_what_is_missing_is_fetched_by_a_load_and_kept(pair: tuple[Repo, ObjectId, Path]) -> None:
