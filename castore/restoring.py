@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def restore_all(
     """Load the ``states`` of parts into what they belong to, by way of its ``load_state_dict``.
 
     With ``fill`` the model's state has tensors without memory: once all else is loaded, ``fill`` gets the model's own
-    tensors, by the names of the checkpoint, to read into them. It must have verified every byte before.
+    tensors, by the names of the checkpoint, to read into them. Every byte must have been verified before: should the
+    disk fail all the same, its error is raised, all else is as it was, and the model is partly filled.
 
     UsageError, naming what doesn't fit in ``checkpoint`` and what to do; then everything is as it was before, the
     random generators too. Without ``strict`` a component that only one side has is left as it is.
@@ -53,12 +54,20 @@ def restore_all(
         try:
             _assign(states, trainer, None if fill else model_state, model, optimizer, others, undo)
         except Exception as error:
-            for step in reversed(undo):
-                step()
+            _take_back(undo)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"checkpoint {checkpoint} doesn't fit, and nothing was changed: {reason}") from error
         if fill:
-            fill(targets)
+            try:
+                fill(targets)
+            except BaseException:
+                _take_back(undo)
+                raise
+
+
+def _take_back(undo: Sequence[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
 
 
 def _assign(

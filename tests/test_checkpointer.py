@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import torch
 from builders import exact
 
 from castore import Experiment, Metric, Repo
-from castore.errors import CorruptObject, NothingAvailable, UsageError
+from castore.errors import CorruptObject, NothingAvailable, StorageError, UsageError
 from castore.restoring import random_state
 from castore.torch import Checkpointer, Resumed
 
@@ -391,3 +392,23 @@ def test_the_handlers_are_as_before_after_the_block(repo: Repo) -> None:
         assert checkpointer.stopping == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
     assert copy.copy(repo).root == repo.root
+
+
+def test_a_disk_that_fails_once_all_was_verified_is_told_and_all_but_the_model_is_as_it_was(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with Checkpointer(repo, model, optimizer, run="a") as checkpointer:
+        checkpointer.save(1, {"val_loss": 1.0})
+    optimizer.param_groups[0]["lr"] = 0.25
+    drawn = torch.get_rng_state()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("read", "objects", OSError(errno.EIO, os.strerror(errno.EIO)))
+
+    monkeypatch.setattr(Repo, "load_into", fail)
+    with pytest.raises(StorageError, match="can't read objects"):
+        Checkpointer(repo, model, optimizer, run="a").resume()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert torch.equal(torch.get_rng_state(), drawn)

@@ -85,7 +85,7 @@ def log(
         now = datetime.now(UTC)
         heads = ("id", "run", "step", "score", "val loss", "data", "size", "age", "tags")
         print_table(heads, [_log_row(repo, entry, tags, now) for entry in entries])
-    if older and limit is None and not as_json:
+    if older and limit is None:
         say(f"and {older:,} older: `castore log -n 0` lists all")
 
 

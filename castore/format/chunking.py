@@ -95,10 +95,8 @@ def pieces_by_chunk(extents: Iterable[tuple[int, int]], lengths: Sequence[int]) 
     ``extents`` are (offset, bytes) in the stream. Inverts :func:`plan_layout`, and accepts any other layout that an
     index may describe.
     """
-    offsets, sizes = (
-        array("q"),
-        array("q"),
-    )  # there may be 200,000 small tensors: lists of tuples take ten times as much
+    # there may be 200,000 small tensors: lists of tuples take ten times as much
+    offsets, sizes = array("q"), array("q")
     for offset, size in extents:
         offsets.append(offset)
         sizes.append(size)

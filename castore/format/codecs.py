@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -180,16 +181,16 @@ _scratch = Scratch()
 
 
 def copy(source: Buffer, target: memoryview) -> None:
-    """Copy ``source`` into ``target``, of the same length. Releases the GIL for long buffers.
+    """Copy ``source`` into ``target``, of the same length. Releases the GIL for long buffers where NumPy is loaded.
 
-    Assigning to a memoryview holds the GIL, and the first touch of new memory takes longer than the copying itself.
+    Assigning to a memoryview holds the GIL, and the first touch of new memory takes longer than the copying itself. A
+    program that has no tensors doesn't load NumPy for that.
     """
-    if len(target) < _WORTH_NUMPY:
+    numpy = sys.modules.get("numpy")
+    if numpy is None or len(target) < _WORTH_NUMPY:
         target[:] = source
-        return
-    import numpy as np
-
-    np.frombuffer(target, np.uint8)[:] = np.frombuffer(source, np.uint8)
+    else:
+        numpy.frombuffer(target, numpy.uint8)[:] = numpy.frombuffer(source, numpy.uint8)
 
 
 def is_equal(first: Buffer, second: Buffer) -> bool:

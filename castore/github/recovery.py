@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from castore.errors import CorruptBundle, CorruptObject, NotPushed, UsageError
+from castore.errors import CorruptBundle, NotPushed, ObjectMissing, RemoteUnavailable, UsageError
 from castore.format import bundle, manifest
-from castore.format import frame as frames
 from castore.format.bundle import Contents
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
 from castore.github import git_files
 from castore.github.sessions import Traffic, traffic_of
+from castore.remotes import fallback
 from castore.remotes.github_cache import GitHubCache
 from castore.remotes.github_service import CacheService
 from castore.repo import Repo
@@ -71,7 +71,7 @@ def recover(
     bundle_id = ObjectId(match["id"])
     remote = GitHubCache(service, [])
     named = remote.open_unrecorded(bundle_id, _PREFIX + key)
-    contents = _read_contents(remote, bundle_id)
+    contents = _read_contents(repo, remote, bundle_id)
     before = {entry.id for entry in repo.checkpoints()}
     known = git_files.known(repo)
     with repo.lock():
@@ -103,15 +103,14 @@ def recover(
     )
 
 
-def _read_contents(remote: GitHubCache, bundle_id: ObjectId) -> Contents:
+def _read_contents(repo: Repo, remote: GitHubCache, bundle_id: ObjectId) -> Contents:
     """Return what an opened bundle says of itself, in its last object. CorruptBundle, RemoteUnavailable."""
     contents_id = list(remote.holds(bundle_id))[-1]
-    frame = remote.get(contents_id)
-    if frame is None:
-        raise CorruptBundle(remote.explain_missing(contents_id))
     try:
-        plain = bytearray(frames.plain_length(contents_id, memoryview(frame)))
-        frames.decode_frame(contents_id, memoryview(frame), memoryview(plain))
-    except CorruptObject as error:
-        raise CorruptBundle(f"bundle {bundle_id[:12]} carries damaged bytes: {error.reason}") from error
+        plain, _ = fallback.read(repo.store, [remote], contents_id, mend=False)
+    except ObjectMissing as error:
+        if remote.down:
+            raise RemoteUnavailable(remote.name, remote.down) from error
+        reason = remote.explain_missing(contents_id)
+        raise CorruptBundle(f"bundle {bundle_id[:12]} carries nothing that can be read: {reason}") from error
     return bundle.decode_contents(plain)

@@ -179,15 +179,9 @@ def load_parts(
     """
     loaded = {}
     for name in names:
-        index_id = manifest.parts[name].index
-        with locate_errors(name, checkpoint_id):
-            data, frame = fallback.read(store, remotes, index_id)
-            index = part_index.decode(data)
+        with _open_part(store, remotes, checkpoint_id, manifest, name) as index:
             tensors = place(name, index)
             _read_chunks(store, remotes, index, dict(enumerate(target for _, target in tensors)), bytes_of, threads)
-        # after its chunks: an index without them would be taken for damage
-        if frame is not None:
-            store.adopt(index_id, frame, memoryview(bytearray(len(data))))
         loaded[name] = (index.tree, [tensor for tensor, _ in tensors])
     return loaded
 
@@ -202,22 +196,31 @@ def check_parts(
 ) -> dict[str, Index]:
     """Read and verify every byte of these parts, keep none, and return their indexes; see :func:`load_parts`."""
     scratch = codecs.Scratch()
+
+    def check(chunk: ChunkRef) -> None:
+        fallback.read_into(store, remotes, chunk.id, scratch.take(chunk.length))
+
     checked = {}
     for name in names:
-        index_id = manifest.parts[name].index
-        with locate_errors(name, checkpoint_id):
-            data, frame = fallback.read(store, remotes, index_id)
-            index = part_index.decode(data)
-
-            def check(chunk: ChunkRef) -> None:
-                fallback.read_into(store, remotes, chunk.id, scratch.take(chunk.length))
-
+        with _open_part(store, remotes, checkpoint_id, manifest, name) as index:
             workers = _workers(store, remotes, index.chunks, threads)
             map_all(check, _ahead(store, index.chunks, lambda chunk: chunk), workers)
-        if frame is not None:
-            store.adopt(index_id, frame, memoryview(bytearray(len(data))))
         checked[name] = index
     return checked
+
+
+@contextlib.contextmanager
+def _open_part(
+    store: ObjectStore, remotes: Sequence[Remote], checkpoint_id: ObjectId, manifest: Manifest, name: str
+) -> Iterator[Index]:
+    """Read a part's index for a block that reads all its chunks; errors of the block name part and checkpoint, too."""
+    index_id = manifest.parts[name].index
+    with locate_errors(name, checkpoint_id):
+        data, frame = fallback.read(store, remotes, index_id)
+        yield part_index.decode(data)
+    # after its chunks: an index without them would be taken for damage
+    if frame is not None:
+        store.adopt(index_id, frame, memoryview(bytearray(len(data))))
 
 
 def load_tensors(

@@ -98,11 +98,10 @@ class Catalog:
                 continue  # removed since it was listed
         if not known and not broken:
             self._refuse_sparse()
-        paths = {entry.id: path for path, (_, entry) in known.items()}
         newest = newest_first(entry for _, entry in known.values())
         if cached and manifest_cache.is_worth_writing(read_again=read_again, entries=len(known)):
-            ordered = {paths[entry.id]: known[paths[entry.id]] for entry in newest}
-            manifest_cache.write(self._cache, ordered, self._temporary)
+            paths = (entry.manifest.file_name(entry.id) for entry in newest)
+            manifest_cache.write(self._cache, {path: known[path] for path in paths}, self._temporary)
         return Listing(tuple(newest), tuple(broken))
 
     def _refuse_sparse(self) -> None:

@@ -153,7 +153,7 @@ def test_a_bundle_that_is_gone_is_told(world: World, lost: Lost) -> None:
         (lambda data: data[:0], "size can't be told"),
         (lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:], "index does not match its id"),
         (lambda data: data[:-16] + b"\xff" * 12 + data[-4:], "doesn't end like"),
-        (lambda data: change_frames(data), "carries damaged bytes"),
+        (lambda data: change_frames(data), "its copy is corrupt"),
     ],
     ids=["shorter", "tiny", "empty", "index", "trailer", "frames"],
 )
