@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import struct
-import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,9 +61,12 @@ def encode(plain: Buffer, itemsize: int, out: memoryview) -> tuple[int, int]:
     if codec == ZSTD:
         frame = _compressor(_GENERAL).compress(plain)
         if len(frame) < len(plain):
-            copy(frame, out[: len(frame)])
+            out[: len(frame)] = frame
             return ZSTD, len(frame)
-    copy(plain, out[: len(plain)])
+    if itemsize in _GROUPS:
+        copy(plain, out[: len(plain)])
+    else:  # files, say: for them alone NumPy is not loaded
+        out[: len(plain)] = plain
     return RAW, len(plain)
 
 
@@ -181,16 +183,16 @@ _scratch = Scratch()
 
 
 def copy(source: Buffer, target: memoryview) -> None:
-    """Copy ``source`` into ``target``, of the same length. Releases the GIL for long buffers where NumPy is loaded.
+    """Copy ``source`` into ``target``, of the same length. Releases the GIL for long buffers.
 
-    Assigning to a memoryview holds the GIL, and the first touch of new memory takes longer than the copying itself. A
-    program that has no tensors doesn't load NumPy for that.
+    Assigning to a memoryview holds the GIL, and the first touch of new memory takes longer than the copying itself.
     """
-    numpy = sys.modules.get("numpy")
-    if numpy is None or len(target) < _WORTH_NUMPY:
+    if len(target) < _WORTH_NUMPY:
         target[:] = source
-    else:
-        numpy.frombuffer(target, numpy.uint8)[:] = numpy.frombuffer(source, numpy.uint8)
+        return
+    import numpy as np
+
+    np.frombuffer(target, np.uint8)[:] = np.frombuffer(source, np.uint8)
 
 
 def is_equal(first: Buffer, second: Buffer) -> bool:
