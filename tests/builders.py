@@ -73,6 +73,13 @@ def trained(count: int, seed: int = 0) -> bytes:
     return array.array("f", [rng.gauss(0, 0.02) for _ in range(count)]).tobytes()
 
 
+def sparse(count: int, present: float) -> bytes:
+    """Return ``count`` trained floats, of which the share ``present`` isn't zero."""
+    rng = random.Random(count)
+    floats = trained(count)
+    return b"".join(floats[4 * i : 4 * i + 4] if rng.random() < present else bytes(4) for i in range(count))
+
+
 def encoded(plain: bytes, itemsize: int = 1) -> tuple[int, bytes]:
     """Return (codec, payload)."""
     out = bytearray(len(plain) + codecs.OVERHEAD)

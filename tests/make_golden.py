@@ -1,4 +1,6 @@
-"""Make the golden repository of format version 1: `python tests/make_golden.py`.
+"""Make the golden repository of format version 1 and the golden object of frame version 2.
+
+Run: `python tests/make_golden.py`.
 
 Run once per format version. A committed golden repository never changes, since it stands for repositories in use; a new
 format version gets a golden repository of its own. The contents come from SHAKE-256 and exact arithmetic, so that they
@@ -24,9 +26,12 @@ import torch
 from blake3 import blake3
 
 import castore
+from castore.format.frame import encode_frame
 
 Pair = namedtuple("Pair", "left right", module="of_no_module")
 GOLDEN = Path(__file__).parent / "golden" / "v1"
+SPARSE = GOLDEN.parent / "v2"
+"""Holds an object of frame version 2, in the sparse codec."""
 CONFIG = '[store]\nchunk_size = "64KiB"\n'
 SHOWN = 64
 """Tensors of up to this many bytes are written out in expected.json, larger ones are represented by their hash."""
@@ -208,8 +213,23 @@ def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    if GOLDEN.exists():
-        sys.exit(f"{GOLDEN} exists: a golden repository is never made again")
+    if GOLDEN.exists() and SPARSE.exists():
+        sys.exit(f"{GOLDEN.parent} is complete: what is golden is never made again")
+    if not GOLDEN.exists():
+        make_repository()
+    if not SPARSE.exists():
+        make_sparse_object()
+
+
+def make_sparse_object() -> None:
+    numbers = floats("sparse", (3000,), torch.float32).numpy()
+    numbers[np.frombuffer(noise("zeros", 3000), dtype=np.uint8) > 90] = 0
+    plain = numbers.tobytes()
+    SPARSE.mkdir()
+    (SPARSE / blake3(plain).hexdigest()).write_bytes(encode_frame(plain, numbers.itemsize))
+
+
+def make_repository() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / ".castore"
         root.mkdir()

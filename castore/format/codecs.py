@@ -6,16 +6,19 @@ number  name      payload
 0       raw       the plain bytes
 1       zstd      one zstd frame that declares its content size
 2       planes    the bytes of equal significance of every element stored together, each plane raw or zstd
+3       sparse    a bitmap of the elements that are not zero, then these in another codec
 ======  ========  ==============================================================================================
 
 Of trained floating-point numbers only one byte compresses: the sign and exponent (ZipNN, arXiv:2411.05239). Splitting
 the planes and compressing that one alone gives a smaller result than zstd over the whole, several times faster. Such a
-plane holds hardly any matches, so zstd is set to do little but entropy coding.
+plane holds hardly any matches, so zstd is set to do little but entropy coding. Where some elements are zero, as the
+unconnected weights of a growing network are, the zeros would hide that structure, so they are taken out first.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -26,8 +29,8 @@ from castore.format.ids import Buffer
 if TYPE_CHECKING:
     import zstandard
 
-RAW, ZSTD, PLANES = 0, 1, 2
-NAMES = {RAW: "raw", ZSTD: "zstd", PLANES: "planes"}
+RAW, ZSTD, PLANES, SPARSE = 0, 1, 2, 3
+NAMES = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", SPARSE: "sparse"}
 
 MAX_WINDOW = 1 << 23
 """Largest zstd window that is decoded, in bytes. Frames written here stay far below it."""
@@ -38,8 +41,10 @@ OVERHEAD = 32
 _PROBE_SLICES = 4
 _PROBE_BYTES = 8192
 _WORTH = 0.97  # an encoding that saves less than 3 % isn't worth the time to decode it
+_WORTH_SPARSE = 1 / 32  # of the elements are zero: the bitmap of fewer zeros takes about as much as they do
 _PLANE_RAW, _PLANE_ZSTD = 0, 1
 _PLANE_HEADER = struct.Struct("<BBI")  # width in bytes, raw or zstd, stored length
+_SPARSE_HEADER = struct.Struct("<BBBBI")  # width, codec; of the bitmap: raw or zstd, unused bits, stored length
 
 
 class CodecError(ValueError):
@@ -56,6 +61,10 @@ def encode(plain: Buffer, itemsize: int, out: memoryview) -> tuple[int, int]:
     ``len(plain) + OVERHEAD`` bytes.
     """
     codec, shrinks = _choose(plain, itemsize)
+    if codec == SPARSE:
+        if length := _encode_sparse(plain, itemsize, out):
+            return SPARSE, length
+        codec = RAW  # the sample deceived
     if codec == PLANES:
         return PLANES, _encode_planes(plain, itemsize, shrinks, out)
     if codec == ZSTD:
@@ -73,13 +82,19 @@ def encode(plain: Buffer, itemsize: int, out: memoryview) -> tuple[int, int]:
 def _choose(plain: Buffer, itemsize: int) -> tuple[int, Sequence[bool]]:
     """Return (codec, whether each plane is worth compressing), judged by a sample."""
     sample = _sample(plain, itemsize)
+    best: float = _WORTH * len(sample)
+    codec, shrinks = RAW, list[bool]()
     as_zstd = len(_compressor(_GENERAL).compress(sample))
+    if as_zstd < best:
+        best, codec = as_zstd, ZSTD
     if itemsize in _GROUPS and len(plain) % itemsize == 0:
         plane_sizes = _probe_planes(sample, itemsize)
         as_planes = sum(min(size, raw) for size, raw in plane_sizes)
-        if as_planes < min(as_zstd, _WORTH * len(sample)):
-            return PLANES, [size < _WORTH * raw for size, raw in plane_sizes]
-    return (ZSTD if as_zstd < _WORTH * len(sample) else RAW), []
+        if as_planes < best:
+            best, codec, shrinks = as_planes, PLANES, [size < _WORTH * raw for size, raw in plane_sizes]
+        if codec != RAW and _probe_sparse(sample, itemsize) < _WORTH * best:
+            return SPARSE, []
+    return codec, shrinks
 
 
 def _sample(plain: Buffer, itemsize: int) -> bytes:
@@ -98,13 +113,22 @@ def _sample(plain: Buffer, itemsize: int) -> bytes:
 _GROUPS = {2: (1, 1), 4: (2, 1, 1), 8: (4, 2, 1, 1)}
 
 
-def _probe_planes(sample: bytes, itemsize: int) -> list[tuple[int, int]]:
+def _probe_planes(sample: Buffer, itemsize: int) -> list[tuple[int, int]]:
     """Return the (compressed, raw) size of each plane of the sample."""
     compressor = _compressor(_ENTROPY)
     count = len(sample) // itemsize
     planes = [memoryview(bytearray(width * count)) for width in _GROUPS[itemsize]]
     _split(sample, itemsize, planes)
     return [(len(compressor.compress(plane)), len(plane)) for plane in planes]
+
+
+def _probe_sparse(sample: bytes, itemsize: int) -> float:
+    """Return the size of the sample's bitmap and of its elements that are not zero; infinite if all are, or most."""
+    bitmap, elements = _take_zeros_out(sample, itemsize)
+    if not elements or len(elements) > (1 - _WORTH_SPARSE) * len(sample):
+        return math.inf
+    as_planes = sum(min(size, raw) for size, raw in _probe_planes(elements, itemsize))
+    return min(len(_compressor(_ENTROPY).compress(bitmap)), len(bitmap)) + as_planes
 
 
 _BLOCK = 1 << 16  # elements that are taken apart while they are in the cache
@@ -155,6 +179,34 @@ def _encode_planes(plain: Buffer, itemsize: int, shrinks: Sequence[bool], out: m
             copy(stored, out[at : at + len(stored)])
         at += len(stored)
     return at
+
+
+def _take_zeros_out(plain: Buffer, itemsize: int) -> tuple[bytes, memoryview]:
+    """Return (bitmap of the elements that are not zero, lowest bit first; these elements).
+
+    >>> bitmap, elements = _take_zeros_out(bytes([0, 0, 7, 0, 0, 0, 0, 9]), 2)
+    >>> bin(bitmap[0]), list(elements)
+    ('0b1010', [7, 0, 0, 9])
+    """
+    import numpy as np
+
+    numbers = np.frombuffer(plain, dtype=f"<u{itemsize}")
+    present = numbers != 0
+    return np.packbits(present, bitorder="little").tobytes(), memoryview(numbers[present]).cast("B")
+
+
+def _encode_sparse(plain: Buffer, itemsize: int, out: memoryview) -> int:
+    """Encode into ``out``; return the length of the payload, or 0 if there are too few zeros."""
+    bitmap, elements = _take_zeros_out(plain, itemsize)
+    compressed = _compressor(_ENTROPY).compress(bitmap)
+    kind, stored = (_PLANE_ZSTD, compressed) if len(compressed) < len(bitmap) else (_PLANE_RAW, bitmap)
+    at = _SPARSE_HEADER.size + len(stored)
+    if at + len(elements) >= len(plain):
+        return 0
+    out[_SPARSE_HEADER.size : at] = stored
+    codec, length = encode(elements, itemsize, out[at:])
+    _SPARSE_HEADER.pack_into(out, 0, itemsize, codec, kind, -(len(plain) // itemsize) % 8, len(stored))
+    return at + length
 
 
 # -- copying ---------------------------------------------------------------------------------------------------------
@@ -217,7 +269,7 @@ def is_equal(first: Buffer, second: Buffer) -> bool:
 def decode(codec: int, payload: memoryview, out: memoryview) -> None:
     """Decode ``payload`` into all of ``out``. CodecError if it does not fill ``out`` exactly.
 
-    Hostile bytes cost no memory beyond ``out`` and one plane of it.
+    Hostile bytes cost no memory beyond ``out`` and twice as much.
     """
     if codec == RAW:
         if len(payload) != len(out):
@@ -227,6 +279,8 @@ def decode(codec: int, payload: memoryview, out: memoryview) -> None:
         copy(_decompress(payload, len(out)), out)
     elif codec == PLANES:
         _decode_planes(payload, out)
+    elif codec == SPARSE:
+        _decode_sparse(payload, out)
     else:
         raise CodecError(f"unknown codec {codec}")
 
@@ -270,6 +324,33 @@ def _decode_planes(payload: memoryview, out: memoryview) -> None:
         numbers[offset // width :: itemsize // width] = np.frombuffer(plane, dtype=f"<u{width}")
         at += length
         offset += width
+
+
+def _decode_sparse(payload: memoryview, out: memoryview) -> None:
+    import numpy as np
+
+    if len(payload) < _SPARSE_HEADER.size:
+        raise CodecError("sparse header is cut short")
+    itemsize, codec, kind, unused, length = _SPARSE_HEADER.unpack_from(payload)
+    if itemsize not in _GROUPS or len(out) % itemsize or codec == SPARSE or kind not in (_PLANE_RAW, _PLANE_ZSTD):
+        raise CodecError(f"sparse elements of {itemsize} bytes in codec {codec} and kind {kind}")
+    at = _SPARSE_HEADER.size + length
+    if at > len(payload):
+        raise CodecError("sparse bitmap is cut short")
+    count = len(out) // itemsize
+    stored = payload[_SPARSE_HEADER.size : at]
+    bitmap: Buffer = _decompress(stored, -(-count // 8)) if kind == _PLANE_ZSTD else stored
+    if 8 * len(bitmap) - unused != count:
+        raise CodecError(f"bitmap of {len(bitmap)} bytes where {count} elements were expected")
+    bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little").view(np.bool_)
+    if bits[count:].any():
+        raise CodecError("bitmap names elements past the end")
+    present = bits[:count]
+    elements = _scratch.take(int(np.count_nonzero(present)) * itemsize)
+    decode(codec, payload[at:], elements)
+    numbers = np.frombuffer(out, dtype=f"<u{itemsize}")
+    numbers[:] = 0
+    numbers[present] = np.frombuffer(elements, numbers.dtype)
 
 
 def _plane_headers(payload: memoryview, itemsize: int) -> list[tuple[int, int, int]]:

@@ -4,7 +4,7 @@
 offset  bytes  field
 ======  =====  =============================================
 0       4      magic ``CSTO``
-4       1      frame version, 1
+4       1      frame version: 1, or 2 for codec 3, which version 1 doesn't know
 5       1      codec number (:mod:`castore.format.codecs`)
 6       2      zero
 8       8      plain length in bytes, little-endian
@@ -27,7 +27,7 @@ MAX_STORED = MAX_PLAIN + 4096
 """Bytes of the largest frame: an encoding is used only if it is smaller, so the surplus is for headers."""
 
 _MAGIC = b"CSTO"
-_VERSION = 1
+_VERSIONS = (1, 2)
 _HEADER = struct.Struct("<4sBBHQ")
 HEADER_BYTES = _HEADER.size
 
@@ -48,7 +48,7 @@ def encode_frame_into(plain: Buffer, itemsize: int, out: memoryview) -> int:
     if len(plain) > MAX_PLAIN:
         raise ValueError(f"an object holds at most {MAX_PLAIN} bytes, not {len(plain)}")
     codec, length = codecs.encode(plain, itemsize, out[HEADER_BYTES:])
-    _HEADER.pack_into(out, 0, _MAGIC, _VERSION, codec, 0, len(plain))
+    _HEADER.pack_into(out, 0, _MAGIC, _version_of(codec), codec, 0, len(plain))
     return HEADER_BYTES + length
 
 
@@ -86,10 +86,15 @@ def _read_header(object_id: ObjectId, frame: memoryview) -> tuple[int, int]:
     magic, version, codec, zero, length = _HEADER.unpack_from(frame)
     if magic != _MAGIC:
         raise CorruptObject(object_id, "not a castore object")
-    if version != _VERSION:
+    if version not in _VERSIONS:
         raise UnsupportedVersion(f"object {object_id[:12]}", version)
-    if zero or codec not in codecs.NAMES:
+    if zero or codec not in codecs.NAMES or version != _version_of(codec):
         raise CorruptObject(object_id, "invalid header")
     if length > MAX_PLAIN:
         raise CorruptObject(object_id, f"claims {length} bytes, over the limit")
     return codec, length
+
+
+def _version_of(codec: int) -> int:
+    """Return the oldest version that has the codec: whoever knows only version 1 calls no sparse object damaged."""
+    return 2 if codec == codecs.SPARSE else 1

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import zstandard
 from blake3 import blake3
-from builders import encoded
+from builders import encoded, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_golden import describe, states
@@ -29,6 +29,7 @@ import castore
 from castore.errors import CorruptManifest, UnsupportedVersion
 from castore.format import bundle, chunking, codecs, frame, manifest, part_index
 from castore.format.frame import encode_frame
+from castore.format.ids import ObjectId
 
 SPECIFICATION = Path(castore.__file__).with_name("format").joinpath("FORMAT.md").read_text(encoding="utf-8")
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
@@ -68,10 +69,10 @@ def read_object(root: Path, object_id: str, length: int | None = None) -> bytes:
     data = (root / "objects" / object_id[:2] / object_id).read_bytes()
     need(16 <= len(data) <= 67112960, "size")
     magic, version, codec, zero, n = struct.unpack_from("<4sBBHQ", data)
-    need(magic == b"CSTO" and version == 1 and zero == 0 and n <= 67108864, "header")
+    need(magic == b"CSTO" and zero == 0 and n <= 67108864, "header")
     need(length in (None, n), "length")
-    need(codec in (0, 1, 2), "codec")
-    plain = (plain_raw, plain_zstd, plain_planes)[codec](data[16:], n)
+    need((version, codec) in ((1, 0), (1, 1), (1, 2), (2, 3)), "codec")
+    plain = DECODERS[codec](data[16:], n)
     need(blake3(plain).hexdigest() == object_id, "hash")
     return plain
 
@@ -103,6 +104,23 @@ def plain_planes(payload: bytes, n: int) -> bytes:
         at, o = at + stored, o + w
     need(at == len(payload), "rest")
     return elements.tobytes()
+
+
+def plain_sparse(payload: bytes, n: int) -> bytes:
+    s, codec, kind, after, b = struct.unpack_from("<BBBBI", payload)
+    need(s in (2, 4, 8) and n % s == 0 and codec in (0, 1, 2) and kind in (0, 1) and 8 + b <= len(payload), "header")
+    count = n // s
+    need(after == -count % 8, "bits after the last")
+    bitmap = int.from_bytes(DECODERS[kind](payload[8 : 8 + b], (count + 7) // 8), "little")
+    need(bitmap >> count == 0, "bits past the end")
+    elements = DECODERS[codec](payload[8 + b :], bitmap.bit_count() * s)
+    taken = iter(range(0, len(elements), s))
+    return b"".join(
+        elements[at : at + s] if bitmap >> i & 1 and (at := next(taken)) >= 0 else bytes(s) for i in range(count)
+    )
+
+
+DECODERS = (plain_raw, plain_zstd, plain_planes, plain_sparse)
 
 
 # -- a second implementation: parts (section 6); values in the notation of expected.json ------------------------------
@@ -317,6 +335,30 @@ def test_the_golden_repository_exercises_every_codec_and_plane() -> None:
     }  # fmt: skip
 
 
+def test_the_golden_sparse_object_is_read_by_both() -> None:
+    path = next((GOLDEN.parent / "v2").iterdir())
+    data = path.read_bytes()
+    assert data[:8] == b"CSTO\2\3\0\0"
+    (n,) = struct.unpack_from("<Q", data, 8)
+    plain = plain_sparse(data[16:], n)
+    assert blake3(plain).hexdigest() == path.name
+    out = bytearray(n)
+    frame.decode_frame(ObjectId(path.name), memoryview(data), memoryview(out))
+    assert out == plain
+
+
+@settings(deadline=None)
+@given(st.integers(0, 5000), st.floats(0, 1), st.sampled_from([2, 4, 8]), st.integers(0, 99))
+def test_an_independent_reader_decodes_numbers_of_which_some_are_zero(
+    n: int, zeros: float, width: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    numbers = (rng.normal(scale=0.02, size=n).astype("<f8").view("<u8") >> (64 - 8 * width)).astype(f"<u{width}")
+    numbers[rng.random(n) < zeros] = 0
+    codec, payload = encoded(numbers.tobytes(), width)
+    assert DECODERS[codec](payload, n * width) == numbers.tobytes()
+
+
 def test_an_independent_reader_finds_everything_that_was_saved() -> None:
     root = GOLDEN / "castore"
     listed = sorted(path for path in (root / "manifests").glob("*/*.json"))
@@ -420,7 +462,7 @@ def test_castore_decodes_every_split_into_planes_that_the_format_allows(width: i
 @given(st.binary(max_size=4000) | st.binary(max_size=40).map(lambda few: few * 100), st.sampled_from([1, 2, 4, 8]))
 def test_an_independent_reader_decodes_whatever_castore_encodes(plain: bytes, width: int) -> None:
     codec, payload = encoded(plain, width)
-    assert (plain_raw, plain_zstd, plain_planes)[codec](payload, len(plain)) == plain
+    assert DECODERS[codec](payload, len(plain)) == plain
 
 
 @pytest.mark.parametrize("kind", ["<f2", "<f4", "<f8"])
@@ -577,9 +619,9 @@ def test_an_object_of_an_unknown_version_is_named_and_left_in_place(golden: Path
     chunk_id = read_index(read_object(golden / ".castore", expected["manifest"]["parts"]["model"]["index"]))[0][0][0]
     path = golden / ".castore" / "objects" / chunk_id[:2] / chunk_id
     data = bytearray(path.read_bytes())
-    data[4] = 2
+    data[4] = 3
     path.write_bytes(data)
-    reason = rf"object {chunk_id[:12]} \(part .model. of .*\) has format version 2"
+    reason = rf"object {chunk_id[:12]} \(part .model. of .*\) has format version 3"
     with pytest.raises(UnsupportedVersion, match=reason):
         repo.load(expected["id"])
     assert path.read_bytes() == data
@@ -648,8 +690,8 @@ def test_the_element_types_are_those_of_the_code() -> None:
 
 
 def test_the_versions_are_those_of_the_code() -> None:
-    frame = encode_frame(b"x")
-    stated = {name: int(version) for name, version, _ in table("format")}
+    frame = encode_frame(sparse(1000, 0.5), 4)
+    stated = {name: int(version.split()[0]) for name, version, _ in table("format")}
     assert stated == {
         "frame": frame[4],
         "index": part_index.VERSION,

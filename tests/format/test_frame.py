@@ -5,7 +5,7 @@ import struct
 import tracemalloc
 
 import pytest
-from builders import trained
+from builders import sparse, trained
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +18,14 @@ SAMPLES = {
     codecs.RAW: (random.Random(5).randbytes(150), 1),
     codecs.ZSTD: (b"the same words " * 20, 1),
     codecs.PLANES: (trained(300), 4),
+    codecs.SPARSE: (sparse(1003, 0.5), 4),
 }
-# a reserved bit of the zstd frame header, which decoders must ignore: what comes out is the same
-IGNORED = {codecs.RAW: 0, codecs.ZSTD: 1, codecs.PLANES: 1}
+# a reserved bit of the zstd frame header, which decoders must ignore, and unused ones of its table: what comes out is
+# the same
+IGNORED = {codecs.RAW: 0, codecs.ZSTD: 1, codecs.PLANES: 1, codecs.SPARSE: 3}
+
+
+HEADS = st.sampled_from([b"", b"CSTO", b"CSTO\x01", b"CSTO\x01\x02\0\0", b"CSTO\x02\x03\0\0"])
 
 
 def frame_of(plain: bytes, itemsize: int = 1) -> bytes:
@@ -71,7 +76,11 @@ def test_a_whole_object_under_another_id_is_refused() -> None:
         decode_frame(hash_bytes(b"abd"), memoryview(frame_of(b"abc")), memoryview(out))
 
 
-@given(st.binary(max_size=60), st.sampled_from([b"", b"CSTO", b"CSTO\x01", b"CSTO\x01\x02\0\0"]), st.integers(0, 40))
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"", b"CSTO", b"CSTO\x01", b"CSTO\x01\x02\0\0", b"CSTO\x02\x03\0\0"]),
+    st.integers(0, 40),
+)
 def test_arbitrary_bytes_are_corrupt_or_of_another_version(tail: bytes, head: bytes, size: int) -> None:
     frame = memoryview(head + tail)
     object_id = hash_bytes(b"something else")
@@ -81,8 +90,8 @@ def test_arbitrary_bytes_are_corrupt_or_of_another_version(tail: bytes, head: by
 
 def test_a_newer_version_says_to_upgrade() -> None:
     frame = bytearray(frame_of(b"abc"))
-    frame[4] = 2
-    with pytest.raises(UnsupportedVersion, match=r"version 2.*upgrade castore"):
+    frame[4] = 3
+    with pytest.raises(UnsupportedVersion, match=r"version 3.*upgrade castore"):
         read(bytes(frame), b"abc")
 
 
