@@ -58,10 +58,14 @@ data_ttl = "168h"
 grace = "1d"
 
 [remotes]
-# Folders that hold copies of objects, such as another store on a shared disk, one per line:
-#   name = "path"
-# A relative path starts in the folder that holds .castore. If an object is missing or damaged here, it is fetched from
-# path/objects/ab/abcd..., and verified before it is used.
+# Places that hold copies of objects, one per line: name = "URL". `castore remote add` writes such a line.
+#   name = "s3://bucket/folder"         also gs://, az://, https:// (for reading), and the path of a folder
+# What is missing or damaged here is fetched from there, and verified before it is used. Credentials come from the
+# environment or the provider's own files, never from here. These names have a meaning of their own:
+#   default = "name"                    where `castore push` and `castore status` look, if there are several
+#   push = "auto"                       push each checkpoint after it was saved; "manual" is the default
+#   collector = "machine"               the only machine (host name, or CASTORE_COLLECTOR there) that may run
+#                                       `castore gc --remote`
 """
 
 GITIGNORE = """\
@@ -89,6 +93,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?")
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _SMALLEST_CHUNK = 1 << 16
+REMOTE_SETTINGS = ("default", "push", "collector")
+"""The keys of section ``[remotes]`` that name no remote."""
 _REMOTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -133,6 +139,22 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resume: Resume = msgspec.field(default_factory=Resume)
     retention: Retention = msgspec.field(default_factory=Retention)
     remotes: dict[str, str] = msgspec.field(default_factory=dict)
+
+    @property
+    def locations(self) -> dict[str, str]:
+        """The remotes: name to URL or path, in order."""
+        return {name: place for name, place in self.remotes.items() if name not in REMOTE_SETTINGS}
+
+    @property
+    def default_remote(self) -> str:
+        """The name of the remote that commands use unless told otherwise; empty if there is none, or no way to tell."""
+        names = list(self.locations)
+        return self.remotes.get("default", "") or (names[0] if len(names) == 1 else "")
+
+    @property
+    def pushes(self) -> bool:
+        """Whether each checkpoint is pushed after it was saved."""
+        return self.remotes.get("push") == "auto"
 
     @property
     def chunk_bytes(self) -> int:
@@ -197,17 +219,28 @@ def _check(config: Config) -> None:
         raise ValueError("store.lock_timeout is not between 0 and 86400 seconds")
     if not 0 <= config.resume.tie_tolerance <= 1:
         raise ValueError("resume.tie_tolerance is not between 0 and 1")
-    for name, path in config.remotes.items():
-        if not _REMOTE.fullmatch(name):
-            raise ValueError(f"remotes.{name[:80]!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
-        if not path.strip() or "\0" in path:
-            raise ValueError(f"remotes.{name} is not the path of a folder")
+    for name, place in config.locations.items():
+        check_remote_name(name)
+        if not place.strip() or "\0" in place:
+            raise ValueError(f"remotes.{name} is neither a URL nor the path of a folder")
+    if config.remotes.get("push", "manual") not in ("auto", "manual"):
+        raise ValueError('remotes.push is "auto" or "manual"')
+    if (default := config.remotes.get("default")) is not None and default not in config.locations:
+        raise ValueError(f"remotes.default: there is no remote {default[:80]!r}")
     for name in ("keep", "keep_latest", "keep_optimizer"):
         if getattr(config.retention, name) < 0:
             raise ValueError(f"retention.{name} is below 0")
     _read("retention.max_size", parse_size, config.retention.max_size)
     _read("retention.data_ttl", parse_duration, config.retention.data_ttl)
     _read("retention.grace", parse_duration, config.retention.grace)
+
+
+def check_remote_name(name: str) -> None:
+    """Raise ValueError for a name that no remote may have."""
+    if name in REMOTE_SETTINGS:
+        raise ValueError(f"remotes.{name} is a setting, so no remote is called that")
+    if not _REMOTE.fullmatch(name):
+        raise ValueError(f"remotes.{name[:80]!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
 
 
 _T = TypeVar("_T")

@@ -137,11 +137,11 @@ class DataMissing(CastoreError):
 
 
 class ObjectMissing(DataMissing):
-    """An object is in neither the store nor any remote."""
+    """An object is in neither the store nor any remote; ``elsewhere`` is what remotes say of it."""
 
-    def __init__(self, object_id: str, part: str = "", manifest: str = "") -> None:
-        self.object_id, self.part, self.manifest = object_id, part, manifest
-        super().__init__(f"object {object_id[:12]} is missing{_where(part, manifest)}")
+    def __init__(self, object_id: str, part: str = "", manifest: str = "", elsewhere: str = "") -> None:
+        self.object_id, self.part, self.manifest, self.elsewhere = object_id, part, manifest, elsewhere
+        super().__init__(f"object {object_id[:12]} is missing{_where(part, manifest)}{printable(elsewhere)}")
 
 
 class NothingAvailable(DataMissing):
@@ -175,12 +175,14 @@ class CorruptionError(CastoreError):
 
 
 class CorruptObject(CorruptionError):
-    """An object does not decode to the bytes that its id is the hash of."""
+    """An object does not decode to the bytes that its id is the hash of; ``elsewhere`` is what remotes say of it."""
 
-    def __init__(self, object_id: str, reason: str, part: str = "", manifest: str = "") -> None:
-        self.object_id, self.reason, self.part, self.manifest = object_id, reason, part, manifest
+    def __init__(self, object_id: str, reason: str, part: str = "", manifest: str = "", elsewhere: str = "") -> None:
+        self.object_id, self.reason, self.elsewhere = object_id, reason, elsewhere
+        self.part, self.manifest = part, manifest
+        where = f"{_where(part, manifest)}{printable(elsewhere)}"
         next_step = "`castore verify --repair` looks for a good copy"
-        super().__init__(f"object {object_id[:12]} is damaged ({reason}){_where(part, manifest)}: {next_step}")
+        super().__init__(f"object {object_id[:12]} is damaged ({reason}){where}: {next_step}")
 
 
 class CorruptIndex(CorruptionError):

@@ -100,7 +100,7 @@ class Repo:
         share(self.location)
         self.store = ObjectStore(self.location.data, durable=config.store.fsync, direct=config.store.direct == "auto")
         self.catalog = Catalog(root, durable=config.store.fsync)
-        self.remotes: list[Remote] = open_configured(config.remotes, root)
+        self.remotes: list[Remote] = open_configured(config.locations, root)
         self._unscored_runs: set[str] = set()
 
     # -- opening -----------------------------------------------------------------------------------------------------

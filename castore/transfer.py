@@ -1,22 +1,40 @@
-"""Objects between the store and remotes, whatever their kind: fetch what a checkpoint lacks."""
+"""Checkpoints between the store and remotes, whatever their kind: push, fetch, and what is where."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from castore.errors import ObjectMissing
-from castore.format import part_index
-from castore.format.ids import ObjectId
+from castore.errors import (
+    AmbiguousId,
+    CorruptionError,
+    CorruptManifest,
+    CorruptObject,
+    NotFound,
+    ObjectMissing,
+    UnknownId,
+    UnsupportedVersion,
+    UploadRefused,
+    UsageError,
+)
+from castore.format import frame, manifest, part_index
+from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry
 from castore.format.part_index import ChunkRef
 from castore.parallel import map_ahead, map_all
-from castore.progress import Progress
-from castore.remotes import fallback
-from castore.remotes.base import Remote
+from castore.progress import Progress, ignore_progress
+from castore.remotes import fallback, marks
+from castore.remotes.base import PublishingRemote, Remote
+from castore.remotes.bucket import Bucket
 from castore.remotes.fallback import ErrorRecorder
+from castore.remotes.packs import MAX_BYTES, PACK_ABOVE
 from castore.repo import Repo
 from castore.state.parts import locate_errors
+
+MANIFESTS = "manifests"
+"""The folder of a remote with the manifests of what was pushed."""
+
+# -- fetch -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +50,15 @@ class Pulled:
     remote_errors: Mapping[str, str] = field(default_factory=dict)
 
 
-def pull(repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress) -> Pulled:
+def pull(
+    repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress, remotes: Sequence[Remote] | None = None
+) -> Pulled:
     """Fetch the objects that the store lacks of these parts of a checkpoint, each verified before it is stored.
 
-    ObjectMissing when no remote has a good copy of one; what was fetched until then stays. ``progress`` counts plain
-    bytes.
+    ``remotes`` are those of the repository when None. ObjectMissing when none has a good copy of one; what was fetched
+    until then stays. ``progress`` counts plain bytes.
     """
-    recorders = [ErrorRecorder(remote) for remote in repo.remotes]
+    recorders = [ErrorRecorder(remote) for remote in (repo.remotes if remotes is None else remotes)]
     indexes: dict[ObjectId, tuple[bytes, bytes]] = {}
     missing: dict[ObjectId, int] = {}
     with repo.lock():
@@ -68,9 +88,235 @@ def _fetch_all(repo: Repo, remotes: Sequence[Remote], lengths: Mapping[ObjectId,
 
     def fetch(object_id: ObjectId) -> ObjectId:
         if fallback.fetch(repo.store, remotes, object_id) is None:
-            raise ObjectMissing(object_id)
+            raise ObjectMissing(object_id, elsewhere=fallback.explain_missing(remotes, object_id))
         return object_id
 
     for object_id in map_ahead(fetch, lengths, fallback.prepare(remotes, lengths), name="castore-fetch"):
         done += lengths[object_id]
         progress(done, total)
+
+
+def find_manifest(remote: Remote, selector: str) -> Entry:
+    """Return the manifest in a remote whose id begins with ``selector``; its bytes are those that the id names.
+
+    So many digits as were given vouch for it. UnknownId, AmbiguousId; RemoteError or StorageError.
+    """
+    wanted = selector.lower()
+    if is_object_id(wanted):
+        return _read_manifest(remote, ObjectId(wanted))
+    if not isinstance(remote, PublishingRemote) or not remote.writable:
+        raise UsageError(f"{remote.name} has no list of its checkpoints: give all 64 digits of an id, not {selector!r}")
+    if not wanted or not set(wanted) <= set("0123456789abcdef"):
+        raise UsageError(f"{selector!r} is not an id: `castore ls {remote.name}` lists those in the remote")
+    matches = [name_id for name_id in _listed_ids(remote) if name_id.startswith(wanted[:12])]
+    entries = [entry for entry in read_manifests(remote, matches) if entry.id.startswith(wanted)]
+    if len({entry.id for entry in entries}) > 1:
+        raise AmbiguousId(selector, sorted(entry.id for entry in entries))
+    if not entries:
+        raise UnknownId(selector)
+    return entries[0]
+
+
+def _read_manifest(remote: Remote, checkpoint_id: ObjectId) -> Entry:
+    """A manifest lies among the objects, too: its id is its hash, so any remote can be asked for it."""
+    for found, data in fallback.frames([remote], checkpoint_id):
+        try:
+            length = frame.plain_length(checkpoint_id, memoryview(data))
+            if length <= manifest.MAX_BYTES:
+                plain = bytearray(length)
+                frame.decode_frame(checkpoint_id, memoryview(data), memoryview(plain))
+                return Entry(*manifest.decode(bytes(plain)))
+        except (CorruptionError, ValueError) as error:
+            found.mark_corrupt(checkpoint_id, str(error))
+    raise NotFound(f"{remote.name} has no checkpoint {checkpoint_id[:12]}: {remote.explain_missing(checkpoint_id)}")
+
+
+def _listed_ids(remote: PublishingRemote) -> dict[str, str]:
+    """Return the first digits of the id of each manifest in a remote, and the names of their files."""
+    found = {}
+    for file in remote.files(MANIFESTS):
+        digits = file.name.rpartition("-")[2].removesuffix(".json")
+        if len(digits) == 12 and file.name.endswith(".json"):
+            found[digits] = file.name
+    return found
+
+
+def read_manifests(remote: PublishingRemote, digits: Iterable[str] | None = None) -> list[Entry]:
+    """Return the manifests in a remote, or those with these first twelve digits, in any order.
+
+    CorruptManifest for one that is not what its name says.
+    """
+    listed = _listed_ids(remote)
+    names = [listed[known] for known in (listed if digits is None else digits)]
+
+    def read(name: str) -> Entry | None:
+        data = remote.read_file(name, manifest.MAX_BYTES)
+        if data is None:
+            return None  # removed meanwhile
+        try:
+            entry = Entry(*manifest.decode(data))
+        except UnsupportedVersion:
+            raise
+        except (CorruptionError, ValueError) as error:
+            raise CorruptManifest(f"{remote.name}: {name}", str(error)) from error
+        if name != f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}":
+            raise CorruptManifest(f"{remote.name}: {name}", "its content belongs under another name")
+        return entry
+
+    return [entry for entry in map_all(read, names, fallback.ASKERS, name="castore-fetch") if entry]
+
+
+_THREADS = "castore-push"
+
+# -- push ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """What a push moved: ``objects`` and their stored ``bytes``; ``checkpoints`` are complete there now, or were.
+
+    ``left_out`` maps a checkpoint, and a part of it or "", to the reason that it was not pushed.
+    """
+
+    objects: int
+    bytes: int
+    checkpoints: tuple[ObjectId, ...]
+    left_out: Mapping[tuple[ObjectId, str], str]
+
+
+def push(
+    repo: Repo,
+    entries: Sequence[Entry],
+    remote: PublishingRemote,
+    *,
+    repair: bool = False,
+    progress: Progress = ignore_progress,
+) -> Pushed:
+    """Copy what a remote lacks of these checkpoints: chunks, then indexes, then manifests, each verified before.
+
+    Whoever reads there finds a part whole or not at all. What is interrupted goes on where it stopped. Without
+    ``repair``, a part whose index is there counts as whole, and its copies there are not read; with it they are, and
+    bad ones replaced. ``progress`` counts stored bytes. UploadRefused, RemoteUnavailable or StorageError: then what was
+    pushed until then stays.
+    """
+    if not remote.writable:
+        raise UploadRefused(remote.name, "it is for reading alone")
+    with repo.lock():
+        return _Push(repo, remote, repair, progress).run(entries)
+
+
+class _Push:
+    """One run of :func:`push`."""
+
+    def __init__(self, repo: Repo, remote: PublishingRemote, repair: bool, progress: Progress) -> None:
+        self._repo, self._remote, self._repair, self._progress = repo, remote, repair, progress
+        # gc there is about to delete these: writing one again tells it that it is needed
+        self._marked = marks.read(remote).objects
+        self._objects = self._bytes = self._total = 0
+        self._left_out: dict[tuple[ObjectId, str], str] = {}
+
+    def run(self, entries: Sequence[Entry]) -> Pushed:
+        parts = {part.index: (entry, name) for entry in entries for name, part in entry.manifest.parts.items()}
+        whole = set() if self._repair else self._remote.has(parts) - self._marked
+        chunks = {
+            index_id: found
+            for index_id, (entry, name) in parts.items()
+            if index_id not in whole and (found := self._chunks(entry, name, index_id)) is not None
+        }
+        missing = self._missing({chunk_id for listed in chunks.values() for chunk_id in listed})
+        self._total = sum(self._repo.store.stored_size(object_id) or 0 for object_id in (*missing, *chunks))
+        for index_id, listed in chunks.items():
+            entry, name = parts[index_id]
+            wanted = [chunk_id for chunk_id in dict.fromkeys(listed) if chunk_id in missing]
+            try:
+                with locate_errors(name, entry.id):
+                    self._push_part(index_id, wanted, listed)
+            except (ObjectMissing, CorruptObject) as error:
+                self._left_out[entry.id, name] = str(error)
+                continue
+            missing.difference_update(wanted)
+            whole.add(index_id)
+        done = [entry for entry in entries if any(part.index in whole for part in entry.manifest.parts.values())]
+        self._push_manifests(done)
+        return Pushed(
+            objects=self._objects,
+            bytes=self._bytes,
+            checkpoints=tuple(entry.id for entry in done),
+            left_out=self._left_out,
+        )
+
+    def _chunks(self, entry: Entry, name: str, index_id: ObjectId) -> list[ObjectId] | None:
+        """Return the chunks of a part, or None, with the reason noted, if its index isn't here in good order."""
+        if not self._repo.store.has(index_id):
+            self._left_out[entry.id, name] = "its data isn't here"
+            return None
+        try:
+            return [chunk.id for chunk in part_index.decode_chunks(self._repo.store.read(index_id))]
+        except CorruptionError as error:
+            self._left_out[entry.id, name] = str(error)
+            return None
+
+    def _missing(self, chunk_ids: set[ObjectId]) -> set[ObjectId]:
+        """Return those that the remote lacks, or is about to delete; with ``repair``, those that are bad there, too."""
+        there = self._remote.has(chunk_ids) - self._marked
+        if self._repair:
+            good = map_all(self._is_good, sorted(there), fallback.ASKERS, name=_THREADS)
+            there = {object_id for object_id, is_good in zip(sorted(there), good, strict=True) if is_good}
+        return chunk_ids - there
+
+    def _is_good(self, object_id: ObjectId) -> bool:
+        return fallback.check(self._remote, object_id) is None
+
+    def _push_part(self, index_id: ObjectId, wanted: Sequence[ObjectId], listed: Sequence[ObjectId]) -> None:
+        if isinstance(self._remote, Bucket) and len(wanted) > PACK_ABOVE and not self._repair:
+            for size in map_ahead(self._put_packed, self._batches([*wanted, index_id]), 4, ahead=4, name=_THREADS):
+                self._count(size)
+            self._remote.finish_packs(index_id, [*listed, index_id])
+            return
+        for size in map_ahead(self._put, wanted, fallback.ASKERS, name=_THREADS):
+            self._count(size)
+        if not self._repair or not self._is_good(index_id):
+            self._count(self._put(index_id))
+
+    def _batches(self, object_ids: Iterable[ObjectId]) -> Iterator[list[ObjectId]]:
+        """Yield objects as they go into packs."""
+        batch: list[ObjectId] = []
+        size = 0
+        for object_id in object_ids:
+            length = self._repo.store.stored_size(object_id) or 0
+            if batch and size + length > MAX_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(object_id)
+            size += length
+        yield batch
+
+    def _put_packed(self, object_ids: Sequence[ObjectId]) -> list[int]:
+        """Return the stored bytes of each object that was moved."""
+        assert isinstance(self._remote, Bucket)
+        frames = [(object_id, self._repo.store.frame(object_id)) for object_id in object_ids]
+        self._remote.put_packed(frames)
+        return [len(data) for _, data in frames]
+
+    def _put(self, object_id: ObjectId) -> list[int]:
+        """Return the stored bytes of each object that was moved."""
+        data = self._repo.store.frame(object_id)
+        return [len(data)] if self._remote.put(object_id, data, renew=object_id in self._marked) else []
+
+    def _count(self, sizes: Sequence[int]) -> None:
+        self._objects += len(sizes)
+        self._bytes += sum(sizes)
+        self._progress(self._bytes, self._total)
+
+    def _push_manifests(self, entries: Sequence[Entry]) -> None:
+        listed = _listed_ids(self._remote) if entries else {}
+        there = self._remote.has(entry.id for entry in entries) - self._marked
+
+        def put(entry: Entry) -> None:
+            data = manifest.encode(entry.manifest)
+            if entry.id not in there:
+                self._remote.put(entry.id, frame.encode_frame(data), renew=entry.id in self._marked)
+            if entry.id[:12] not in listed:
+                self._remote.write_file(f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}", data, replace=True)
+
+        map_all(put, entries, fallback.ASKERS, name=_THREADS)

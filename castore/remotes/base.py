@@ -6,9 +6,10 @@ until it is verified, which :mod:`castore.remotes.fallback` does. tests/remotes/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from castore.format.ids import ObjectId
 
@@ -53,14 +54,49 @@ class Remote(Protocol):
         ...
 
 
-class PublishingRemote(Remote, Protocol):
-    """A remote that objects can also be written to."""
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a remote: its name below the remote's location, its bytes, and when it was written (Unix time)."""
 
-    def put(self, object_id: ObjectId, frame: bytes) -> bool:
+    name: str
+    size: int
+    modified: float
+
+
+@runtime_checkable
+class PublishingRemote(Remote, Protocol):
+    """A remote that objects can also be written to, and files beside them.
+
+    Files are named by relative paths with slashes, which the caller has checked.
+    """
+
+    @property
+    def writable(self) -> bool:
+        """Whether this one takes objects: a website doesn't."""
+        ...
+
+    def put(self, object_id: ObjectId, frame: bytes, *, renew: bool = False) -> bool:
         """Publish a frame that the caller has verified; return False if a good copy was there already.
 
-        Readers see either the whole frame or nothing. A good copy is never overwritten, a corrupt one is replaced.
+        Readers see either the whole frame or nothing. A good copy is never overwritten, unless it is to be renewed; a
+        corrupt one is replaced.
         """
+        ...
+
+    def files(self, folder: str) -> Iterator[RemoteFile]:
+        """Yield every file below a folder, none if there is no such folder."""
+        ...
+
+    def read_file(self, name: str, limit: int) -> bytes | None:
+        """Return what a file holds; None when there is none. More than ``limit`` bytes are an error."""
+        ...
+
+    def write_file(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        """Write a file; without ``replace`` one that is there stays, and False is returned."""
+        ...
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files. Those that aren't there are no error."""
         ...
 
 

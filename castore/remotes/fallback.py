@@ -21,6 +21,8 @@ ASKERS = 8
 
 _MAX_MEMORY = 128 << 20  # of what they hold: each a frame, and what it decodes to
 
+_COPIES = 2  # that a remote may have of an object: by itself, and in a pack
+
 _logger = logging.getLogger(__name__)
 
 
@@ -65,12 +67,12 @@ def read(
     """
     try:
         return store.read(object_id, mend=mend), None
-    except (ObjectMissing, CorruptObject):
-        for remote, frame in _frames(remotes, object_id):
+    except (ObjectMissing, CorruptObject) as error:
+        for remote, frame in frames(remotes, object_id):
             plain = _decoded(remote, object_id, frame)
             if plain is not None:
                 return bytes(plain), frame
-        raise
+        raise _explained(error, remotes) from None
 
 
 def read_into(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId, out: memoryview) -> None:
@@ -80,16 +82,16 @@ def read_into(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId
     """
     try:
         store.read_into(object_id, out)
-    except (ObjectMissing, CorruptObject):
-        for remote, frame in _frames(remotes, object_id):
+    except (ObjectMissing, CorruptObject) as error:
+        for remote, frame in frames(remotes, object_id):
             if _adopt(store, remote, object_id, frame, out):
                 return
-        raise
+        raise _explained(error, remotes) from None
 
 
 def fetch(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId) -> str | None:
     """Copy an object from the first remote with a good copy into the store; return that remote's name, or None."""
-    for remote, frame in _frames(remotes, object_id):
+    for remote, frame in frames(remotes, object_id):
         try:
             out = bytearray(plain_length(object_id, memoryview(frame)))
         except (CorruptObject, UnsupportedVersion) as error:
@@ -98,6 +100,15 @@ def fetch(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId) ->
         if _adopt(store, remote, object_id, frame, memoryview(out)):
             return remote.name
     return None
+
+
+def check(remote: Remote, object_id: ObjectId) -> str | None:
+    """Read and verify a remote's copy of an object; return what is wrong, or None. RemoteError, StorageError."""
+    for _ in range(_COPIES):
+        frame = remote.get(object_id)
+        if frame is not None and _decoded(remote, object_id, frame) is not None:
+            return None
+    return remote.explain_missing(object_id)
 
 
 def prepare(remotes: Sequence[Remote], lengths: Mapping[ObjectId, int]) -> int:
@@ -117,6 +128,14 @@ def prepare(remotes: Sequence[Remote], lengths: Mapping[ObjectId, int]) -> int:
 def explain_missing(remotes: Sequence[Remote], object_id: ObjectId) -> str:
     """Explain, to be appended to an error message, why none of the remotes supplies an object; "" without remotes."""
     return "".join(f"; {remote.name}: {remote.explain_missing(object_id)}" for remote in remotes)
+
+
+def _explained(error: ObjectMissing | CorruptObject, remotes: Sequence[Remote]) -> ObjectMissing | CorruptObject:
+    """Return the store's error with what each remote has to say about it."""
+    elsewhere = explain_missing(remotes, ObjectId(error.object_id))
+    if isinstance(error, CorruptObject):
+        return CorruptObject(error.object_id, error.reason, elsewhere=elsewhere)
+    return ObjectMissing(error.object_id, elsewhere=elsewhere)
 
 
 @dataclass(slots=True)
@@ -158,14 +177,17 @@ class ErrorRecorder:
         self.remote.mark_corrupt(object_id, reason)
 
 
-def _frames(remotes: Sequence[Remote], object_id: ObjectId) -> Iterator[tuple[Remote, bytes]]:
+def frames(remotes: Sequence[Remote], object_id: ObjectId) -> Iterator[tuple[Remote, bytes]]:
+    """Yield (remote, frame) for each copy of an object, unverified: whoever finds one corrupt marks it as that."""
     for remote in remotes:
-        try:
-            frame = remote.get(object_id)
-        except (StorageError, RemoteError) as error:
-            _logger.warning("remote %s passed over, asked for object %s: %s", remote.name, object_id[:12], error)
-            continue
-        if frame is not None:
+        for _ in range(_COPIES):
+            try:
+                frame = remote.get(object_id)
+            except (StorageError, RemoteError) as error:
+                _logger.warning("remote %s passed over, asked for object %s: %s", remote.name, object_id[:12], error)
+                break
+            if frame is None:
+                break
             yield remote, frame
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
 from castore.errors import CorruptObject, StorageError, UnsupportedVersion
 from castore.format.frame import MAX_STORED, decode_frame, plain_length
 from castore.format.ids import ObjectId
+from castore.remotes.base import RemoteFile
 from castore.storage import fs
 
 
@@ -24,6 +25,8 @@ class Folder:
     >>> Folder("shared", Path("/nowhere")).explain_missing(ObjectId("ab" * 32))
     'there is no folder /nowhere'
     """
+
+    writable: ClassVar[bool] = True
 
     name: str
     path: Path
@@ -89,19 +92,61 @@ class Folder:
         """Mark this remote's copy as corrupt; treat it as absent for the rest of this process."""
         self._corrupt[object_id] = reason
 
-    def put(self, object_id: ObjectId, frame: bytes) -> bool:
+    def put(self, object_id: ObjectId, frame: bytes, *, renew: bool = False) -> bool:
         """Publish a verified frame, durably; return False if a good copy was there already. StorageError."""
         path, temporary = self._file(object_id), self.path / "tmp"
         for folder in (temporary, path.parent):
             if fs.make_directory(folder):
                 fs.sync_directory(folder.parent)
         is_new = fs.publish(path, frame, temporary)
-        if not is_new and self._is_good(object_id):
+        if not (is_new or renew) and self._is_good(object_id):
             return False
         if not is_new:
             self._replace(path, frame, temporary)
         self._corrupt.pop(object_id, None)
         return True
+
+    def files(self, folder: str) -> Iterator[RemoteFile]:
+        """Yield every regular file below a folder. StorageError."""
+        pending = [self.path / folder]
+        while pending:
+            try:
+                with os.scandir(pending.pop()) as listing:
+                    for item in listing:
+                        if item.is_dir(follow_symlinks=False):
+                            pending.append(Path(item.path))
+                        elif item.is_file(follow_symlinks=False):
+                            status = item.stat(follow_symlinks=False)
+                            name = Path(item.path).relative_to(self.path).as_posix()
+                            yield RemoteFile(name, status.st_size, status.st_mtime)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StorageError("list", str(self.path / folder), error) from error
+
+    def read_file(self, name: str, limit: int) -> bytes | None:
+        """Return a regular file's bytes; None when there is none. StorageError, also for more than ``limit`` bytes."""
+        try:
+            return fs.read(self.path / name, limit)
+        except FileNotFoundError:
+            return None
+
+    def write_file(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        """Write a file, durably; return False, without ``replace``, if there was one already. StorageError."""
+        path, temporary = self.path / name, self.path / "tmp"
+        for folder in (temporary, path.parent):
+            fs.make_directory(folder)
+        return fs.publish(path, data, temporary, replace=replace)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files; those that aren't there are no error. StorageError."""
+        for name in names:
+            try:
+                os.unlink(self.path / name)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StorageError("remove", str(self.path / name), error) from error
 
     def _is_good(self, object_id: ObjectId) -> bool:
         """Whether the file decodes to the bytes that the id names, whatever was marked before."""

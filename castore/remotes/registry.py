@@ -15,12 +15,21 @@ from pathlib import Path
 
 from castore.errors import ConfigError, printable
 from castore.remotes.base import ConfiguredRemote, Remote
+from castore.remotes.bucket import Bucket, Website
 from castore.remotes.folder import Folder
 
 PLAIN_PATH = ""
 """Stands in for the scheme of a location that has none."""
 
-CLASSES: Mapping[str, type[ConfiguredRemote]] = {PLAIN_PATH: Folder, "file": Folder}
+CLASSES: Mapping[str, type[ConfiguredRemote]] = {
+    PLAIN_PATH: Folder,
+    "file": Folder,
+    "s3": Bucket,
+    "gs": Bucket,
+    "az": Bucket,
+    "https": Website,
+    "http": Website,
+}
 """URL scheme -> class. tests/remotes/test_conformance.py fails until a class that is added here passes the suite."""
 
 # `file:` needs no slashes; anything else must have them, since a folder's name may contain a colon
@@ -35,7 +44,7 @@ def open_remote(name: str, location: str, base: Path) -> ConfiguredRemote:
     match = _SCHEME.match(location)
     scheme = (match[1] or match[2]).lower() if match else PLAIN_PATH
     if scheme not in CLASSES:
-        known = ", ".join(f"{known}:" for known in CLASSES if known != PLAIN_PATH)
+        known = ", ".join(f"{known}:" if known == "file" else f"{known}://" for known in CLASSES if known != PLAIN_PATH)
         raise ValueError(
             f"{scheme}:// is not a kind of remote that castore knows: write the path of a folder, or {known}"
         )

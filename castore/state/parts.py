@@ -380,9 +380,9 @@ def locate_errors(part: str, checkpoint_id: ObjectId) -> Iterator[None]:
     try:
         yield
     except ObjectMissing as error:
-        raise ObjectMissing(error.object_id, part, checkpoint_id) from error
+        raise ObjectMissing(error.object_id, part, checkpoint_id, error.elsewhere) from error
     except CorruptObject as error:
-        raise CorruptObject(error.object_id, error.reason, part, checkpoint_id) from error
+        raise CorruptObject(error.object_id, error.reason, part, checkpoint_id, error.elsewhere) from error
     except CorruptIndex as error:
         raise CorruptIndex(f"{error} (part {part!r} of checkpoint {checkpoint_id[:12]})") from error
     except UnsupportedVersion as error:

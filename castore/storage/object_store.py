@@ -84,6 +84,7 @@ class ObjectStore:
         # objects whose content this process has verified, or written itself
         self._verified: dict[ObjectId, fs.Stamp] = {}
         self._scratch = codecs.Scratch()
+        self._plain = codecs.Scratch()
         self._direct = None if direct else False  # None until it was tried
         self._trying = threading.Lock()
 
@@ -135,6 +136,15 @@ class ObjectStore:
             with memoryview(scratch) as whole, whole[:length] as out:
                 decode_frame(object_id, frame, out)
         return length
+
+    def frame(self, object_id: ObjectId) -> bytes:
+        """Return the bytes of the object's file, verified unless this process has done that. Errors: :meth:`read`."""
+        is_verified = self.is_verified(object_id)
+        with self._frame(object_id) as frame:
+            if not is_verified:
+                length = plain_length(object_id, frame)
+                decode_frame(object_id, frame, self._plain.take(length))
+            return bytes(frame)
 
     def is_verified(self, object_id: ObjectId) -> bool:
         """Whether this process has read or written the very file that the object has now."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
+from obstore.store import LocalStore, MemoryStore
 
 pytest.register_assert_rewrite("conformance")
 
 from actions_service import Service  # noqa: E402
+from bucket_service import BucketService, harmless  # noqa: E402
 from conformance import FRAMES, Conformance, PublishingConformance  # noqa: E402
 
 from castore.format import bundle  # noqa: E402
@@ -18,6 +26,7 @@ from castore.format.frame import MAX_STORED  # noqa: E402
 from castore.format.ids import ObjectId  # noqa: E402
 from castore.progress import ignore_progress  # noqa: E402
 from castore.remotes import registry  # noqa: E402
+from castore.remotes.bucket import Bucket, Website  # noqa: E402
 from castore.remotes.folder import Folder  # noqa: E402
 from castore.remotes.github_cache import GitHubCache  # noqa: E402
 from castore.remotes.github_service import CacheService  # noqa: E402
@@ -38,6 +47,12 @@ class FolderShelf:
             file.truncate(MAX_STORED + 1)
         return Folder("shared", self.path)
 
+    def refuse_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.setattr(os, "writev", fail)
+
     def contents(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.path.rglob("*") if path.is_file()}
 
@@ -53,6 +68,141 @@ class TestFolder(PublishingConformance):
     @pytest.fixture
     def shelf(self, tmp_path: Path) -> FolderShelf:
         return FolderShelf(tmp_path / "shelf")
+
+
+class BucketShelf:
+    """A store of obstore, stocked past castore."""
+
+    def __init__(self, store: Any, url: str = "s3://of-a-test") -> None:
+        self.store, self.url = store, url
+
+    def stock(self, contents: Mapping[ObjectId, bytes]) -> Bucket:
+        for object_id, data in contents.items():
+            obstore.put(self.store, f"objects/{object_id[:2]}/{object_id}", data)
+        return self.open()
+
+    def stock_oversized(self, object_id: ObjectId) -> Bucket:
+        obstore.put(self.store, f"objects/{object_id[:2]}/{object_id}", bytes(MAX_STORED + 1))
+        return self.open()
+
+    def open(self) -> Bucket:
+        return Bucket("bucket", self.url, self.store)
+
+    def refuse_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise obstore.exceptions.GenericError("Generic error: status code: 507 and no more room")
+
+        monkeypatch.setattr(obstore, "put", fail)
+
+    def contents(self) -> dict[str, bytes]:
+        names = [file["path"] for page in obstore.list(self.store) for file in page]
+        return {name.rpartition("/")[2]: obstore.get(self.store, name).bytes().to_bytes() for name in names}
+
+
+class TestBucketInMemory(PublishingConformance):
+    remote_class = Bucket
+
+    @pytest.fixture
+    def shelf(self) -> BucketShelf:
+        return BucketShelf(MemoryStore())
+
+
+class TestBucketInAFolder(PublishingConformance):
+    remote_class = Bucket
+
+    @pytest.fixture
+    def shelf(self, tmp_path: Path) -> BucketShelf:
+        return BucketShelf(LocalStore(tmp_path / "shelf", mkdir=True))
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[BucketService]:
+    with BucketService() as service:
+        yield service
+
+
+class S3Shelf(BucketShelf):
+    """A folder of a bucket, reached as users reach it: by its URL and the environment."""
+
+    def __init__(self, service: BucketService) -> None:
+        self.service = service
+        url = service.url()
+        super().__init__(Bucket("stocking", url)._store, url)
+
+    def open(self) -> Bucket:
+        remote = registry.open_remote("bucket", self.url, Path())
+        assert isinstance(remote, Bucket)
+        return remote
+
+    def refuse_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(self.service, "harm", lambda request: "403" if request.method == "PUT" else "")
+
+
+@pytest.fixture
+def in_s3(s3: BucketService, monkeypatch: pytest.MonkeyPatch) -> BucketService:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    s3.harm = harmless
+    return s3
+
+
+class TestBucketInS3(PublishingConformance):
+    remote_class = Bucket
+
+    @pytest.fixture
+    def shelf(self, in_s3: BucketService) -> S3Shelf:
+        return S3Shelf(in_s3)
+
+
+class TestBucketInS3WithoutConditions(PublishingConformance):
+    """A service that ignores If-None-Match and ranges, as some do."""
+
+    remote_class = Bucket
+    creates = False
+
+    @pytest.fixture
+    def shelf(self, in_s3: BucketService, monkeypatch: pytest.MonkeyPatch) -> S3Shelf:
+        monkeypatch.setattr(in_s3, "harm", lambda request: "no create" if request.method == "PUT" else "no ranges")
+        return S3Shelf(in_s3)
+
+
+class WebShelf:
+    """A folder that a web server shows."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.url = folder, f"http://127.0.0.1:{port}"
+
+    def stock(self, contents: Mapping[ObjectId, bytes]) -> Website:
+        for object_id, data in contents.items():
+            path = self.folder / "objects" / object_id[:2] / object_id
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        remote = registry.open_remote("web", self.url, Path())
+        assert isinstance(remote, Website)
+        return remote
+
+    def stock_oversized(self, object_id: ObjectId) -> Website:
+        return self.stock({object_id: bytes(MAX_STORED + 1)})
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class TestWebsite(Conformance):
+    remote_class = Website
+
+    @pytest.fixture
+    def shelf(self, tmp_path: Path) -> Iterator[WebShelf]:
+        folder = tmp_path / "site"
+        folder.mkdir()
+        handler = functools.partial(QuietHandler, directory=str(folder))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            yield WebShelf(folder, server.server_address[1])
+            server.shutdown()
 
 
 class GitHubShelf:
@@ -104,7 +254,7 @@ class TestGitHubCache(Conformance):
 
 
 def test_every_class_in_the_registry_is_held_to_the_suite() -> None:
-    covered = {suite.remote_class for suite in (TestFolder, TestGitHubCache)}
+    covered = {suite.remote_class for suite in (TestFolder, TestBucketInS3, TestWebsite, TestGitHubCache)}
     assert set(registry.CLASSES.values()) <= covered
 
 

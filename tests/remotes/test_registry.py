@@ -34,9 +34,12 @@ def test_paths_and_file_urls_are_folders(location: str, path: str) -> None:
     ("location", "reason"),
     [
         (
-            "s3://bucket/prefix",
-            "s3:// is not a kind of remote that castore knows: write the path of a folder, or file:",
+            "ssh://host/folder",
+            "ssh:// is not a kind of remote that castore knows: write the path of a folder, or file:, s3://, gs://",
         ),
+        ("s3://key:secret@bucket/folder", "a URL holds no credentials"),
+        ("az://container/folder?sig=secret", "a URL holds no credentials"),
+        ("s3:///folder", "names no bucket"),
         ("ftp://x", "ftp:// is not a kind of remote"),
         ("file://server/share", "names the machine server"),
         ("file:///mnt?x=1", "is not the URL of a folder"),
@@ -57,6 +60,6 @@ def test_a_repository_opens_what_its_settings_name_in_order(tmp_path: Path) -> N
     lines = f'[remotes]\na = "x"\nb = "file://{tmp_path}/y"\n'
     (repo.root / "config.toml").write_text(lines)
     assert Repo.open(tmp_path).remotes == [Folder("a", tmp_path / "x"), Folder("b", tmp_path / "y")]
-    (repo.root / "config.toml").write_text(lines + 'c = "s3://bucket"\n')
-    with pytest.raises(ConfigError, match=r"remotes\.c: s3://"):
+    (repo.root / "config.toml").write_text(lines + 'c = "ssh://bucket"\n')
+    with pytest.raises(ConfigError, match=r"remotes\.c: ssh://"):
         Repo.open(tmp_path)

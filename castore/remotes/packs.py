@@ -1,0 +1,203 @@
+"""Packs: the objects of one part as a few large files, where a checkpoint has thousands of objects.
+
+A pack is a bundle (:mod:`castore.format.bundle`) at ``packs/<bundle id>``. ``packs/parts/<index id>`` names the packs
+that a part needs, and is written when they are there. Whatever is read is untrusted: a bundle's index is checked
+against its id, and an object against its own by whoever asked for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from castore.errors import CorruptBundle
+from castore.format import bundle
+from castore.format.bundle import Place
+from castore.format.ids import ObjectId, is_object_id
+from castore.format.manifest import canonical
+from castore.parallel import map_all
+from castore.remotes import joined_reads
+from castore.remotes.base import RemoteFile
+from castore.remotes.joined_reads import JoinedRead
+
+MAX_BYTES = 32 << 20
+"""Frames that go into one pack: the memory that writing one takes."""
+
+PACK_ABOVE = 1000
+"""Objects of a push above which they go into packs: a few hundred requests cost little."""
+
+_PARTS = "packs/parts"
+_MAX_POINTER_BYTES = 1 << 20
+_MOST_POINTERS = 256  # are opened in search of an object: the newest, which a new checkpoint shares most with
+_LISTED_FOR = 30.0  # seconds that a listing counts
+_REQUESTS = 16
+
+
+class Files(Protocol):
+    """What packs need of a remote."""
+
+    writable: bool
+
+    def files(self, folder: str) -> Iterator[RemoteFile]: ...
+    def read_file(self, name: str, limit: int) -> bytes | None: ...
+    def read_range(self, name: str, start: int, stop: int) -> bytes | None: ...
+    def write_file(self, name: str, data: bytes, *, replace: bool = False) -> bool: ...
+
+
+class Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file of a part: the ``packs`` that hold its objects, as far as they don't lie alone, with their sizes."""
+
+    version: int = 1
+    packs: dict[str, int]
+
+
+class Packs:
+    """The packs of a remote. Any number of threads may use it at once."""
+
+    def __init__(self, remote: Files) -> None:
+        self._remote = remote
+        self._places: dict[ObjectId, tuple[ObjectId, Place]] = {}
+        self._opened: dict[ObjectId, str] = {}  # pack -> why it is unusable; empty if it isn't
+        self._sizes: dict[ObjectId, int] = {}
+        self._pointers: set[ObjectId] = set()  # that were opened
+        self._listed: tuple[float, dict[ObjectId, float]] = (-_LISTED_FOR, {})
+        self._joined: dict[ObjectId, JoinedRead] = {}
+        self._lock = threading.RLock()
+
+    def holds(self, object_id: ObjectId) -> bool:
+        """Whether an opened pack has the object."""
+        return object_id in self._places
+
+    def forget(self, object_id: ObjectId) -> bool:
+        """Take an object for absent from its pack from now on; return whether a pack had it."""
+        self._joined.pop(object_id, None)
+        return self._places.pop(object_id, None) is not None
+
+    def find(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return those that packs have. Packs are opened for that, first those of a part whose index is asked for."""
+        asked = set(object_ids)
+        missing = asked - self._places.keys()
+        if missing:
+            with self._lock:
+                self._open_pointers(missing)
+        return asked & self._places.keys()
+
+    def read(self, object_id: ObjectId) -> bytes:
+        """Return the frame of an object that an opened pack has, unverified. CorruptBundle; RemoteUnavailable."""
+        pack_id, place = self._places[object_id]
+
+        def read(place: Place) -> bytes:
+            data = self._remote.read_range(_name(pack_id), place.offset, place.offset + place.length)
+            if data is None or len(data) != place.length:
+                raise CorruptBundle(f"pack {pack_id[:12]} is gone, or shorter than it should be")
+            return data
+
+        frame = None
+        if joined := self._joined.pop(object_id, None):
+            with contextlib.suppress(CorruptBundle):  # by itself it may be had
+                frame = joined.take(object_id, read)
+        return read(place) if frame is None else frame
+
+    def plan(self, object_ids: Iterable[ObjectId]) -> None:
+        """Plan to read objects together that lie next to each other."""
+        by_pack: dict[ObjectId, dict[ObjectId, Place]] = {}
+        for object_id in object_ids:
+            if known := self._places.get(object_id):
+                by_pack.setdefault(known[0], {})[object_id] = known[1]
+        for places in by_pack.values():
+            self._joined.update(joined_reads.plan(places))
+
+    def put(self, frames: Sequence[tuple[ObjectId, bytes]]) -> None:
+        """Write a pack; readers find it when :meth:`finish` has named it. RemoteError."""
+        layout = bundle.lay_out({object_id: len(frame) for object_id, frame in frames})
+        data = b"".join((bundle.HEADER, *(frame for _, frame in frames), layout.tail))
+        self._remote.write_file(_name(layout.id), data)
+        self._add(layout.id, layout.size, layout.places)
+
+    def finish(self, index_id: ObjectId, needed: Iterable[ObjectId]) -> None:
+        """Write the file that names the packs with the objects ``needed`` by a part. RemoteError."""
+        packs = {self._places[object_id][0] for object_id in needed if object_id in self._places}
+        if packs:
+            pointer = Pointer(packs={pack_id: self._sizes[pack_id] for pack_id in sorted(packs)})
+            self._remote.write_file(f"{_PARTS}/{index_id}", canonical(pointer), replace=True)
+            self._pointers.add(index_id)
+
+    def _open_pointers(self, missing: set[ObjectId]) -> None:
+        """Open the packs of parts whose index is among ``missing``, then, if some are still missing, other packs."""
+        if not self._remote.writable:  # it has no listing either
+            wanted = sorted(missing - self._pointers)
+            self._open(wanted)
+            return
+        listed = self._list()
+        named = missing & listed.keys()
+        self._open(sorted(named - self._pointers))
+        if missing - self._places.keys() - named:
+            newest = sorted(listed.keys() - self._pointers, key=lambda index_id: -listed[index_id])
+            self._open(newest[:_MOST_POINTERS])
+
+    def _list(self) -> Mapping[ObjectId, float]:
+        when, listed = self._listed
+        if time.monotonic() - when > _LISTED_FOR:
+            listed = {}
+            for file in self._remote.files(_PARTS):
+                name = file.name.rpartition("/")[2]
+                if is_object_id(name):
+                    listed[ObjectId(name)] = file.modified
+            self._listed = (time.monotonic(), listed)
+        return listed
+
+    def _open(self, index_ids: Sequence[ObjectId]) -> None:
+        if not index_ids:
+            return
+        pointers = map_all(self._read_pointer, index_ids, min(_REQUESTS, len(index_ids)), name="castore-packs")
+        self._pointers.update(index_id for index_id, pointer in zip(index_ids, pointers, strict=True) if pointer)
+        packs = {pack: size for pointer in pointers for pack, size in pointer.items() if pack not in self._opened}
+        if packs:
+            map_all(self._open_pack, packs.items(), min(_REQUESTS, len(packs)), name="castore-packs")
+
+    def _read_pointer(self, index_id: ObjectId) -> dict[ObjectId, int]:
+        data = self._remote.read_file(f"{_PARTS}/{index_id}", _MAX_POINTER_BYTES)
+        return read_pointer(data) if data is not None else {}
+
+    def _open_pack(self, pack: tuple[ObjectId, int]) -> None:
+        pack_id, size = pack
+        try:
+            self._add(pack_id, size, self._read_tail(pack_id, size))
+        except CorruptBundle as error:
+            self._opened[pack_id] = str(error)
+
+    def _read_tail(self, pack_id: ObjectId, size: int) -> Mapping[ObjectId, Place]:
+        # a guess at its length saves a request for most: a pack of 4 MiB chunks has ten objects
+        start = max(0, size - bundle.tail_bytes(256))
+        end = self._remote.read_range(_name(pack_id), start, size)
+        if end is None or len(end) < bundle.TRAILER_BYTES:
+            raise CorruptBundle("gone, or shorter than it should be")
+        length = bundle.tail_bytes(bundle.read_count(end[-bundle.TRAILER_BYTES :]))
+        if length > len(end):
+            end = self._remote.read_range(_name(pack_id), max(0, size - length), size) or b""
+        return bundle.read_tail(pack_id, end[-length:], size)
+
+    def _add(self, pack_id: ObjectId, size: int, places: Mapping[ObjectId, Place]) -> None:
+        with self._lock:
+            self._opened[pack_id], self._sizes[pack_id] = "", size
+            for object_id, place in places.items():
+                self._places.setdefault(object_id, (pack_id, place))
+
+
+def read_pointer(data: bytes) -> dict[ObjectId, int]:
+    """Return the packs, with their sizes, that the file of a part names; none if it is not such a file."""
+    try:
+        packs = msgspec.json.decode(data, type=Pointer).packs
+    except (ValueError, msgspec.MsgspecError, RecursionError):
+        return {}
+    least = len(bundle.HEADER) + bundle.TRAILER_BYTES
+    return {ObjectId(pack): size for pack, size in packs.items() if is_object_id(pack) and size > least}
+
+
+def _name(pack_id: ObjectId) -> str:
+    return f"packs/{pack_id}"
