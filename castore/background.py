@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from castore.errors import CastoreError
+from castore.format.manifest import Entry
+from castore.pushing import pusher_of
 from castore.state.parts import Flat
 from castore.state.tensors import TensorSource, flatten
 
@@ -28,8 +30,8 @@ class AsyncSaver:
     """Saves in the background: :meth:`save` returns as soon as the state is copied, so that training can go on.
 
     At most one save is in progress: the next one waits for it, and reuses the memory of its copy. An error of a save in
-    the background is raised once, by the next call of any method or at the end of the ``with`` block. For use by a
-    single thread.
+    the background is raised once, by the next call of any method or at the end of the ``with`` block. If config.toml
+    says so, each checkpoint is then pushed, and the end of the block waits for that, too. For use by a single thread.
 
         >>> import tempfile, castore
         >>> repo = castore.Repo.init(tempfile.mkdtemp())
@@ -41,6 +43,7 @@ class AsyncSaver:
 
     def __init__(self, repo: Repo) -> None:
         self._repo = repo
+        self._pusher = pusher_of(repo)
         self._buffers: dict[str, list[torch.Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="castore-save")
         self._pending: list[Future[SaveResult]] = []
@@ -58,6 +61,28 @@ class AsyncSaver:
             if error is None:
                 raise
             error.add_note(f"a save in the background failed, too: {save_error}")
+        finally:
+            try:
+                self.finish_pushing()
+            except CastoreError as push_error:
+                if error is None:
+                    raise
+                error.add_note(str(push_error))
+
+    @property
+    def unpushed(self) -> tuple[str, ...]:
+        """The ids of checkpoints that are still to be pushed: garbage collection must leave them."""
+        return tuple(entry.id for entry in self._pusher.pending) if self._pusher else ()
+
+    @property
+    def is_pushing(self) -> bool:
+        """Whether a push is under way."""
+        return self._pusher is not None and self._pusher.is_pushing
+
+    def finish_pushing(self) -> None:
+        """Wait until every checkpoint is pushed; no save may come after that. PushIncomplete, once."""
+        if self._pusher:
+            self._pusher.finish()
 
     def save(self, parts: Mapping[str, Any], **fields: Any) -> None:
         """Copy the state and start to save it; ``fields`` are the keyword arguments of :meth:`castore.Repo.save`.
@@ -70,7 +95,13 @@ class AsyncSaver:
         flat = {name: flatten(state, name) for name, state in parts.items()}
         copied = {name: self._copy(name, part) for name, part in flat.items()}
         fields = {"created": datetime.now(UTC)} | fields
-        self._pending.append(self._thread.submit(self._repo.save, copied, **fields))
+        self._pending.append(self._thread.submit(self._save, copied, fields))
+
+    def _save(self, copied: Mapping[str, Flat], fields: Mapping[str, Any]) -> SaveResult:
+        saved = self._repo.save(copied, **fields)
+        if self._pusher:
+            self._pusher.add(Entry(saved.id, saved.manifest))
+        return saved
 
     def poll(self) -> SaveResult | None:
         """Return the result of a save that has finished since the last call; None if there is none. Never waits."""

@@ -258,6 +258,17 @@ class UploadRefused(RemoteError):
         super().__init__(f"nothing was uploaded to {remote}: {reason}")
 
 
+class PushIncomplete(RemoteError):
+    """Checkpoints could not be pushed; ``ids`` are theirs. They are in the store, and nothing is lost."""
+
+    def __init__(self, remote: str, ids: Sequence[str], reason: str) -> None:
+        self.remote, self.ids, self.reason = remote, tuple(ids), reason
+        count = f"{len(ids)} checkpoint{'s' if len(ids) != 1 else ''}"
+        super().__init__(
+            f"{count} could not be pushed to {remote}; nothing is lost, and `castore push` tries again\n  {reason}"
+        )
+
+
 class NotPushed(RemoteError):
     """A commit could not be made or pushed; its files are staged or committed locally.
 

@@ -39,7 +39,7 @@ from castore.policy.resolution import Damaged, PartState, Requirement, Resolutio
 from castore.policy.retention import Policy, policy_of
 from castore.policy.scoring import score
 from castore.policy.selector import Selector
-from castore.remotes.base import Remote
+from castore.remotes.base import PublishingRemote, Remote
 from castore.remotes.registry import open_configured
 from castore.state import objects
 from castore.state import parts as state_parts
@@ -158,6 +158,26 @@ class Repo:
     def threads(self) -> int:
         """How many threads hash and compress: as configured, or one for each processor."""
         return self.config.store.threads or processors()
+
+    def remote(self, name: str = "") -> Remote:
+        """Return a remote by its name, the default one without. UsageError if there is none, or none by default."""
+        wanted = name or self.config.default_remote
+        for remote in self.remotes:
+            if remote.name == wanted:
+                return remote
+        names = ", ".join(remote.name for remote in self.remotes)
+        if not names:
+            raise UsageError("there is no remote: `castore remote add NAME URL` adds one")
+        if name:
+            raise UsageError(f"there is no remote {name!r}: there is {names}")
+        raise UsageError(f"there are several remotes ({names}): name one, or `castore remote set-default NAME`")
+
+    def publishing_remote(self, name: str = "") -> PublishingRemote:
+        """Return a remote that can be written to; see :meth:`remote`. UsageError for one that is for reading alone."""
+        remote = self.remote(name)
+        if not isinstance(remote, PublishingRemote) or not remote.writable:
+            raise UsageError(f"remote {remote.name} is for reading alone")
+        return remote
 
     @property
     def policy(self) -> Policy:

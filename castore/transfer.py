@@ -12,7 +12,6 @@ from castore.errors import (
     CorruptObject,
     NotFound,
     ObjectMissing,
-    UnknownId,
     UnsupportedVersion,
     UploadRefused,
     UsageError,
@@ -82,6 +81,19 @@ def pull(
     return Pulled(len(missing) + len(indexes), plain_bytes, errors)
 
 
+def fetch(
+    repo: Repo, selector: str, parts: Iterable[str] | None = None, *, progress: Progress = ignore_progress
+) -> Pulled:
+    """Fetch what the store lacks of a checkpoint, or of these parts of it; see :func:`pull`. Errors of Repo.find, too.
+
+    Loading fetches by itself; this is for doing it before, with ``progress``.
+    """
+    entry = repo.find(selector)
+    names = entry.manifest.parts if parts is None else [name for name in parts if name in entry.manifest.parts]
+    states = repo.part_states(entry)
+    return pull(repo, entry, [name for name in names if states[name].where != "local"], progress)
+
+
 def _fetch_all(repo: Repo, remotes: Sequence[Remote], lengths: Mapping[ObjectId, int], progress: Progress) -> None:
     """Fetch objects, given with their plain lengths, in parallel. ObjectMissing."""
     done, total = 0, sum(lengths.values())
@@ -113,7 +125,7 @@ def find_manifest(remote: Remote, selector: str) -> Entry:
     if len({entry.id for entry in entries}) > 1:
         raise AmbiguousId(selector, sorted(entry.id for entry in entries))
     if not entries:
-        raise UnknownId(selector)
+        raise NotFound(f"{remote.name} has no checkpoint {selector!r}: `castore ls {remote.name}` lists what it has")
     return entries[0]
 
 
@@ -201,8 +213,7 @@ def push(
     """
     if not remote.writable:
         raise UploadRefused(remote.name, "it is for reading alone")
-    with repo.lock():
-        return _Push(repo, remote, repair, progress).run(entries)
+    return _Push(repo, remote, repair, progress).run(entries)
 
 
 class _Push:
@@ -211,7 +222,8 @@ class _Push:
     def __init__(self, repo: Repo, remote: PublishingRemote, repair: bool, progress: Progress) -> None:
         self._repo, self._remote, self._repair, self._progress = repo, remote, repair, progress
         # gc there is about to delete these: writing one again tells it that it is needed
-        self._marked = marks.read(remote).objects
+        marked = marks.read(remote)
+        self._marked, self._marked_files = marked.objects, marked.files
         self._objects = self._bytes = self._total = 0
         self._left_out: dict[tuple[ObjectId, str], str] = {}
 
@@ -229,7 +241,8 @@ class _Push:
             entry, name = parts[index_id]
             wanted = [chunk_id for chunk_id in dict.fromkeys(listed) if chunk_id in missing]
             try:
-                with locate_errors(name, entry.id):
+                # for each part alone, so that gc gets its turn: what it deletes meanwhile is left out, and told
+                with self._repo.lock(), locate_errors(name, entry.id):
                     self._push_part(index_id, wanted, listed)
             except (ObjectMissing, CorruptObject) as error:
                 self._left_out[entry.id, name] = str(error)
@@ -259,6 +272,8 @@ class _Push:
     def _missing(self, chunk_ids: set[ObjectId]) -> set[ObjectId]:
         """Return those that the remote lacks, or is about to delete; with ``repair``, those that are bad there, too."""
         there = self._remote.has(chunk_ids) - self._marked
+        if isinstance(self._remote, Bucket):
+            there -= self._remote.packed_in(there, self._marked_files)
         if self._repair:
             good = map_all(self._is_good, sorted(there), fallback.ASKERS, name=_THREADS)
             there = {object_id for object_id, is_good in zip(sorted(there), good, strict=True) if is_good}
@@ -295,7 +310,7 @@ class _Push:
         """Return the stored bytes of each object that was moved."""
         assert isinstance(self._remote, Bucket)
         frames = [(object_id, self._repo.store.frame(object_id)) for object_id in object_ids]
-        self._remote.put_packed(frames)
+        self._remote.put_packed(frames, renew=bool(self._marked_files))
         return [len(data) for _, data in frames]
 
     def _put(self, object_id: ObjectId) -> list[int]:

@@ -71,11 +71,18 @@ def train(
     out = sys.stderr if as_json else sys.stdout
     repo = console.open_or_init(out)
     now = datetime.now(UTC)
-    with stop_signals() as received:
+    fetching = _Fetching()
+    with stop_signals() as received, fetching:
         from nanecho.train import train as run_session  # torch takes seconds: after what can go wrong without it
 
         session = run_session(
-            repo, config, started=console.timestamp(now), stop=lambda: received.name, tags=tag or (), note=note
+            repo,
+            config,
+            started=console.timestamp(now),
+            stop=lambda: received.name,
+            tags=tag or (),
+            note=note,
+            fetching=fetching,
         )
         for ending in _follow(session, out, received):
             _record_ending(repo, config.run.run, now, ending, as_json)
@@ -156,6 +163,29 @@ def _follow(
     finally:
         if bar:
             bar.stop()
+
+
+class _Fetching:
+    """A progress bar for what is fetched before the session's own appears."""
+
+    def __init__(self) -> None:
+        self._display: console.Display | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self._display:
+            self._display.__exit__(None, None, None)
+            self._display = None
+
+    def __call__(self, done: int, total: int, /) -> None:
+        if self._display is None and done < total:
+            self._display = console.Display("fetching", "bytes").__enter__()
+        if self._display:
+            self._display(done, total)
+        if done >= total:
+            self.__exit__()
 
 
 class _SessionBar:

@@ -145,4 +145,14 @@ class Failed:
     summary: Summary
 
 
-Event = Prepared | Began | Grew | Stepped | Evaluated | Saved | Skipped | Collected | NotCollected | Finished | Failed
+@dataclass(frozen=True, slots=True)
+class Pushing:
+    """The session has ended, and waits until its last checkpoints are in the remote."""
+
+    checkpoints: int
+
+
+Event = (
+    Prepared | Began | Grew | Stepped | Evaluated | Saved | Skipped | Collected | NotCollected | Finished | Failed
+    | Pushing
+)  # fmt: skip

@@ -30,6 +30,8 @@ def describe(event: events.Event) -> list[str]:
             return [f"gc      {len(plan.delete)} objects, {format_size(plan.freed_bytes)} deleted"]
         case events.NotCollected(reason):
             return [f"gc      left for later: {reason}"]
+        case events.Pushing(count):
+            return [f"push    {count} checkpoint{'' if count == 1 else 's'} to go"]
         case events.Skipped(step, reason):
             return [f"skipped a checkpoint at step {step:,}: {reason}"]
     return []

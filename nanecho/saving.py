@@ -10,7 +10,7 @@ from castore import errors
 from castore.torch import AsyncSaver
 from nanecho import config as configs
 from nanecho.config import Config
-from nanecho.events import Began, Collected, Event, NotCollected, Saved, Summary
+from nanecho.events import Began, Collected, Event, NotCollected, Pushing, Saved, Summary
 from nanecho.session import TrainingSession
 
 _SAVES_PER_GC = 10
@@ -29,6 +29,7 @@ class BackgroundSaving:
         self._repo, self._session, self._saver, self._fields = repo, session, saver, fields
         self._step = 0
         self._reasons: tuple[str, ...] = ()
+        self._gc_is_due = False
 
     def begin(self, reasons: Sequence[str], metrics: Mapping[str, float]) -> None:
         """Start to save the session as it is now. The save before must have ended: it becomes the parent."""
@@ -54,14 +55,28 @@ class BackgroundSaving:
         session.parent = saved.id
         session.checkpoints.append(saved.id)
         yield Saved(self._step, saved, self._reasons)
-        is_due = len(session.checkpoints) % _SAVES_PER_GC == 0 or self._step == session.began.last
-        if self._repo.config.retention.auto_gc and is_due:
-            yield _collect_garbage(self._repo, session)
+        self._gc_is_due |= len(session.checkpoints) % _SAVES_PER_GC == 0 or self._step == session.began.last
+        yield from self._collect_garbage()
+
+    def pushed(self) -> Iterator[Event]:
+        """Wait until all checkpoints are pushed, if that is asked for, and report. PushIncomplete."""
+        if unpushed := self._saver.unpushed:
+            yield Pushing(len(unpushed))
+        try:
+            self._saver.finish_pushing()
+        finally:
+            yield from self._collect_garbage()
+
+    def _collect_garbage(self) -> Iterator[Event]:
+        """Collect garbage when it is time to, and no push holds the lock."""
+        if self._gc_is_due and self._repo.config.retention.auto_gc and not self._saver.is_pushing:
+            self._gc_is_due = False
+            yield _collect_garbage(self._repo, self._session, self._saver.unpushed)
 
 
-def _collect_garbage(repo: castore.Repo, session: TrainingSession) -> Event:
+def _collect_garbage(repo: castore.Repo, session: TrainingSession, unpushed: Sequence[str]) -> Event:
     resumed = session.began.match.id if session.began.match else None
-    in_use = {checkpoint_id for checkpoint_id in (session.parent, resumed) if checkpoint_id}
+    in_use = {checkpoint_id for checkpoint_id in (session.parent, resumed, *unpushed) if checkpoint_id}
     try:
         return Collected(castore.collect_garbage(repo, in_use=in_use, wait=False))
     except errors.CastoreError as error:

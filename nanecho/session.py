@@ -158,13 +158,19 @@ def _environment(repo: castore.Repo, device: torch.device) -> dict[str, Any]:
     }
 
 
-def begin(repo: castore.Repo, experiment: castore.Experiment, session: TrainingSession) -> Began:
+def begin(
+    repo: castore.Repo,
+    experiment: castore.Experiment,
+    session: TrainingSession,
+    fetching: Callable[[int, int], None],
+) -> Began:
     """Choose what to resume, load it into ``session`` and say where the session starts. Raise as ``choose`` does."""
     config = session.config
     choice = choose(repo, config, experiment)
     match = choice.match
     val_loss = None
     if match:
+        castore.fetch(repo, match.id, RESUMED if match.availability == "full" else ["model"], progress=fetching)
         _load(repo, match, session)
         manifest = repo.find(match.id).manifest
         if manifest.experiment == experiment:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import castore
 from castore import errors
+from castore.progress import ignore_progress
 from castore.torch import AsyncSaver
 from nanecho import config as configs
 from nanecho import data, prepared, seeding
@@ -45,14 +46,18 @@ def train(
     tags: Sequence[str] = (),
     note: str = "",
     clock: Callable[[], float] = time.perf_counter,
+    fetching: Callable[[int, int], None] = ignore_progress,
 ) -> Iterator[Event]:
-    """Run one session: resume, train, evaluate and save. The last event is Finished, or Failed before an error.
+    """Run one session: resume, train, evaluate and save. It ends with Finished, or with Failed and an error.
 
     ``stop`` is asked after every step: the name of a signal makes the session save and end, "" lets it continue.
     ``started`` is a UTC time, for the record; ``clock`` gives seconds. ``tags`` and ``note`` go into every checkpoint.
+    ``fetching`` is told the bytes fetched from remotes, and how many there are. After Finished comes what is left to do
+    of pushes, if config.toml asks for these.
 
     Raise NothingToDo when the checkpoint is at ``max_iters`` already, NothingMatches or NothingAvailable when there are
-    checkpoints but none to resume, and Diverged when a loss is not finite.
+    checkpoints but none to resume, Diverged when a loss is not finite, and PushIncomplete, after Finished, when
+    config.toml asks for pushes and not all could be made.
     """
     if config.run.resume not in ("best", "latest", "none"):
         repo.resolve(config.run.resume)  # an unknown name is an error before data is prepared
@@ -66,7 +71,9 @@ def train(
 
     fields = {"experiment": experiment, "tags": tags, "note": note}
     try:
-        yield from _run(repo, session, windows, fields, stop, clock)
+        yield from _run(repo, session, windows, fields, stop, clock, fetching)
+    except errors.PushIncomplete:
+        raise  # after its end: what it made is saved
     except errors.CastoreError as error:
         yield Failed(summarise(session, f"error: {str(error).splitlines()[0]}"))
         raise
@@ -79,9 +86,10 @@ def _run(
     fields: Mapping[str, Any],
     stop: Callable[[], str],
     clock: Callable[[], float],
+    fetching: Callable[[int, int], None],
 ) -> Iterator[Event]:
     """Resume, then train with saves in the background. ``fields`` are what all checkpoints of the session share."""
-    session.began = begin(repo, fields["experiment"], session)
+    session.began = begin(repo, fields["experiment"], session, fetching)
     yield session.began
     if session.began.last <= session.step:
         raise errors.NothingToDo(
@@ -141,6 +149,7 @@ def _training_loop(
     yield from saving.landed(wait=True)
     stopped = stopping or ("max-iters" if session.step == config.training.max_iters else "session-iters")
     yield Finished(summarise(session, stopped))
+    yield from saving.pushed()
 
 
 def train_step(session: TrainingSession, forward: Forward) -> float:

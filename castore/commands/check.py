@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import castore
+from castore import errors
 from castore.commands.console import Display, JsonOption, plural, print_json, say
 from castore.text import format_size
 
@@ -29,6 +30,10 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Quarantine what is damaged and fetch it again from a remote.")
     ] = False,
+    remote: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Read what this remote holds instead.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read everything in the store again, and check it.
@@ -39,6 +44,9 @@ def verify(
     from castore.verify import verify
 
     repo = castore.Repo.open()
+    if remote is not None:
+        _verify_remote(repo, remote, selectors, repair, as_json)
+        return
     with Display("verify", "bytes") as display:
         findings = list(verify(repo, selectors, repair=repair, progress=display))
     wrong = sum(not finding.is_harmless for finding in findings)
@@ -50,6 +58,25 @@ def verify(
         result = f"{plural(len(findings), 'finding')}, {wrong} to repair" if findings else "all is well"
         say(f"verify  {format_size(display.done)} read: {result}")
     if wrong:
+        sys.exit(5)
+
+
+def _verify_remote(repo: castore.Repo, name: str, selectors: list[str] | None, repair: bool, as_json: bool) -> None:
+    from castore.remote_verify import verify_remote
+
+    if repair:
+        raise errors.UsageError(f"what is damaged there is mended from here: `castore push --repair --remote {name}`")
+    remote = repo.publishing_remote(name)
+    with Display(f"verify {remote.name}", "count") as display:
+        findings = list(verify_remote(repo, remote, selectors, progress=display))
+    if as_json:
+        print_json({"ok": not findings, "findings": [_finding_json(item) for item in findings]})
+    else:
+        for finding in findings:
+            say(*_describe_finding(finding))
+        mend = f"{plural(len(findings), 'finding')}: `castore push --repair` where good copies are mends them"
+        say(f"verify  {remote.name}, {plural(display.done, 'object')} read: {mend if findings else 'all is well'}")
+    if findings:
         sys.exit(5)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import castore
 from castore import errors
-from castore.commands.console import Display, JsonOption, Selector, print_json, print_table, say, warn
+from castore.commands.console import Display, JsonOption, Selector, plural, print_json, print_table, say, warn
 from castore.text import format_size
 
 if TYPE_CHECKING:
@@ -50,6 +53,10 @@ def gc(
     keep_optimizer: KeepOptimizerOption = None,
     max_size: MaxSizeOption = None,
     grace: GraceOption = None,
+    remote: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="In this remote, and nothing here.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,6 +65,10 @@ def gc(
     Options that are not given are read from config.toml. Checkpoints are kept by their score within an experiment; the
     work tree, the git index, every branch, tag and stash, linked worktrees and pins all count. If one of them can't be
     read, nothing is deleted.
+
+    With --remote, only the machine that config.toml names as the collector may delete. The first pass marks what is of
+    no use; one that comes later than the grace period deletes what still isn't. There is no limit on the size unless
+    --max-size gives one.
     """
     from castore import config
     from castore.gc import collect_garbage
@@ -70,12 +81,50 @@ def gc(
         period = config.parse_duration(grace) if grace is not None else None
     except ValueError as error:
         raise errors.UsageError(str(error)) from error
+    if remote is not None:
+        limit = policy if max_size is not None else dataclasses.replace(policy, max_size=None)
+        _collect_remote(repo, remote, limit, period or repo.config.retention.grace_period, dry_run, as_json)
+        return
     with Display("verifying what is kept", "count") as display:
         plan = collect_garbage(repo, policy, grace=period, dry_run=dry_run, progress=display)
     if as_json:
         print_json(_plan_json(plan, dry_run))
     else:
         say(*_describe_plan(plan, dry_run))
+
+
+def _collect_remote(
+    repo: castore.Repo, name: str, policy: retention.Policy, grace: timedelta, dry_run: bool, as_json: bool
+) -> None:
+    from castore.remote_gc import collect_remote
+
+    machine = os.environ.get("CASTORE_COLLECTOR") or socket.gethostname()
+    remote = repo.publishing_remote(name)
+    with Display(f"gc in {remote.name}", "spinner"):
+        plan = collect_remote(repo, remote, policy, machine=machine, grace=grace, dry_run=dry_run)
+    if as_json:
+        print_json(
+            {
+                "dry_run": dry_run,
+                "deleted": list(plan.delete),
+                "freed_bytes": plan.freed_bytes,
+                "marked": list(plan.mark),
+                "waiting": list(plan.waiting),
+                "kept_bytes": plan.kept_bytes,
+            }
+        )
+        return
+    for decision in plan.decisions:
+        if decision.parts:
+            say(f"keep    {_describe_decision(decision)}")
+    would = "would be " if dry_run else ""
+    if plan.mark:
+        marked = f"{plural(len(plan.mark), 'file')}, {format_size(sum(plan.mark.values()))}"
+        say(f"mark    {marked} {would}marked: a pass after the grace period deletes them if they are still of no use")
+    if plan.waiting:
+        say(f"wait    {plural(len(plan.waiting), 'file')} of no use, too new to delete")
+    freed, kept = format_size(plan.freed_bytes), format_size(plan.kept_bytes)
+    say(f"gc      {plural(len(plan.delete), 'file')}, {freed} {would}deleted in {remote.name}; {kept} kept")
 
 
 def with_changes(policy: retention.Policy, counts: Mapping[str, int | None], max_size: str | None) -> retention.Policy:

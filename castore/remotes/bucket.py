@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -149,9 +149,13 @@ class Bucket:
         self._seen.add(object_id)
         return is_new
 
-    def put_packed(self, frames: Sequence[tuple[ObjectId, bytes]]) -> None:
+    def put_packed(self, frames: Sequence[tuple[ObjectId, bytes]], *, renew: bool = False) -> None:
         """Publish verified frames as one file; :meth:`finish_packs` makes them visible. UploadRefused."""
-        self._packs.put(frames)
+        self._packs.put(frames, renew=renew)
+
+    def packed_in(self, object_ids: Iterable[ObjectId], names: Container[str]) -> set[ObjectId]:
+        """Return those that are known to lie in packs with these names."""
+        return {object_id for object_id in object_ids if self._packs.name_for(object_id) in names}
 
     def finish_packs(self, index_id: ObjectId, needed: Iterable[ObjectId]) -> None:
         """Name the packs in which the objects of a part lie, so that whoever reads the part finds them."""

@@ -31,8 +31,10 @@ MAX_BYTES = 32 << 20
 PACK_ABOVE = 1000
 """Objects of a push above which they go into packs: a few hundred requests cost little."""
 
-_PARTS = "packs/parts"
-_MAX_POINTER_BYTES = 1 << 20
+PARTS = "packs/parts"
+"""The folder with a file for each part that has packs, called like its index."""
+
+MAX_POINTER_BYTES = 1 << 20
 _MOST_POINTERS = 256  # are opened in search of an object: the newest, which a new checkpoint shares most with
 _LISTED_FOR = 30.0  # seconds that a listing counts
 _REQUESTS = 16
@@ -92,7 +94,7 @@ class Packs:
         pack_id, place = self._places[object_id]
 
         def read(place: Place) -> bytes:
-            data = self._remote.read_range(_name(pack_id), place.offset, place.offset + place.length)
+            data = self._remote.read_range(name_of(pack_id), place.offset, place.offset + place.length)
             if data is None or len(data) != place.length:
                 raise CorruptBundle(f"pack {pack_id[:12]} is gone, or shorter than it should be")
             return data
@@ -112,11 +114,16 @@ class Packs:
         for places in by_pack.values():
             self._joined.update(joined_reads.plan(places))
 
-    def put(self, frames: Sequence[tuple[ObjectId, bytes]]) -> None:
-        """Write a pack; readers find it when :meth:`finish` has named it. RemoteError."""
+    def name_for(self, object_id: ObjectId) -> str:
+        """Return the name of the pack that is known to have an object; empty if none is."""
+        known = self._places.get(object_id)
+        return name_of(known[0]) if known else ""
+
+    def put(self, frames: Sequence[tuple[ObjectId, bytes]], *, renew: bool) -> None:
+        """Write a pack, again if it is to be renewed; readers find it when :meth:`finish` has named it. RemoteError."""
         layout = bundle.lay_out({object_id: len(frame) for object_id, frame in frames})
         data = b"".join((bundle.HEADER, *(frame for _, frame in frames), layout.tail))
-        self._remote.write_file(_name(layout.id), data)
+        self._remote.write_file(name_of(layout.id), data, replace=renew)
         self._add(layout.id, layout.size, layout.places)
 
     def finish(self, index_id: ObjectId, needed: Iterable[ObjectId]) -> None:
@@ -124,7 +131,7 @@ class Packs:
         packs = {self._places[object_id][0] for object_id in needed if object_id in self._places}
         if packs:
             pointer = Pointer(packs={pack_id: self._sizes[pack_id] for pack_id in sorted(packs)})
-            self._remote.write_file(f"{_PARTS}/{index_id}", canonical(pointer), replace=True)
+            self._remote.write_file(f"{PARTS}/{index_id}", canonical(pointer), replace=True)
             self._pointers.add(index_id)
 
     def _open_pointers(self, missing: set[ObjectId]) -> None:
@@ -144,7 +151,7 @@ class Packs:
         when, listed = self._listed
         if time.monotonic() - when > _LISTED_FOR:
             listed = {}
-            for file in self._remote.files(_PARTS):
+            for file in self._remote.files(PARTS):
                 name = file.name.rpartition("/")[2]
                 if is_object_id(name):
                     listed[ObjectId(name)] = file.modified
@@ -161,7 +168,7 @@ class Packs:
             map_all(self._open_pack, packs.items(), min(_REQUESTS, len(packs)), name="castore-packs")
 
     def _read_pointer(self, index_id: ObjectId) -> dict[ObjectId, int]:
-        data = self._remote.read_file(f"{_PARTS}/{index_id}", _MAX_POINTER_BYTES)
+        data = self._remote.read_file(f"{PARTS}/{index_id}", MAX_POINTER_BYTES)
         return read_pointer(data) if data is not None else {}
 
     def _open_pack(self, pack: tuple[ObjectId, int]) -> None:
@@ -174,12 +181,12 @@ class Packs:
     def _read_tail(self, pack_id: ObjectId, size: int) -> Mapping[ObjectId, Place]:
         # a guess at its length saves a request for most: a pack of 4 MiB chunks has ten objects
         start = max(0, size - bundle.tail_bytes(256))
-        end = self._remote.read_range(_name(pack_id), start, size)
+        end = self._remote.read_range(name_of(pack_id), start, size)
         if end is None or len(end) < bundle.TRAILER_BYTES:
             raise CorruptBundle("gone, or shorter than it should be")
         length = bundle.tail_bytes(bundle.read_count(end[-bundle.TRAILER_BYTES :]))
         if length > len(end):
-            end = self._remote.read_range(_name(pack_id), max(0, size - length), size) or b""
+            end = self._remote.read_range(name_of(pack_id), max(0, size - length), size) or b""
         return bundle.read_tail(pack_id, end[-length:], size)
 
     def _add(self, pack_id: ObjectId, size: int, places: Mapping[ObjectId, Place]) -> None:
@@ -199,5 +206,6 @@ def read_pointer(data: bytes) -> dict[ObjectId, int]:
     return {ObjectId(pack): size for pack, size in packs.items() if is_object_id(pack) and size > least}
 
 
-def _name(pack_id: ObjectId) -> str:
+def name_of(pack_id: ObjectId) -> str:
+    """Return the name of a pack's file."""
     return f"packs/{pack_id}"

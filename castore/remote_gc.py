@@ -1,0 +1,219 @@
+"""Delete in a remote what no kept checkpoint needs, in two passes.
+
+The first marks what is of no use; a later one, when the marks are older than the grace period, deletes what is marked,
+is still of no use, and was not written again since. A push writes again what is marked. So whoever pushes for less than
+the grace period loses nothing, though no lock is held in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from castore.errors import CorruptBundle, RootsUnreadable, UsageError
+from castore.format import part_index
+from castore.format.ids import ObjectId, is_object_id
+from castore.format.manifest import Entry
+from castore.policy.retention import RESUME_PARTS, Decision, Policy, Source, Usability, decide, kept_parts
+from castore.remotes import fallback, marks, packs
+from castore.remotes.base import PublishingRemote, RemoteFile
+from castore.remotes.marks import Marks
+from castore.repo import Repo
+from castore.storage import catalog
+from castore.transfer import read_manifests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteGCPlan:
+    """What a pass deletes, or would delete, and what it marks: names of files, with their bytes.
+
+    ``decisions`` say for every manifest which parts are kept and why. ``waiting`` are marked for a shorter time than
+    the grace period.
+    """
+
+    decisions: tuple[Decision, ...]
+    delete: Mapping[str, int]
+    mark: Mapping[str, int]
+    waiting: Mapping[str, int]
+    kept_bytes: int
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes of all files that are deleted."""
+        return sum(self.delete.values())
+
+
+def collect_remote(
+    repo: Repo,
+    remote: PublishingRemote,
+    policy: Policy,
+    *,
+    machine: str,
+    grace: timedelta,
+    dry_run: bool = False,
+    now: datetime | None = None,
+) -> RemoteGCPlan:
+    """Make one pass over a remote, and return what it did.
+
+    Manifests in git, in any branch, and in the remote count. UsageError unless config.toml names this ``machine`` as
+    the collector; a dry run needs no permission. RootsUnreadable, CorruptionError, RemoteError or StorageError if it
+    can't be told what is needed: then nothing was deleted.
+    """
+    collector = repo.config.remotes.get("collector", "")
+    if not dry_run and machine != collector:
+        named = f"is {collector}" if collector else "is not named in config.toml"
+        raise UsageError(
+            f"only one machine may delete in {remote.name}: the collector {named}, and this machine is {machine}; "
+            f'write collector = "{machine}" in [remotes], or set CASTORE_COLLECTOR'
+        )
+    now = now or datetime.now(UTC)
+    with repo.lock():
+        shelf = _Shelf(repo, remote)
+        plan = _plan(repo, shelf, policy, grace, now)
+        if not dry_run:
+            _apply(shelf, plan)
+    return plan
+
+
+class _Shelf:
+    """What lies in a remote."""
+
+    def __init__(self, repo: Repo, remote: PublishingRemote) -> None:
+        self.remote = remote
+        # marks first: what is written after them is younger than they are
+        self.marks = marks.read(remote)
+        self.marked_at = next((file.modified for file in remote.files("gc")), 0.0) if self.marks.time else 0.0
+        self.objects: dict[ObjectId, RemoteFile] = {}
+        for file in remote.files("objects"):
+            name = file.name.rpartition("/")[2]
+            if is_object_id(name):
+                self.objects[ObjectId(name)] = file
+        self.packs = {file.name: file for file in remote.files("packs")}
+        self.pointers = {
+            ObjectId(name): file
+            for file in self.packs.values()
+            if is_object_id(name := file.name.removeprefix(f"{packs.PARTS}/"))
+        }
+        self._repo = repo
+        self._chunks: dict[ObjectId, frozenset[ObjectId]] = {}
+
+    def has_part(self, index_id: ObjectId) -> bool:
+        return index_id in self.objects or index_id in self.pointers
+
+    def chunks_of(self, index_id: ObjectId) -> frozenset[ObjectId]:
+        """Return the chunks that an index lists, read here or there. ObjectMissing, CorruptionError."""
+        if index_id not in self._chunks:
+            data, _ = fallback.read(self._repo.store, [self.remote], index_id, mend=False)
+            self._chunks[index_id] = frozenset(chunk.id for chunk in part_index.decode_chunks(data))
+        return self._chunks[index_id]
+
+    def sizes(self, index_id: ObjectId) -> dict[ObjectId, int]:
+        """Return the bytes of each object of a part that lies there by itself."""
+        if not self.has_part(index_id):
+            return {}
+        ids = (index_id, *self.chunks_of(index_id))
+        return {object_id: self.objects[object_id].size for object_id in ids if object_id in self.objects}
+
+    def packs_of(self, index_id: ObjectId) -> set[str]:
+        """Return the names of the packs of a part, and of the file that names them. CorruptionError if that is bad."""
+        pointer = self.pointers.get(index_id)
+        if pointer is None:
+            return set()
+        named = packs.read_pointer(self.remote.read_file(pointer.name, packs.MAX_POINTER_BYTES) or b"")
+        if not named:
+            reason = "it names no packs: `castore push --repair` mends it"
+            raise CorruptBundle(f"{self.remote.name}: {pointer.name}: {reason}")
+        return {pointer.name, *(packs.name_of(pack) for pack in named)}
+
+
+def _plan(repo: Repo, shelf: _Shelf, policy: Policy, grace: timedelta, now: datetime) -> RemoteGCPlan:
+    roots = catalog.read_roots(repo.catalog)
+    sources = [Source("the work tree", roots.here), *(Source(name, entries) for name, entries in roots.elsewhere)]
+    known = {entry.id for source in sources for entry in source.entries}
+    pushed = read_manifests(shelf.remote)
+    sources.append(Source(shelf.remote.name, tuple(entry for entry in pushed if entry.id not in known)))
+    entries = {entry.id: entry for source in sources for entry in source.entries}
+    if shelf.objects and not entries:
+        raise RootsUnreadable(f"there are {len(shelf.objects)} objects in {shelf.remote.name}, but not one manifest")
+
+    def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
+        return shelf.sizes(entry.manifest.parts[part].index)
+
+    decisions = decide(
+        sources[0],
+        sources[1:],
+        policy,
+        sizes,
+        now=now,
+        pinned=roots.pins,
+        pinned_elsewhere=roots.pins_elsewhere,
+        tagged=roots.tags,
+        tagged_elsewhere=roots.tags_elsewhere,
+        usable=_usability(shelf, entries.values()),
+    )
+    live: set[ObjectId] = {entry.id for entry in entries.values()}
+    live_files: set[str] = set()
+    for entry, part in kept_parts(decisions):
+        index_id = entry.manifest.parts[part].index
+        if shelf.has_part(index_id):
+            live |= {index_id, *shelf.chunks_of(index_id)}
+            live_files |= shelf.packs_of(index_id)
+    useless = {file.name: file for object_id, file in shelf.objects.items() if object_id not in live}
+    useless |= {name: file for name, file in shelf.packs.items() if name not in live_files}
+    oldest = now.timestamp() - grace.total_seconds()
+    old = {name: file for name, file in useless.items() if file.modified <= oldest}
+    is_ripe = 0 < shelf.marked_at <= oldest
+    marked = {name for name in old if _is_marked(shelf.marks, name) and old[name].modified <= shelf.marked_at}
+    delete = marked if is_ripe else set()
+    mark = set(old) - delete if is_ripe or not shelf.marks.time else set()
+    return RemoteGCPlan(
+        decisions=decisions,
+        delete={name: old[name].size for name in _in_order(delete, entries.values())},
+        mark={name: old[name].size for name in sorted(mark)},
+        waiting={name: useless[name].size for name in sorted(useless.keys() - delete - mark)},
+        kept_bytes=sum(file.size for file in (*shelf.objects.values(), *shelf.packs.values()))
+        - sum(file.size for file in useless.values()),
+    )
+
+
+def _is_marked(marked: Marks, name: str) -> bool:
+    return name in marked.files or name.rpartition("/")[2] in marked.objects
+
+
+def _in_order(names: Iterable[str], entries: Iterable[Entry]) -> list[str]:
+    """Return the order in which files go, so that what is left of a checkpoint at any moment makes sense.
+
+    What names packs, then the indexes of parts that only serve to resume, then those of models, then all others.
+    """
+    ranks: dict[str, int] = {}
+    for entry in entries:
+        for name, part in entry.manifest.parts.items():
+            ranks[part.index] = max(ranks.get(part.index, 0), 1 if name in RESUME_PARTS else 2)
+    return sorted(
+        names, key=lambda name: (0 if name.startswith(packs.PARTS) else ranks.get(name.rpartition("/")[2], 3), name)
+    )
+
+
+def _usability(shelf: _Shelf, entries: Iterable[Entry]) -> Usability:
+    """Tell which manifests have nothing in the remote, or not all."""
+    gone, weights_only = set(), set()
+    for entry in entries:
+        there = {name for name, part in entry.manifest.parts.items() if shelf.has_part(part.index)}
+        if not there or ("model" in entry.manifest.parts and "model" not in there):
+            gone.add(entry.id)
+        elif there != entry.manifest.parts.keys():
+            weights_only.add(entry.id)
+    return Usability(frozenset(gone), frozenset(), frozenset(weights_only))
+
+
+def _apply(shelf: _Shelf, plan: RemoteGCPlan) -> None:
+    """Delete, and then write new marks: a pass that is cut short deletes the rest the next time."""
+    ranked = list(plan.delete)
+    for start in range(0, len(ranked), 1000):
+        shelf.remote.remove(ranked[start : start + 1000])
+    if plan.mark:
+        objects = {ObjectId(name) for path in plan.mark if is_object_id(name := path.rpartition("/")[2])}
+        marks.write(shelf.remote, Marks(1.0, objects, frozenset(plan.mark)))
+    elif plan.delete:
+        marks.clear(shelf.remote)
