@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from castore.policy.resolution import Match, Rejected, Resolution
     from castore.policy.scoring import score
     from castore.repo import Repo, SaveResult
-    from castore.transfer import Pulled, Pushed, fetch, push
 
 __version__ = "0.1.0"
 
@@ -39,8 +38,6 @@ __all__ = [
     "Manifest",
     "Match",
     "Metric",
-    "Pulled",
-    "Pushed",
     "Rejected",
     "Repo",
     "Resolution",
@@ -48,9 +45,7 @@ __all__ = [
     "__version__",
     "collect_garbage",
     "errors",
-    "fetch",
     "processors",
-    "push",
     "score",
     "text",
 ]
@@ -62,16 +57,12 @@ _MODULES = {
     "Manifest": "format.manifest",
     "Match": "policy.resolution",
     "Metric": "format.manifest",
-    "Pulled": "transfer",
-    "Pushed": "transfer",
     "Rejected": "policy.resolution",
     "Repo": "repo",
     "Resolution": "policy.resolution",
     "SaveResult": "repo",
     "collect_garbage": "gc",
-    "fetch": "transfer",
     "processors": "parallel",
-    "push": "transfer",
     "score": "policy.scoring",
 }
 

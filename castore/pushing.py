@@ -67,13 +67,11 @@ class BackgroundPusher:
                 self._at_work -= 1
 
     def _push_pending(self) -> None:
-        from castore.transfer import push
-
         entries = self.pending
         if not entries:
             return
         try:
-            pushed = push(self._repo, entries, self._remote)
+            pushed = self._repo.push(entries, self._remote)
         except CastoreError as error:
             self._error = error
             return

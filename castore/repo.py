@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from castore import config as configs
+from castore import transfer
 from castore.errors import (
     ConfigError,
     CorruptionError,
@@ -39,6 +40,7 @@ from castore.policy.resolution import Damaged, PartState, Requirement, Resolutio
 from castore.policy.retention import Policy, policy_of
 from castore.policy.scoring import score
 from castore.policy.selector import Selector
+from castore.progress import Progress, ignore_progress
 from castore.remotes.base import PublishingRemote, Remote
 from castore.remotes.registry import open_configured
 from castore.state import objects
@@ -48,6 +50,7 @@ from castore.storage import fs, git
 from castore.storage.catalog import Catalog, Listing
 from castore.storage.location import claim, locate, share
 from castore.storage.object_store import ObjectStore
+from castore.transfer import Pulled, Pushed
 
 _log = logging.getLogger(__name__)
 
@@ -418,6 +421,43 @@ class Repo:
             tree, placed = loaded.pop(name)  # popped, so that what has been moved to the device is freed here
             states[name] = tensors.restore(tree, tensors.move_tensors(placed, device))
         return states
+
+    # -- remotes -----------------------------------------------------------------------------------------------------
+
+    def fetch(
+        self,
+        wanted: str | Entry,
+        parts: Iterable[str] | None = None,
+        *,
+        remotes: Sequence[Remote] | None = None,
+        progress: Progress = ignore_progress,
+    ) -> Pulled:
+        """Fetch what the store lacks of a checkpoint, or of these parts of it, every byte verified.
+
+        Loading fetches by itself; this is for doing it before, with ``progress`` (in bytes), and from some of the
+        ``remotes`` alone. The errors of :meth:`find`; ObjectMissing when no remote has a good copy of something: what
+        was fetched until then stays.
+        """
+        entry = self.find(wanted) if isinstance(wanted, str) else wanted
+        names = _choose_parts(entry, parts)
+        return transfer.pull(
+            self.store, self.lock, self.remotes if remotes is None else remotes, entry, names, progress
+        )
+
+    def push(
+        self,
+        entries: Sequence[Entry],
+        remote: PublishingRemote | None = None,
+        *,
+        repair: bool = False,
+        progress: Progress = ignore_progress,
+    ) -> Pushed:
+        """Copy what a remote, the default one when None, lacks of these checkpoints: chunks, indexes, then manifests.
+
+        Errors and details are those of :func:`castore.transfer.push`.
+        """
+        target = remote or self.publishing_remote()
+        return transfer.push(self.store, self.lock, entries, target, repair=repair, progress=progress)
 
     # -- finding -----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""Checkpoints between the store and remotes, whatever their kind: push, fetch, and what is where."""
+"""Checkpoints between a store and remotes, whatever their kind: push, fetch, and the manifests there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from castore.errors import (
@@ -27,8 +28,11 @@ from castore.remotes.base import PublishingRemote, Remote
 from castore.remotes.bucket import Bucket
 from castore.remotes.fallback import ErrorRecorder
 from castore.remotes.packs import MAX_BYTES, PACK_ABOVE
-from castore.repo import Repo
 from castore.state.parts import locate_errors
+from castore.storage.object_store import ObjectStore
+
+Lock = Callable[[], AbstractContextManager[None]]
+"""Returns a context in which the repository's shared lock is held."""
 
 MANIFESTS = "manifests"
 """The folder of a remote with the manifests of what was pushed."""
@@ -50,56 +54,50 @@ class Pulled:
 
 
 def pull(
-    repo: Repo, entry: Entry, parts: Iterable[str], progress: Progress, remotes: Sequence[Remote] | None = None
+    store: ObjectStore,
+    lock: Lock,
+    remotes: Sequence[Remote],
+    entry: Entry,
+    parts: Iterable[str],
+    progress: Progress = ignore_progress,
 ) -> Pulled:
     """Fetch the objects that the store lacks of these parts of a checkpoint, each verified before it is stored.
 
-    ``remotes`` are those of the repository when None. ObjectMissing when none has a good copy of one; what was fetched
+    ``lock`` holds the repository's shared lock. ObjectMissing when no remote has a good copy of one; what was fetched
     until then stays. ``progress`` counts plain bytes.
     """
-    recorders = [ErrorRecorder(remote) for remote in (repo.remotes if remotes is None else remotes)]
+    recorders = [ErrorRecorder(remote) for remote in remotes]
     indexes: dict[ObjectId, tuple[bytes, bytes]] = {}
     missing: dict[ObjectId, int] = {}
-    with repo.lock():
+    with lock():
 
         def read_index(name: str) -> tuple[ObjectId, bytes, bytes | None, tuple[ChunkRef, ...]]:
             index_id = entry.manifest.parts[name].index
             with locate_errors(name, entry.id):
-                data, frame = fallback.read(repo.store, recorders, index_id)
+                data, frame = fallback.read(store, recorders, index_id)
                 return index_id, data, frame, part_index.decode_chunks(data)
 
         for index_id, data, frame, chunks in map_all(read_index, parts, fallback.ASKERS, name="castore-fetch"):
             if frame is not None:
                 indexes[index_id] = data, frame
-            missing.update((chunk.id, chunk.length) for chunk in chunks if not repo.store.has(chunk.id))
-        _fetch_all(repo, recorders, missing, progress)
+            missing.update((chunk.id, chunk.length) for chunk in chunks if not store.has(chunk.id))
+        _fetch_all(store, recorders, missing, progress)
         # last: an index without its chunks would be taken for damage
         for index_id, (data, frame) in indexes.items():
-            repo.store.adopt(index_id, frame, memoryview(bytearray(len(data))))
+            store.adopt(index_id, frame, memoryview(bytearray(len(data))))
     plain_bytes = sum(missing.values()) + sum(len(data) for data, _ in indexes.values())
     errors = {recorder.name: recorder.error for recorder in recorders if recorder.error}
     return Pulled(len(missing) + len(indexes), plain_bytes, errors)
 
 
-def fetch(
-    repo: Repo, selector: str, parts: Iterable[str] | None = None, *, progress: Progress = ignore_progress
-) -> Pulled:
-    """Fetch what the store lacks of a checkpoint, or of these parts of it; see :func:`pull`. Errors of Repo.find, too.
-
-    Loading fetches by itself; this is for doing it before, with ``progress``.
-    """
-    entry = repo.find(selector)
-    names = entry.manifest.parts if parts is None else [name for name in parts if name in entry.manifest.parts]
-    states = repo.part_states(entry)
-    return pull(repo, entry, [name for name in names if states[name].where != "local"], progress)
-
-
-def _fetch_all(repo: Repo, remotes: Sequence[Remote], lengths: Mapping[ObjectId, int], progress: Progress) -> None:
+def _fetch_all(
+    store: ObjectStore, remotes: Sequence[Remote], lengths: Mapping[ObjectId, int], progress: Progress
+) -> None:
     """Fetch objects, given with their plain lengths, in parallel. ObjectMissing."""
     done, total = 0, sum(lengths.values())
 
     def fetch(object_id: ObjectId) -> ObjectId:
-        if fallback.fetch(repo.store, remotes, object_id) is None:
+        if fallback.fetch(store, remotes, object_id) is None:
             raise ObjectMissing(object_id, elsewhere=fallback.explain_missing(remotes, object_id))
         return object_id
 
@@ -197,7 +195,8 @@ class Pushed:
 
 
 def push(
-    repo: Repo,
+    store: ObjectStore,
+    lock: Lock,
     entries: Sequence[Entry],
     remote: PublishingRemote,
     *,
@@ -213,14 +212,17 @@ def push(
     """
     if not remote.writable:
         raise UploadRefused(remote.name, "it is for reading alone")
-    return _Push(repo, remote, repair, progress).run(entries)
+    return _Push(store, lock, remote, repair, progress).run(entries)
 
 
 class _Push:
     """One run of :func:`push`."""
 
-    def __init__(self, repo: Repo, remote: PublishingRemote, repair: bool, progress: Progress) -> None:
-        self._repo, self._remote, self._repair, self._progress = repo, remote, repair, progress
+    def __init__(
+        self, store: ObjectStore, lock: Lock, remote: PublishingRemote, repair: bool, progress: Progress
+    ) -> None:
+        self._store, self._lock, self._remote = store, lock, remote
+        self._repair, self._progress = repair, progress
         # gc there is about to delete these: writing one again tells it that it is needed
         marked = marks.read(remote)
         self._marked, self._marked_files = marked.objects, marked.files
@@ -236,13 +238,13 @@ class _Push:
             if index_id not in whole and (found := self._chunks(entry, name, index_id)) is not None
         }
         missing = self._missing({chunk_id for listed in chunks.values() for chunk_id in listed})
-        self._total = sum(self._repo.store.stored_size(object_id) or 0 for object_id in (*missing, *chunks))
+        self._total = sum(self._store.stored_size(object_id) or 0 for object_id in (*missing, *chunks))
         for index_id, listed in chunks.items():
             entry, name = parts[index_id]
             wanted = [chunk_id for chunk_id in dict.fromkeys(listed) if chunk_id in missing]
             try:
                 # for each part alone, so that gc gets its turn: what it deletes meanwhile is left out, and told
-                with self._repo.lock(), locate_errors(name, entry.id):
+                with self._lock(), locate_errors(name, entry.id):
                     self._push_part(index_id, wanted, listed)
             except (ObjectMissing, CorruptObject) as error:
                 self._left_out[entry.id, name] = str(error)
@@ -260,11 +262,11 @@ class _Push:
 
     def _chunks(self, entry: Entry, name: str, index_id: ObjectId) -> list[ObjectId] | None:
         """Return the chunks of a part, or None, with the reason noted, if its index isn't here in good order."""
-        if not self._repo.store.has(index_id):
+        if not self._store.has(index_id):
             self._left_out[entry.id, name] = "its data isn't here"
             return None
         try:
-            return [chunk.id for chunk in part_index.decode_chunks(self._repo.store.read(index_id))]
+            return [chunk.id for chunk in part_index.decode_chunks(self._store.read(index_id))]
         except CorruptionError as error:
             self._left_out[entry.id, name] = str(error)
             return None
@@ -298,7 +300,7 @@ class _Push:
         batch: list[ObjectId] = []
         size = 0
         for object_id in object_ids:
-            length = self._repo.store.stored_size(object_id) or 0
+            length = self._store.stored_size(object_id) or 0
             if batch and size + length > MAX_BYTES:
                 yield batch
                 batch, size = [], 0
@@ -309,13 +311,13 @@ class _Push:
     def _put_packed(self, object_ids: Sequence[ObjectId]) -> list[int]:
         """Return the stored bytes of each object that was moved."""
         assert isinstance(self._remote, Bucket)
-        frames = [(object_id, self._repo.store.frame(object_id)) for object_id in object_ids]
+        frames = [(object_id, self._store.frame(object_id)) for object_id in object_ids]
         self._remote.put_packed(frames, renew=bool(self._marked_files))
         return [len(data) for _, data in frames]
 
     def _put(self, object_id: ObjectId) -> list[int]:
         """Return the stored bytes of each object that was moved."""
-        data = self._repo.store.frame(object_id)
+        data = self._store.frame(object_id)
         return [len(data)] if self._remote.put(object_id, data, renew=object_id in self._marked) else []
 
     def _count(self, sizes: Sequence[int]) -> None:
@@ -326,12 +328,14 @@ class _Push:
     def _push_manifests(self, entries: Sequence[Entry]) -> None:
         listed = _listed_ids(self._remote) if entries else {}
         there = self._remote.has(entry.id for entry in entries) - self._marked
+        if self._repair:
+            there = {entry_id for entry_id in there if self._is_good(entry_id)}
 
         def put(entry: Entry) -> None:
             data = manifest.encode(entry.manifest)
             if entry.id not in there:
                 self._remote.put(entry.id, frame.encode_frame(data), renew=entry.id in self._marked)
-            if entry.id[:12] not in listed:
+            if entry.id[:12] not in listed or self._repair:
                 self._remote.write_file(f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}", data, replace=True)
 
         map_all(put, entries, fallback.ASKERS, name=_THREADS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +162,7 @@ def begin(
     repo: castore.Repo,
     experiment: castore.Experiment,
     session: TrainingSession,
-    fetching: Callable[[int, int], None],
+    fetching: Callable[[int, int], None] | None,
 ) -> Began:
     """Choose what to resume, load it into ``session`` and say where the session starts. Raise as ``choose`` does."""
     config = session.config
@@ -170,7 +170,8 @@ def begin(
     match = choice.match
     val_loss = None
     if match:
-        castore.fetch(repo, match.id, RESUMED if match.availability == "full" else ["model"], progress=fetching)
+        if fetching:
+            repo.fetch(match.id, _parts_to_load(match), progress=fetching)
         _load(repo, match, session)
         manifest = repo.find(match.id).manifest
         if manifest.experiment == experiment:
@@ -192,12 +193,16 @@ def begin(
     )
 
 
+def _parts_to_load(match: castore.Match) -> Sequence[str]:
+    return ["model"] if match.availability == "weights-only" else RESUMED
+
+
 def _load(repo: castore.Repo, match: castore.Match, session: TrainingSession) -> None:
-    is_whole = match.availability != "weights-only"
-    state = repo.load(match.id, parts=[part for part in RESUMED if part != "model"]) if is_whole else {}
+    others = [part for part in _parts_to_load(match) if part != "model"]
+    state = repo.load(match.id, parts=others) if others else {}
     try:
         repo.load_into(match.id, session.model)  # its first weights are of no more use
-        if is_whole:
+        if others:
             session.optimizer.load_state_dict(state["optimizer"])
             session.best_loss = state["trainer"]["best_loss"]
     except (errors.UsageError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

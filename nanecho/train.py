@@ -16,7 +16,6 @@ from torch.nn import functional
 
 import castore
 from castore import errors
-from castore.progress import ignore_progress
 from castore.torch import AsyncSaver
 from nanecho import config as configs
 from nanecho import data, prepared, seeding
@@ -46,7 +45,7 @@ def train(
     tags: Sequence[str] = (),
     note: str = "",
     clock: Callable[[], float] = time.perf_counter,
-    fetching: Callable[[int, int], None] = ignore_progress,
+    fetching: Callable[[int, int], None] | None = None,
 ) -> Iterator[Event]:
     """Run one session: resume, train, evaluate and save. It ends with Finished, or with Failed and an error.
 
@@ -86,7 +85,7 @@ def _run(
     fields: Mapping[str, Any],
     stop: Callable[[], str],
     clock: Callable[[], float],
-    fetching: Callable[[int, int], None],
+    fetching: Callable[[int, int], None] | None,
 ) -> Iterator[Event]:
     """Resume, then train with saves in the background. ``fields`` are what all checkpoints of the session share."""
     session.began = begin(repo, fields["experiment"], session, fetching)

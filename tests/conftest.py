@@ -6,12 +6,15 @@ import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 
 from castore import Repo
+
+if TYPE_CHECKING:
+    from bucket_service import BucketService
 
 # a shell's background jobs ignore these, and so would every program that the tests start
 for number in (signal.SIGINT, signal.SIGHUP):
@@ -61,6 +64,26 @@ def start() -> Iterator[Callable[..., BaseProcess]]:
         process.kill()
         process.join()
         process.close()
+
+
+@pytest.fixture(scope="session")
+def _bucket_service() -> Iterator[BucketService]:
+    from bucket_service import BucketService
+
+    with BucketService() as service:
+        yield service
+
+
+@pytest.fixture
+def s3(_bucket_service: BucketService, monkeypatch: pytest.MonkeyPatch) -> BucketService:
+    """An S3 service that works, its credentials in the environment. All tests share one bucket."""
+    from bucket_service import harmless
+
+    for name, value in _bucket_service.environment().items():
+        monkeypatch.setenv(name, value)
+    _bucket_service.harm = harmless
+    _bucket_service.requests.clear()
+    return _bucket_service
 
 
 @pytest.fixture

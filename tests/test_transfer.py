@@ -13,7 +13,6 @@ from castore import Repo, transfer
 from castore.errors import ObjectMissing, RemoteUnavailable
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
-from castore.progress import ignore_progress
 from castore.remotes.folder import Folder
 
 
@@ -43,14 +42,14 @@ def test_everything_is_fetched_once_and_progress_ends_at_the_total(emptied: tupl
         threads.add(threading.get_ident())
         told.append((done, total))
 
-    pulled = transfer.pull(repo, entry, entry.manifest.parts, progress)
+    pulled = repo.fetch(entry, progress=progress)
     assert pulled.objects == len(list((tmp_path / "shared").rglob("?" * 64)))
     assert pulled.bytes > sum(part.bytes for part in entry.manifest.parts.values())  # and the indexes
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1]
     assert threads == {threading.get_ident()}
     assert pulled.remote_errors == {}
-    assert transfer.pull(repo, entry, entry.manifest.parts, progress) == transfer.Pulled(0, 0)
+    assert repo.fetch(entry, progress=progress) == transfer.Pulled(0, 0)
 
 
 def test_a_remote_that_was_passed_over_is_told_of(emptied: tuple[Repo, Entry], tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_a_remote_that_was_passed_over_is_told_of(emptied: tuple[Repo, Entry], t
         Folder("flipped", tmp_path / "flipped"),
         Folder("good", tmp_path / "shared"),
     ]
-    pulled = transfer.pull(repo, entry, entry.manifest.parts, ignore_progress)
+    pulled = repo.fetch(entry)
     assert pulled.remote_errors.keys() == {"down", "flipped"}
     assert "down when asked for" in pulled.remote_errors["down"]
     assert "is corrupt" in pulled.remote_errors["flipped"]
@@ -78,6 +77,6 @@ def test_what_nobody_has_is_named_and_an_index_is_not_kept_without_it(
     chunk = next(path for path in (tmp_path / "shared").rglob("?" * 64) if path.name not in indexes)
     chunk.unlink()
     with pytest.raises(ObjectMissing) as caught:
-        transfer.pull(repo, entry, entry.manifest.parts, ignore_progress)
+        repo.fetch(entry)
     assert caught.value.object_id == chunk.name
     assert not indexes & repo.store.stored().keys()

@@ -157,15 +157,13 @@ def push(
 
     A push that was cut short goes on where it stopped. Exits with 4 if something that was named could not be pushed.
     """
-    from castore import transfer
-
     repo = castore.Repo.open()
     target = repo.publishing_remote(remote)
     entries = _named(repo, selectors) if selectors else _with_data(repo, everything)
     if not entries:
         raise errors.NothingToDo("nothing to push: no checkpoint has data here")
     with Display(f"push to {target.name}", "bytes") as display:
-        pushed = transfer.push(repo, entries, target, repair=repair, progress=display)
+        pushed = repo.push(entries, target, repair=repair, progress=display)
     if as_json:
         print_json(
             {
@@ -234,7 +232,7 @@ def fetch(
     _fetch(repo, entries, wanted, remotes, as_json)
 
 
-@app.command(epilog="Example: git pull && castore pull")
+@app.command(epilog="Example: castore pull")
 def pull(remote: RemoteOption = "", as_json: JsonOption = False) -> None:
     """Fetch the data that is wanted here: of the best, the newest, and all that is pinned or tagged.
 
@@ -285,13 +283,11 @@ def _fetch_manifests(source: str, selectors: Sequence[str]) -> tuple[castore.Rep
 def _fetch(
     repo: castore.Repo, entries: Sequence[Entry], wanted: Sequence[str] | None, remotes: Sequence[Remote], as_json: bool
 ) -> None:
-    from castore import transfer
-
     fetched = []
     with Display("fetch", "bytes") as display:
         for entry in entries:
             names = _choose_parts(repo, entry, wanted, remotes)
-            fetched.append((entry, names, transfer.pull(repo, entry, names, display, remotes)))
+            fetched.append((entry, names, repo.fetch(entry, names, remotes=remotes, progress=display)))
     if as_json:
         print_json(
             [

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from castore import gc, transfer
+from castore import gc
 from castore.errors import (
     CastoreError,
     CorruptionError,
@@ -205,7 +205,7 @@ def _pull(repo: Repo, entry: Entry, progress: Progress, errors: dict[str, str], 
     parts = list(entry.manifest.parts)
     if not whole:
         parts = [name for name, state in repo.part_states(entry).items() if state.where != "missing"]
-    pulled = transfer.pull(repo, entry, parts, progress)
+    pulled = repo.fetch(entry, parts, progress=progress)
     errors.update({name: error for name, error in pulled.remote_errors.items() if name not in errors})
 
 

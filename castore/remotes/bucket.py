@@ -206,13 +206,15 @@ class Bucket:
         return self._ask(read, tries=_BODY_TRIES)
 
     def read_range(self, name: str, start: int, stop: int) -> bytes | None:
-        """Return bytes of a file; None when there is no such file. RemoteUnavailable."""
+        """Return bytes of a file, as far as it has them; None when there is no such file. RemoteUnavailable."""
         obstore = _load_obstore(self.name)
 
         def read(store: ObjectStore) -> bytes:
             try:
                 data: bytes = obstore.get_range(store, name, start=start, end=stop).to_bytes()
             except obstore.exceptions.GenericError as error:
+                if "status code: 416" in str(error):
+                    return b""  # it ends before
                 if "non-partial" not in str(error):
                     raise
                 data = obstore.get(store, name).bytes().to_bytes()[start:stop]  # a server without ranges is slower
@@ -279,12 +281,14 @@ class Bucket:
             except passed:
                 raise
             except FileNotFoundError as error:
-                if is_write or _MISSING_BUCKET.search(str(error)):
-                    raise self._failure(error, is_write) from None
-                return None
+                if not is_write and not _MISSING_BUCKET.search(str(error)):
+                    return None
+                failure = self._failure(error, is_write)
             except failures as error:
-                if tries <= 0 or not _BROKEN_BODY.search(str(error)):
-                    raise self._failure(error, is_write) from None
+                if tries > 0 and _BROKEN_BODY.search(str(error)):
+                    continue
+                failure = self._failure(error, is_write)
+            raise failure  # out here: what the provider wrote would be its context
 
     def _failure(self, error: Exception, is_write: bool) -> RemoteUnavailable | UploadRefused:
         """Return the error to raise. What the provider wrote is not in it: that may quote an address with a key."""

@@ -69,7 +69,8 @@ class Packs:
         self._pointers: set[ObjectId] = set()  # that were opened
         self._listed: tuple[float, dict[ObjectId, float]] = (-_LISTED_FOR, {})
         self._joined: dict[ObjectId, JoinedRead] = {}
-        self._lock = threading.RLock()
+        self._opening = threading.Lock()
+        self._lock = threading.Lock()  # of what packs are known to hold
 
     def holds(self, object_id: ObjectId) -> bool:
         """Whether an opened pack has the object."""
@@ -85,7 +86,7 @@ class Packs:
         asked = set(object_ids)
         missing = asked - self._places.keys()
         if missing:
-            with self._lock:
+            with self._opening:
                 self._open_pointers(missing)
         return asked & self._places.keys()
 
@@ -199,11 +200,13 @@ class Packs:
 def read_pointer(data: bytes) -> dict[ObjectId, int]:
     """Return the packs, with their sizes, that the file of a part names; none if it is not such a file."""
     try:
-        packs = msgspec.json.decode(data, type=Pointer).packs
+        pointer = msgspec.json.decode(data, type=Pointer)
     except (ValueError, msgspec.MsgspecError, RecursionError):
         return {}
+    if pointer.version != 1 or canonical(pointer) != data:
+        return {}
     least = len(bundle.HEADER) + bundle.TRAILER_BYTES
-    return {ObjectId(pack): size for pack, size in packs.items() if is_object_id(pack) and size > least}
+    return {ObjectId(pack): size for pack, size in pointer.packs.items() if is_object_id(pack) and size > least}
 
 
 def name_of(pack_id: ObjectId) -> str:

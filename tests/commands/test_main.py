@@ -26,15 +26,19 @@ COMMANDS = (
     "init", "train", "demo",
     "log", "show", "resolve", "diff", "stats",
     "gc", "pin", "unpin", "tag", "untag", "forget",
+    "push", "fetch", "pull", "status", "ls",
     "verify", "doctor",
     "export", "import", "add", "checkout",
     "report",
 )  # fmt: skip
 
 
+HELP = [*COMMANDS[: COMMANDS.index("ls") + 1], "remote", *COMMANDS[COMMANDS.index("ls") + 1 :], "ci"]
+
+
 def test_help_names_every_command_and_exit_code(project: Project) -> None:
     out = project.run("--help")
-    assert [line.split()[0] for line in out.splitlines() if re.match(r"  [a-z]+  ", line)] == [*COMMANDS, "ci"]
+    assert [line.split()[0] for line in out.splitlines() if re.match(r"  [a-z]+  ", line)] == HELP
     assert "7 nothing to do" in out
     assert re.fullmatch(r"castore \d+\.\d+\.\d+\n", project.run("--version"))
 

@@ -17,7 +17,7 @@ from obstore.store import LocalStore, MemoryStore
 pytest.register_assert_rewrite("conformance")
 
 from actions_service import Service  # noqa: E402
-from bucket_service import BucketService, harmless  # noqa: E402
+from bucket_service import BucketService  # noqa: E402
 from conformance import FRAMES, Conformance, PublishingConformance  # noqa: E402
 
 from castore.format import bundle  # noqa: E402
@@ -115,12 +115,6 @@ class TestBucketInAFolder(PublishingConformance):
         return BucketShelf(LocalStore(tmp_path / "shelf", mkdir=True))
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[BucketService]:
-    with BucketService() as service:
-        yield service
-
-
 class S3Shelf(BucketShelf):
     """A folder of a bucket, reached as users reach it: by its URL and the environment."""
 
@@ -138,20 +132,12 @@ class S3Shelf(BucketShelf):
         monkeypatch.setattr(self.service, "harm", lambda request: "403" if request.method == "PUT" else "")
 
 
-@pytest.fixture
-def in_s3(s3: BucketService, monkeypatch: pytest.MonkeyPatch) -> BucketService:
-    for name, value in s3.environment().items():
-        monkeypatch.setenv(name, value)
-    s3.harm = harmless
-    return s3
-
-
 class TestBucketInS3(PublishingConformance):
     remote_class = Bucket
 
     @pytest.fixture
-    def shelf(self, in_s3: BucketService) -> S3Shelf:
-        return S3Shelf(in_s3)
+    def shelf(self, s3: BucketService) -> S3Shelf:
+        return S3Shelf(s3)
 
 
 class TestBucketInS3WithoutConditions(PublishingConformance):
@@ -161,9 +147,9 @@ class TestBucketInS3WithoutConditions(PublishingConformance):
     creates = False
 
     @pytest.fixture
-    def shelf(self, in_s3: BucketService, monkeypatch: pytest.MonkeyPatch) -> S3Shelf:
-        monkeypatch.setattr(in_s3, "harm", lambda request: "no create" if request.method == "PUT" else "no ranges")
-        return S3Shelf(in_s3)
+    def shelf(self, s3: BucketService, monkeypatch: pytest.MonkeyPatch) -> S3Shelf:
+        monkeypatch.setattr(s3, "harm", lambda request: "no create" if request.method == "PUT" else "no ranges")
+        return S3Shelf(s3)
 
 
 class WebShelf:

@@ -21,7 +21,7 @@ from actions_service import Handle, Reply, Request
 from actions_service import Service as Cache
 from builders import parts
 
-from castore import Repo, transfer
+from castore import Repo
 from castore.errors import NotInActions, RemoteUnavailable, UploadRefused
 from castore.format import bundle, ids
 from castore.format.bundle import Record
@@ -159,7 +159,7 @@ def test_the_indexes_of_a_checkpoint_are_read_at_once(repo: Repo, box: Box, ask:
     repo.remotes[-1].has(box.record.parts)  # which reads the index of the bundle
     box.cache.fault("GET", wait_for_the_others, times=len(box.record.parts))
     if ask == "pull":
-        transfer.pull(repo, entry, entry.manifest.parts, ignore_progress)
+        repo.fetch(entry)
     else:
         assert {state.where for state in repo.part_states(entry).values()} == {"remote"}
     assert not all_are_here.broken
