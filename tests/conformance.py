@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import obstore
 import pytest
 
 from castore import Repo
@@ -32,6 +33,7 @@ from castore.format.frame import HEADER_BYTES, MAX_STORED, encode_frame
 from castore.format.ids import ObjectId
 from castore.remotes import fallback
 from castore.remotes.base import PublishingRemote, Remote
+from castore.remotes.bucket import Bucket
 
 
 def frame_of(plain: bytes) -> bytes:
@@ -62,6 +64,35 @@ class PublishingShelf(Shelf, Protocol):
 
     def contents(self) -> dict[str, bytes]:
         """Return whatever is kept, leftovers of any kind included, by name: that of an object is its id."""
+
+
+class BucketShelf:
+    """A store of obstore, stocked past castore."""
+
+    def __init__(self, store: Any, url: str = "s3://of-a-test") -> None:
+        self.store, self.url = store, url
+
+    def stock(self, contents: Mapping[ObjectId, bytes]) -> Bucket:
+        for object_id, data in contents.items():
+            obstore.put(self.store, f"objects/{object_id[:2]}/{object_id}", data)
+        return self.open()
+
+    def stock_oversized(self, object_id: ObjectId) -> Bucket:
+        obstore.put(self.store, f"objects/{object_id[:2]}/{object_id}", bytes(MAX_STORED + 1))
+        return self.open()
+
+    def open(self) -> Bucket:
+        return Bucket("bucket", self.url, self.store)
+
+    def refuse_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise obstore.exceptions.GenericError("Generic error: status code: 507 and no more room")
+
+        monkeypatch.setattr(obstore, "put", fail)
+
+    def contents(self) -> dict[str, bytes]:
+        names = [file["path"] for page in obstore.list(self.store) for file in page]
+        return {name.rpartition("/")[2]: obstore.get(self.store, name).bytes().to_bytes() for name in names}
 
 
 def truncated(frame: bytes) -> bytes:
