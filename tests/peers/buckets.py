@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import random
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 BUCKET = "checkpoints"
 KEY_ID, SECRET = "AKIAOFTHETESTS", "secret-of-the-tests"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that is free, as is the one ten thousand above, which SeaweedFS takes for its other interface."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 @dataclass
@@ -60,8 +64,8 @@ def _start(command: Sequence[str], log: Path, port: int, creates: bool) -> S3Ser
     raise AssertionError(log.read_text())
 
 
-def seaweedfs(programs: Path, folder: Path) -> S3Server:
-    """Start SeaweedFS, all its servers in one process, with a bucket."""
+def seaweedfs(programs: Path, folder: Path, *, volume_mb: int = 64) -> S3Server:
+    """Start SeaweedFS, all its servers in one process, with a bucket that takes a hundred times ``volume_mb``."""
     settings = {
         "identities": [
             {
@@ -74,14 +78,11 @@ def seaweedfs(programs: Path, folder: Path) -> S3Server:
     (folder / "s3.json").write_text(json.dumps(settings))
     (folder / "data").mkdir()
     port = free_port()
-    ports: dict[str, Any] = {"master.port": free_port(), "volume.port": free_port(), "filer.port": free_port()}
-    # it derives the port of each server's other interface from these, ten thousand above
-    ports = {name: number if number < 50_000 else number - 20_000 for name, number in ports.items()}
-    options = [f"-{name}={number}" for name, number in ports.items()]
+    options = [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer")]
     command = [
         str(programs / "weed"), "-logtostderr=true", "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-s3",
         f"-s3.port={port}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 's3.json'}",
-        "-master.volumeSizeLimitMB=64", "-volume.max=64", *options,
+        f"-master.volumeSizeLimitMB={volume_mb}", "-volume.max=100", *options,
     ]  # fmt: skip
     server = _start(command, folder / "log", port, creates=True)
     _make_bucket(server)
