@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from castore.errors import CorruptObject, ObjectMissing, RemoteError, StorageError, UnsupportedVersion
+from castore.format import codecs
 from castore.format.frame import decode_frame, plain_length
 from castore.format.ids import ObjectId
 from castore.remotes.base import Remote
@@ -20,6 +21,8 @@ ASKERS = 8
 """Threads that ask remotes at once: a request waits for the network, not for a processor."""
 
 _MAX_MEMORY = 128 << 20  # of what they hold: each a frame, and what it decodes to
+
+_scratch = codecs.Scratch()
 
 _COPIES = 2  # that a remote may have of an object: by itself, and in a pack
 
@@ -93,11 +96,11 @@ def fetch(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId) ->
     """Copy an object from the first remote with a good copy into the store; return that remote's name, or None."""
     for remote, frame in frames(remotes, object_id):
         try:
-            out = bytearray(plain_length(object_id, memoryview(frame)))
+            out = _scratch.take(plain_length(object_id, memoryview(frame)))
         except (CorruptObject, UnsupportedVersion) as error:
             _mark_corrupt(remote, object_id, error)
             continue
-        if _adopt(store, remote, object_id, frame, memoryview(out)):
+        if _adopt(store, remote, object_id, frame, out):
             return remote.name
     return None
 

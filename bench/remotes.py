@@ -1,6 +1,6 @@
 """Measure pushes to and fetches from a bucket in SeaweedFS, beside boto3's transfer manager and `dvc push`.
 
-    make bench-buckets
+    python bench/remotes.py
 
 All move the same state over loopback, in turn, to a new folder of the bucket each time; medians of the rounds. The
 server shares the processors with whoever pushes.
