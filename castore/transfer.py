@@ -19,9 +19,11 @@ from castore.errors import (
 )
 from castore.format import frame, manifest, part_index
 from castore.format.ids import ObjectId, is_object_id
-from castore.format.manifest import Entry
+from castore.format.manifest import Entry, Experiment
 from castore.format.part_index import ChunkRef
 from castore.parallel import map_ahead, map_all
+from castore.policy.resolution import PartState, Requirement, resolve
+from castore.policy.selector import Selector
 from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback, marks
 from castore.remotes.base import PublishingRemote, Remote
@@ -125,6 +127,28 @@ def find_manifest(remote: Remote, selector: str) -> Entry:
     if not entries:
         raise NotFound(f"{remote.name} has no checkpoint {selector!r}: `castore ls {remote.name}` lists what it has")
     return entries[0]
+
+
+def choose_manifest(remote: PublishingRemote, selector: str) -> Entry:
+    """Return the best or the latest checkpoint, by what its manifests say, that is in a remote with all its parts.
+
+    Nothing but the remote vouches for them. NothingMatches, NothingAvailable, CorruptManifest; RemoteError or
+    StorageError.
+    """
+    parsed = Selector.parse(selector, "checkpoint")
+    entries = parsed.candidates(read_manifests(remote))
+    there = remote.has(part.index for entry in entries for part in entry.manifest.parts.values())
+
+    def parts_of(entry: Entry) -> dict[str, PartState]:
+        absent = PartState("missing", f"not in {remote.name}")
+        return {
+            name: PartState("remote") if part.index in there else absent for name, part in entry.manifest.parts.items()
+        }
+
+    experiment = entries[0].manifest.experiment if entries else Experiment()
+    resolution = resolve(Requirement(selector=parsed.name, experiment=experiment), entries, parts_of)
+    match = resolution.require()
+    return next(entry for entry in entries if entry.id == match.id)
 
 
 def _read_manifest(remote: Remote, checkpoint_id: ObjectId) -> Entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -33,9 +34,10 @@ class Watched(Bucket):
         super().__init__(name, "s3://in-memory", store or MemoryStore())
         self.written: list[str] = []
         self.fails_after = 1 << 30
+        self._turns = itertools.count()  # one a write, whichever thread makes it
 
     def _create(self, name: str, data: bytes, *, replace: bool) -> bool:
-        if len(self.written) >= self.fails_after:
+        if next(self._turns) >= self.fails_after:
             raise UploadRefused(self.name, "a test says so")
         is_new = super()._create(name, data, replace=replace)
         if is_new:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,14 +212,15 @@ def fetch(
     remote: RemoteOption = "",
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="URL", help="From there, with its manifest.", show_default=False),
+        typer.Option("--from", metavar="URL|NAME", help="From there, with its manifest.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fetch the data of checkpoints into the store, every byte verified.
 
-    With --from, the manifest comes from the remote as well. What vouches for it is the id that you give: all 64 digits
-    of one that you trust make sure that you get exactly that checkpoint, from whoever keeps it.
+    With --from, the manifest comes from the remote as well, and no clone is needed. What vouches for it is the id that
+    you give: all 64 digits of one that you trust make sure that you get exactly that checkpoint, from whoever keeps it.
+    best and latest are what the remote says of itself.
     """
     wanted = [part.strip() for part in parts.split(",")] if parts else None
     if source is not None:
@@ -257,27 +259,45 @@ def pull(remote: RemoteOption = "", as_json: JsonOption = False) -> None:
 
 def _fetch_manifests(source: str, selectors: Sequence[str]) -> tuple[castore.Repo, list[Entry], list[Remote]]:
     """Return the repository here, made if there is none, with the manifests of what was named in ``source``."""
-    import sys
-
-    from castore.remotes.registry import open_remote
-    from castore.transfer import find_manifest
-
-    try:
-        remote = open_remote(source, source, Path.cwd())
-    except ValueError as error:
-        raise errors.UsageError(str(error)) from None
+    remote = _open_source(source)
     if not selectors:
         raise errors.UsageError(f"which one? `castore ls {source}` lists what is there; name an id that you trust")
-    entries = [find_manifest(remote, selector) for selector in selectors]
+    found = [_find_there(remote, selector) for selector in selectors]
     repo = open_or_init(sys.stderr)
-    for selector, entry in zip(selectors, entries, strict=True):
-        if len(selector) < 64:
-            warn(
-                f"{entry.id} was found by {len(selector)} digits, and only these vouch for it: "
-                "compare the id with one that you trust"
-            )
+    for entry, vouches in found:
+        if vouches:
+            warn(f"{entry.id}: {vouches}")
         repo.catalog.add(entry.manifest)
-    return repo, entries, [remote]
+    return repo, [entry for entry, _ in found], [remote]
+
+
+def _open_source(source: str) -> Remote:
+    """Open a remote by its name in the repository here, or by its URL."""
+    from castore.remotes.registry import open_remote
+
+    try:
+        repo = castore.Repo.open()
+        if source in repo.config.locations:
+            return repo.remote(source)
+    except errors.RepoNotFound:
+        pass
+    try:
+        return open_remote(source, source, Path.cwd())
+    except ValueError as error:
+        raise errors.UsageError(str(error)) from None
+
+
+def _find_there(remote: Remote, selector: str) -> tuple[Entry, str]:
+    """Return what a selector names in a remote, and, if that is not an id in full, what vouches for it."""
+    from castore.remotes.base import PublishingRemote
+    from castore.transfer import choose_manifest, find_manifest
+
+    is_word = selector.rpartition(":")[2] in ("best", "latest")
+    if is_word and isinstance(remote, PublishingRemote) and remote.writable:
+        return choose_manifest(remote, selector), f"{selector} by what {remote.name} says; nothing else vouches for it"
+    entry = find_manifest(remote, selector)
+    digits = f"only the {len(selector)} digits that were given vouch for it: compare the id with one that you trust"
+    return entry, "" if len(selector) == 64 else digits
 
 
 def _fetch(
@@ -412,24 +432,13 @@ def ls(
 ) -> None:
     """List what a checkpoint consists of, or the checkpoints in a remote."""
     from castore.remotes.base import PublishingRemote
-    from castore.remotes.registry import open_remote
 
-    repo: castore.Repo | None = None
-    try:
+    if "/" not in what:
         repo = castore.Repo.open()
-    except errors.RepoNotFound:
-        if "/" not in what:
-            raise
-    if repo is not None and (what in repo.config.locations or "/" not in what):
         if what not in repo.config.locations:
             _list_parts(repo, repo.find(what), as_json)
             return
-        remote: Remote = repo.remote(what)
-    else:
-        try:
-            remote = open_remote(what, what, Path.cwd())
-        except ValueError as error:
-            raise errors.UsageError(str(error)) from None
+    remote = _open_source(what)
     if not isinstance(remote, PublishingRemote) or not remote.writable:
         raise errors.UsageError(f"{what} is a website, which has no list: the manifests in git say what there is")
     _list_remote(remote, as_json)

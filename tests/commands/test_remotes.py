@@ -153,9 +153,26 @@ def test_a_checkpoint_is_fetched_without_a_clone_by_its_id(bucket: Project, tmp_
     other.call("verify", newest)
     short = other.start("fetch", "--from", url, newest[:9])
     out, err = short.communicate()
-    assert "found by 9 digits, and only these vouch for it" in err
+    assert "only the 9 digits that were given vouch for it" in err
     assert "all here" in out
     assert "has no checkpoint" in other.call("fetch", "--from", url, "0" * 64, code=3)
+
+
+def test_the_best_and_the_latest_there_are_found_without_a_clone(bucket: Project, tmp_path: Path) -> None:
+    url = bucket.json("remote", "list")[0]["url"]
+    assert bucket.call("fetch", "--from", url, "latest", code=3)  # nothing was pushed yet
+    bucket.call("push")
+    newest = ids(bucket)[0]
+    for number, source in enumerate((url, "cloud")):
+        other = bucket.copy(tmp_path / f"other{number}")
+        shutil.rmtree(other.root / ".castore" / "manifests")
+        shutil.rmtree(other.root / ".castore" / "objects")
+        process = other.start("fetch", "--from", source, "latest")
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        assert f"{newest}: latest by what {source} says; nothing else vouches for it" in err
+        assert ids(other) == [newest]
+        assert other.json("fetch", "--from", source, "main:best")[0]["parts"] == ["model", "optimizer", "trainer"]
 
 
 def test_what_was_named_and_is_not_here_fails_the_push(bucket: Project, tmp_path: Path) -> None:
