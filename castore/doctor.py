@@ -14,6 +14,7 @@ from typing import Literal
 
 from castore.config import Config
 from castore.errors import CastoreError, ConfigError, Locked, RootsUnreadable, StorageError
+from castore.format.ids import ObjectId
 from castore.gc import collect_garbage
 from castore.remotes.folder import Folder
 from castore.repo import FOLDER, Repo
@@ -298,6 +299,12 @@ def _remotes(repo: Repo) -> Iterator[Check]:
         if isinstance(remote, Folder) and not (remote.path / "objects").is_dir():
             advice = "mount it, or correct [remotes] in config.toml: until then it counts as empty"
             yield Check(f"remote {remote.name}", "warning", f"{remote.path} has no folder objects/", advice)
+            continue
+        try:
+            remote.has([ObjectId("0" * 64)])
+        except CastoreError as error:
+            advice = "correct that, or [remotes] in config.toml: until then nothing is fetched from it"
+            yield Check(f"remote {remote.name}", "warning", str(error), advice)
         else:
             yield Check(f"remote {remote.name}", "ok", "is there")
     if not repo.remotes:

@@ -589,6 +589,14 @@ class Repo:
         with self.lock():
             return self.catalog.forget(entry)
 
+    def part_states_of(self, entries: Iterable[Entry]) -> dict[ObjectId, dict[str, PartState]]:
+        """Return :meth:`part_states` of many checkpoints, which asks remotes little.
+
+        What only a remote has counts as there when its index is, which was pushed last; only reading tells.
+        """
+        manifests = {entry.id: entry.manifest for entry in entries}
+        return state_parts.part_states_of(self.store, manifests, self.remotes)
+
     def part_states(self, entry: Entry) -> dict[str, PartState]:
         """Return where the data of each part of a checkpoint is: in the store, in a remote, or nowhere."""
         return state_parts.part_states(self.store, entry.manifest, self.remotes)

@@ -132,7 +132,8 @@ def stats(repo: Repo, now: datetime, plan: gc.GCPlan | CastoreError | None = Non
         sizes = {object_id: stored.size for object_id, stored in repo.store.stored().items()}
         lengths = {index_id: _plain_lengths(repo, index_id) for index_id in _index_ids(entries) if index_id in sizes}
         states: Counter[str] = Counter(
-            availability(repo.part_states(entry)) for entry in entries if entry.manifest.kind == "checkpoint"
+            availability(found)
+            for found in repo.part_states_of(entry for entry in entries if entry.manifest.kind == "checkpoint").values()
         )
     held = [
         (entry, name, lengths[part.index])

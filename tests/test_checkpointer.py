@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import torch
 from builders import exact
 
 from castore import Experiment, Metric, Repo
-from castore.errors import CorruptObject, NothingAvailable, StorageError, UsageError
+from castore.errors import CorruptObject, NothingAvailable, PushIncomplete, StorageError, UsageError
 from castore.restoring import random_state
 from castore.torch import Checkpointer, Resumed
+from castore.transfer import read_manifests
 
 
 def linear(seed: int, width: int = 4) -> torch.nn.Linear:
@@ -412,3 +414,46 @@ def test_a_disk_that_fails_once_all_was_verified_is_told_and_all_but_the_model_i
         Checkpointer(repo, model, optimizer, run="a").resume()
     assert optimizer.param_groups[0]["lr"] == 0.25
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def save_in_a_block(repo: Repo, model: torch.nn.Module, step: int, error: Exception | None = None) -> None:
+    with Checkpointer(repo, model, run="mine") as checkpointer:
+        checkpointer.save(step)
+        checkpointer.wait()
+        if error:
+            raise error
+
+
+def test_each_save_is_pushed_when_the_settings_say_so(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path)
+    path = repo.root / "config.toml"
+    path.write_text(path.read_text() + 'shared = "shared"\npush = "auto"\n')
+    repo = Repo.open(tmp_path)
+    model = torch.nn.Linear(3, 2)
+    with Checkpointer(repo, model, run="mine") as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"val_loss": 1.0 / step})
+    ids = {entry.id for entry in repo.checkpoints()}
+    remote = repo.publishing_remote()
+    assert {entry.id for entry in read_manifests(remote)} == ids
+    (tmp_path / "shared").rename(tmp_path / "moved")
+    (tmp_path / "shared").touch()  # a file where the remote's folder was
+    torch.nn.init.normal_(model.weight)
+    with pytest.raises(PushIncomplete, match="1 checkpoint could not be pushed to shared"):
+        save_in_a_block(repo, model, 3)
+    (tmp_path / "shared").unlink()
+    (tmp_path / "moved").rename(tmp_path / "shared")
+    assert len(repo.checkpoints()) == 3
+    assert repo.push(repo.checkpoints()).objects
+
+
+def test_an_error_of_the_loop_is_not_hidden_by_one_of_the_push(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path)
+    path = repo.root / "config.toml"
+    path.write_text(path.read_text() + 'shared = "config.toml/x"\npush = "auto"\n')
+    (tmp_path / "config.toml").touch()  # a file where the remote's folder would be
+    repo = Repo.open(tmp_path)
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ZeroDivisionError) as caught:
+        save_in_a_block(repo, model, 1, ZeroDivisionError())
+    assert "could not be pushed to shared" in "".join(caught.value.__notes__)

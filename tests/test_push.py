@@ -261,6 +261,31 @@ def test_a_bad_object_in_a_pack_is_mended_by_one_beside_it(repo: Repo, tmp_path:
     assert other.load(entry.id)
 
 
+class Counting(Watched):
+    """A bucket that counts its requests."""
+
+    requests = 0
+
+    def _ask(self, *arguments: Any, **options: Any) -> Any:
+        type(self).requests += 1
+        return super()._ask(*arguments, **options)
+
+
+def test_thousands_of_objects_take_few_requests(repo: Repo, tmp_path: Path) -> None:
+    entry = large(repo, chunks=1600)
+    store = MemoryStore()
+    units = sum(stored.size for stored in repo.store.stored().values()) / (8 << 20)
+    Counting.requests = 0
+    assert repo.push([entry], Counting("cloud", store)).objects == len(repo.store.stored()) > 1600
+    fixed = 20  # whatever the size: marks, what is there, the small part, names and the manifest
+    assert Counting.requests <= 1.2 * units + fixed
+    other = clone(repo, tmp_path / "other")
+    Counting.requests = 0
+    other.fetch(entry, remotes=[Counting("cloud", store)])
+    assert Counting.requests <= 1.2 * units + fixed
+    assert other.store.stored().keys() == repo.store.stored().keys()
+
+
 # -- marks of a collection -------------------------------------------------------------------------------------------
 
 

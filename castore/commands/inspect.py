@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +25,9 @@ from castore.commands.console import (
 from castore.text import format_age, format_number, format_size
 
 if TYPE_CHECKING:
+    from castore.format.ids import ObjectId
     from castore.format.manifest import Entry
+    from castore.policy.resolution import PartState
     from castore.report.curves import Curve
     from castore.stats import Stats, Usage
 
@@ -74,7 +76,8 @@ def log(
     older = max(0, len(entries) - most) if most else 0
     entries = entries[: len(entries) - older]
     if as_json:
-        print_json([_entry_json(repo, entry, tags) for entry in entries])
+        states = repo.part_states_of(entries)
+        print_json([_entry_json(entry, states[entry.id], tags) for entry in entries])
     elif not entries:
         say(_describe_absence(run, kind, tag))
     elif graph:
@@ -83,8 +86,9 @@ def log(
         print_curves(_loss_curves(entries), x_label="step", y_label="validation loss")
     else:
         now = datetime.now(UTC)
+        states = repo.part_states_of(entries)
         heads = ("id", "run", "step", "score", "val loss", "data", "size", "age", "tags")
-        print_table(heads, [_log_row(repo, entry, tags, now) for entry in entries])
+        print_table(heads, [_log_row(entry, states[entry.id], tags, now) for entry in entries])
     if older and limit is None:
         say(f"and {older:,} older: `castore log -n 0` lists all")
 
@@ -111,7 +115,9 @@ def _describe_absence(run: str | None, kind: Kind, tag: str | None) -> str:
     return f"no checkpoint of run {run}" if run else "no checkpoint yet: `castore train` makes the first one"
 
 
-def _log_row(repo: castore.Repo, entry: Entry, tags: _Tags, now: datetime) -> tuple[str, ...]:
+def _log_row(entry: Entry, states: Mapping[str, PartState], tags: _Tags, now: datetime) -> tuple[str, ...]:
+    from castore.policy.resolution import availability
+
     manifest = entry.manifest
     return (
         entry.id[:12],
@@ -119,28 +125,24 @@ def _log_row(repo: castore.Repo, entry: Entry, tags: _Tags, now: datetime) -> tu
         f"{manifest.step:,}",
         format_number(castore.score(manifest)),
         format_number(manifest.metrics.get("val_loss")),
-        _availability(repo, entry),
+        availability(states),
         format_size(sum(part.stored_bytes for part in manifest.parts.values())),
         format_age(now - datetime.fromisoformat(manifest.created)),
         " ".join(tags.of(entry)),
     )
 
 
-def _availability(repo: castore.Repo, entry: Entry) -> str:
-    from castore.policy.resolution import availability
-
-    return availability(repo.part_states(entry))
-
-
 def _graph_lines(repo: castore.Repo, entries: Sequence[Entry], tags: _Tags) -> Iterator[str]:
     from castore.policy import lineage
 
-    listed = {entry.id for entry in entries}
+    states = repo.part_states_of(entries)
     for lines, entry in lineage.draw(entries):
-        yield f"{lines} {_graph_text(repo, entry, listed, tags)}" if entry else lines
+        yield f"{lines} {_graph_text(entry, states, tags)}" if entry else lines
 
 
-def _graph_text(repo: castore.Repo, entry: Entry, listed: Container[str], tags: _Tags) -> str:
+def _graph_text(entry: Entry, listed: Mapping[ObjectId, Mapping[str, PartState]], tags: _Tags) -> str:
+    from castore.policy.resolution import availability
+
     manifest = entry.manifest
     loss = f"val loss {format_number(manifest.metrics['val_loss'])}" if "val_loss" in manifest.metrics else ""
     is_parent_shown = manifest.parent is None or manifest.parent in listed
@@ -148,7 +150,7 @@ def _graph_text(repo: castore.Repo, entry: Entry, listed: Container[str], tags: 
     columns = (
         f"{manifest.run}, step {manifest.step:,}",
         loss,
-        _availability(repo, entry),
+        availability(listed[entry.id]),
         " ".join(tags.of(entry)),
         parent,
     )
@@ -170,11 +172,10 @@ def _loss_curves(entries: Sequence[Entry]) -> list[Curve]:
     return [Curve(run, sorted(points), [points[step] for step in sorted(points)]) for run, points in runs.items()]
 
 
-def _entry_json(repo: castore.Repo, entry: Entry, tags: _Tags) -> dict[str, Any]:
+def _entry_json(entry: Entry, states: Mapping[str, PartState], tags: _Tags) -> dict[str, Any]:
     from castore.policy.resolution import availability
 
     manifest = entry.manifest
-    states = repo.part_states(entry)
     return {
         "id": entry.id,
         "kind": manifest.kind,
@@ -208,7 +209,7 @@ def show(selector: Selector, as_json: JsonOption = False) -> None:
         "info": manifest.info,
     }
     if as_json:
-        print_json({**_entry_json(repo, entry, _Tags(repo)), **sections})
+        print_json({**_entry_json(entry, repo.part_states(entry), _Tags(repo)), **sections})
         return
     say(*_describe_entry(repo, entry))
     for name, section in sections.items():

@@ -162,7 +162,7 @@ def collect_report(repo: Repo, now: datetime, run: str | None = None) -> Report:
     listing = repo.catalog.listing()
     entries = [entry for entry in listing.entries if _is_reported(entry, run)]
     with repo.lock():
-        states = {entry.id: repo.part_states(entry) for entry in entries}
+        states = repo.part_states_of(entries)
     plan = plan_gc(repo, now)
     decisions = {decision.entry.id: decision for decision in plan.decisions} if isinstance(plan, GCPlan) else {}
     known = {entry.id for entry in listing.entries}

@@ -351,6 +351,28 @@ def part_states(store: ObjectStore, manifest: Manifest, remotes: Sequence[Remote
     return dict(zip(parts, states, strict=True))
 
 
+def part_states_of(
+    store: ObjectStore, manifests: Mapping[ObjectId, Manifest], remotes: Sequence[Remote] = ()
+) -> dict[ObjectId, dict[str, PartState]]:
+    """Return :func:`part_states` of each; remotes are asked for indexes alone, and for all at once."""
+    indexes = {part.index for manifest in manifests.values() for part in manifest.parts.values()}
+    absent = {index_id for index_id in indexes if not store.has(index_id)}
+    there = fallback.available(remotes, absent) if remotes else set()
+
+    def state_of(part: Part) -> PartState:
+        if part.index in there:
+            return PartState("remote")
+        if part.index in absent:
+            reason = fallback.explain_missing(remotes, part.index)
+            return PartState("missing", f"its data is not in the store{reason}") if remotes else _GONE
+        return _part_state(store, part, remotes)
+
+    return {
+        manifest_id: {name: state_of(part) for name, part in manifest.parts.items()}
+        for manifest_id, manifest in manifests.items()
+    }
+
+
 def _part_state(store: ObjectStore, part: Part, remotes: Sequence[Remote]) -> PartState:
     if not remotes and not store.has(part.index):
         return _GONE  # the common case in a long history, and the cheapest to tell

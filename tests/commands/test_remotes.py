@@ -213,6 +213,24 @@ def test_gc_in_a_remote_asks_for_a_collector(bucket: Project) -> None:
     assert "0 files, 0 B deleted in cloud" in bucket.call("gc", "--remote", "cloud")
 
 
+def test_a_listing_asks_for_little(bucket: Project, s3: BucketService, tmp_path: Path) -> None:
+    bucket.call("push")
+    other = clone(bucket, tmp_path / "other")
+    s3.requests.clear()
+    assert {entry["availability"] for entry in other.json("log")} == {"full"}
+    assert {request.method for request in s3.requests} == {"HEAD"}
+    assert len(s3.requests) == 6  # a part each
+    s3.requests.clear()
+    assert "whose data is nowhere" in other.call("status")
+    assert len(s3.requests) <= 8
+
+
+def test_doctor_asks_a_bucket(bucket: Project, s3: BucketService) -> None:
+    assert "remote cloud: is there" in bucket.call("doctor")
+    with s3.harming("403"):
+        assert "remote cloud: cloud: access denied" in bucket.call("doctor")
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
