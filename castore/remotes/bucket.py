@@ -32,6 +32,7 @@ REQUESTS = 16
 """Small requests at once: each waits for the network."""
 
 _LIST_ABOVE = 300  # ids: a page of a listing tells of a thousand, a request of one
+_MAX_PACK = 256 << 20  # bytes that are read of a server without ranges
 _BODY_TRIES = 3  # obstore repeats requests, and goes on in a body only where the server has ranges
 _DOWN_SECONDS = 60.0  # an unreachable remote is not asked again at once: each try takes as long as its retries
 _TIMEOUT = timedelta(seconds=120)
@@ -101,8 +102,8 @@ class Bucket:
         try:
             return self._packs.read(object_id)
         except CorruptBundle as error:
-            self._corrupt[object_id] = str(error)
-            return None
+            self.mark_corrupt(object_id, str(error))
+            return self.get(object_id)  # it may lie there by itself, too
 
     def has(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
         """Return those that are there. Few are asked for one by one; of many, names are listed first."""
@@ -217,7 +218,10 @@ class Bucket:
                     return b""  # it ends before
                 if "non-partial" not in str(error):
                     raise
-                data = obstore.get(store, name).bytes().to_bytes()[start:stop]  # a server without ranges is slower
+                whole = obstore.get(store, name)  # a server without ranges is slower
+                if whole.meta["size"] > _MAX_PACK:
+                    raise RemoteUnavailable(self.name, f"{name} is too large to be read without ranges") from None
+                data = whole.bytes().to_bytes()[start:stop]
             return data
 
         return self._ask(read, tries=_BODY_TRIES)

@@ -92,7 +92,10 @@ class Packs:
 
     def read(self, object_id: ObjectId) -> bytes:
         """Return the frame of an object that an opened pack has, unverified. CorruptBundle; RemoteUnavailable."""
-        pack_id, place = self._places[object_id]
+        known = self._places.get(object_id)
+        if known is None:
+            raise CorruptBundle("its copy in a pack was found to be corrupt")
+        pack_id, place = known
 
         def read(place: Place) -> bytes:
             data = self._remote.read_range(name_of(pack_id), place.offset, place.offset + place.length)

@@ -33,7 +33,7 @@ COMMANDS = (
 )  # fmt: skip
 
 
-HELP = [*COMMANDS[: COMMANDS.index("ls") + 1], "remote", *COMMANDS[COMMANDS.index("ls") + 1 :], "ci"]
+HELP = [*COMMANDS[: COMMANDS.index("status")], "remote", *COMMANDS[COMMANDS.index("status") :], "ci"]
 
 
 def test_help_names_every_command_and_exit_code(project: Project) -> None:

@@ -225,6 +225,16 @@ def test_a_listing_asks_for_little(bucket: Project, s3: BucketService, tmp_path:
     assert len(s3.requests) <= 8
 
 
+def test_status_of_a_remote_that_refuses_says_so_and_tells_the_rest(bucket: Project, s3: BucketService) -> None:
+    with s3.harming("403"):
+        process = bucket.start("status")
+        out, err = process.communicate()
+    assert process.returncode == 0
+    assert "what is there isn't known: cloud: access denied" in err
+    assert "not committed" in out
+    assert "2 here" in out
+
+
 def test_doctor_asks_a_bucket(bucket: Project, s3: BucketService) -> None:
     assert "remote cloud: is there" in bucket.call("doctor")
     with s3.harming("403"):
