@@ -232,7 +232,7 @@ def test_status_of_a_remote_that_refuses_says_so_and_tells_the_rest(bucket: Proj
     assert process.returncode == 0
     assert "what is there isn't known: cloud: access denied" in err
     assert "not committed" in out
-    assert "2 here" in out
+    assert "3 here" in out
 
 
 def test_doctor_asks_a_bucket(bucket: Project, s3: BucketService) -> None:
