@@ -34,7 +34,7 @@ class Began:
     It resumes ``match``, or starts from scratch for the reason ``fresh``. ``weights_only``: without the optimizer's
     state. ``val_loss`` is the match's, if it belongs to the same experiment. ``later_step`` was reached by a checkpoint
     of the experiment with a worse score. ``instead_of`` is the best checkpoint, if the match is its descendant because
-    this session had already been trained from there.
+    this session had already been trained from there. ``fetched`` are the bytes that came from remotes.
     """
 
     step: int
@@ -46,6 +46,7 @@ class Began:
     weights_only: bool
     later_step: int | None
     instead_of: castore.Match | None
+    fetched: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ def _describe_begin(event: events.Began) -> list[str]:
         lines.append(f"note    an earlier session already trained from the best, {best}: continuing where it ended")
         why = "the furthest descendant of the best"
     loss = "" if event.val_loss is None else f", validation loss {event.val_loss:.4f}"
+    if event.fetched:
+        lines.append(f"fetch   {format_size(event.fetched)} from remotes, verified")
     lines.append(f"resume  {event.match.id[:12]}, step {event.step:,} of run {event.match.run}{loss} ({why})")
     if event.resolution and event.resolution.note:
         lines.append(f"note    {event.resolution.note}")

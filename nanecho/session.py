@@ -162,16 +162,16 @@ def begin(
     repo: castore.Repo,
     experiment: castore.Experiment,
     session: TrainingSession,
-    fetching: Callable[[int, int], None] | None,
+    fetching: Callable[[int, int], None],
 ) -> Began:
     """Choose what to resume, load it into ``session`` and say where the session starts. Raise as ``choose`` does."""
     config = session.config
     choice = choose(repo, config, experiment)
     match = choice.match
     val_loss = None
+    fetched = 0
     if match:
-        if fetching:
-            repo.fetch(match.id, _parts_to_load(match), progress=fetching)
+        fetched = repo.fetch(match.id, _parts_to_load(match), progress=fetching).bytes
         _load(repo, match, session)
         manifest = repo.find(match.id).manifest
         if manifest.experiment == experiment:
@@ -190,6 +190,7 @@ def begin(
         weights_only=match is not None and match.availability == "weights-only",
         later_step=choice.later_step,
         instead_of=choice.instead_of,
+        fetched=fetched,
     )
 
 

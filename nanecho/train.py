@@ -36,6 +36,10 @@ class Diverged(errors.CastoreError):
         )
 
 
+def _tell_nobody(done: int, total: int) -> None:
+    pass
+
+
 def train(
     repo: castore.Repo,
     config: Config,
@@ -45,7 +49,7 @@ def train(
     tags: Sequence[str] = (),
     note: str = "",
     clock: Callable[[], float] = time.perf_counter,
-    fetching: Callable[[int, int], None] | None = None,
+    fetching: Callable[[int, int], None] = _tell_nobody,
 ) -> Iterator[Event]:
     """Run one session: resume, train, evaluate and save. It ends with Finished, or with Failed and an error.
 
@@ -85,7 +89,7 @@ def _run(
     fields: Mapping[str, Any],
     stop: Callable[[], str],
     clock: Callable[[], float],
-    fetching: Callable[[int, int], None] | None,
+    fetching: Callable[[int, int], None],
 ) -> Iterator[Event]:
     """Resume, then train with saves in the background. ``fields`` are what all checkpoints of the session share."""
     session.began = begin(repo, fields["experiment"], session, fetching)

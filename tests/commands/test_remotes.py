@@ -103,13 +103,14 @@ def test_what_one_machine_pushed_another_fetches_trains_on_and_verifies(bucket: 
     other = clone(bucket, tmp_path / "other")
     assert {entry["availability"] for entry in other.json("log")} == {"full"}
     out = other.train("--resume", "best")
-    assert "resume " in out
+    assert re.search(r"fetch   [0-9.]+ kB from remotes, verified\nresume  ", out)
+    assert "fetch " not in other.train("--resume", "best")
     assert "verify  cloud" in other.call("verify", "--remote", "cloud")
     other.call("push")
     fresh = clone(other, tmp_path / "fresh")
     assert len(fresh.json("ls", "cloud")) == len(ids(other))
     out = fresh.call("fetch", "latest", "--parts", "model")
-    assert re.search(r"fetched [0-9a-f]{12}, step 8 of main \(model\): 2 objects", out)
+    assert re.search(r"fetched [0-9a-f]{12}, step 12 of main \(model\): 2 objects", out)
     assert fresh.json("fetch", "latest", "--parts", "model")[0]["objects"] == 0
     assert "has no part 'modle'" in fresh.call("fetch", "--parts", "modle", code=3)
     fresh.call("pull")
