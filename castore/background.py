@@ -18,7 +18,7 @@ import torch
 
 from castore.errors import CastoreError
 from castore.format.manifest import Entry
-from castore.pushing import pusher_of
+from castore.pushing import BackgroundPusher, pusher_of
 from castore.state.parts import Flat
 from castore.state.tensors import TensorSource, flatten
 
@@ -44,12 +44,14 @@ class AsyncSaver:
     def __init__(self, repo: Repo) -> None:
         self._repo = repo
         self._pusher = pusher_of(repo)
+        if self._pusher:
+            _pushers.append(self._pusher)
         self._buffers: dict[str, list[torch.Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="castore-save")
         self._pending: list[Future[SaveResult]] = []
         _unfinished[id(self._pending)] = self._thread, self._pending
         weakref.finalize(self, _finish_late, self._thread, self._pending, os.getpid()).atexit = False
-        _wait_at_exit(self._pending, os.getpid())
+        _wait_at_exit(self._pending, self._pusher, os.getpid())
 
     def __enter__(self) -> AsyncSaver:
         return self
@@ -134,19 +136,30 @@ class AsyncSaver:
         return Flat(flat.tree, [TensorSource(buffer, is_shared=False) for buffer in buffers])
 
 
-def _wait_at_exit(pending: Sequence[Future[SaveResult]], process: int) -> None:
-    """Have the interpreter finish the save before it exits: while it shuts down, pools accept no more work.
+def _wait_at_exit(pending: Sequence[Future[SaveResult]], pusher: BackgroundPusher | None, process: int) -> None:
+    """Have the interpreter finish save and push before it exits: while it shuts down, pools accept no more work.
 
     Python has no public hook that runs early enough. Where this private one is missing the save fails, and the program
     ends with an error. A forked child has nothing to wait for: the thread that saves is its parent's.
     """
     register = getattr(threading, "_register_atexit", None)
     if register:
-        register(lambda: [future.exception() for future in pending] if os.getpid() == process else None)
+        register(lambda: _wait_for(pending, pusher) if os.getpid() == process else None)
+
+
+def _wait_for(pending: Sequence[Future[SaveResult]], pusher: BackgroundPusher | None) -> None:
+    for future in list(pending):
+        future.exception()
+    if pusher:
+        pusher.wait()
 
 
 # the savers that live, or died with an error that nobody has asked for
 _unfinished: dict[int, tuple[ThreadPoolExecutor, list[Future[SaveResult]]]] = {}
+
+
+# what pushes, or did, in this program
+_pushers: list[BackgroundPusher] = []
 
 
 def _finish_late(thread: ThreadPoolExecutor, pending: list[Future[SaveResult]], process: int) -> None:
@@ -165,13 +178,16 @@ def _errors_of(pending: Sequence[Future[SaveResult]]) -> list[BaseException]:
 
 
 def _fail_at_exit(process: int) -> None:
-    """Exit with code 1 if a save failed and nothing has asked for its result: it must not look as if all went well."""
+    """Exit with code 1 if a save or a push failed that nothing has asked for: it must not look as if all went well."""
     if os.getpid() != process:
         return
     errors = [error for _, pending in list(_unfinished.values()) for error in _errors_of(pending)]
     for error in errors:
         sys.stderr.write(f"castore: a save in the background failed: {error}\n")
-    if errors:
+    unpushed = [failure for pusher in _pushers if (failure := pusher.failure())]
+    for push_error in unpushed:
+        sys.stderr.write(f"castore: {push_error}\n")
+    if errors or unpushed:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

@@ -47,6 +47,20 @@ class BackgroundPusher:
             self._at_work += 1
         self._thread.submit(self._push)
 
+    def wait(self) -> None:
+        """Wait until no push is under way. What could not be pushed stays pending."""
+        if not self._is_finished:
+            self._thread.submit(lambda: None).result()
+
+    def failure(self) -> CastoreError | None:
+        """Return the error of what could not be pushed so far; None if there is none, or :meth:`finish` was called."""
+        if self._error is None or self._is_finished:
+            return None
+        return self._incomplete(self._error)
+
+    def _incomplete(self, error: CastoreError) -> PushIncomplete:
+        return PushIncomplete(self._remote.name, [entry.id for entry in self.pending], str(error))
+
     def finish(self) -> None:
         """Wait until all is pushed. PushIncomplete, once, if something isn't: it is still in the store."""
         if self._is_finished:
@@ -57,7 +71,7 @@ class BackgroundPusher:
         self._thread.submit(self._push).result()
         self._thread.shutdown(wait=True)
         if self._error is not None:
-            raise PushIncomplete(self._remote.name, [entry.id for entry in self.pending], str(self._error))
+            raise self._incomplete(self._error)
 
     def _push(self) -> None:
         try:

@@ -275,3 +275,33 @@ def test_tags_notes_and_settings_are_recorded(repo: Repo) -> None:
     assert saved is not None
     assert (saved.manifest.tags, saved.manifest.note, saved.manifest.config) == (["a"], "b", {"lr": 0.1})
     assert saved.manifest.run == "mine"
+
+
+UNPUSHED = """
+import pathlib, sys, torch, castore
+from castore.torch import AsyncSaver
+repo = castore.Repo.init(sys.argv[1])
+path = repo.root / "config.toml"
+path.write_text(path.read_text() + 'shared = "' + sys.argv[2] + '"\\npush = "auto"\\n')
+repo = castore.Repo.open(sys.argv[1])
+saver = AsyncSaver(repo)
+saver.save({"model": {"w": torch.ones(3)}}, run="main", step=1)
+"""
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_program_that_ends_without_a_with_block_waits_for_the_push_and_fails_with_it(
+    tmp_path: Path, works: bool
+) -> None:
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / ("shared" if works else "file/in the way"))
+    process = subprocess.run(
+        [sys.executable, "-c", UNPUSHED, str(tmp_path), folder], capture_output=True, text=True, timeout=60
+    )
+    (entry,) = Repo.open(tmp_path).checkpoints()
+    if works:
+        assert (process.returncode, process.stderr) == (0, "")
+        assert [path.name[10:22] for path in (tmp_path / "shared" / "manifests").rglob("*.json")] == [entry.id[:12]]
+    else:
+        assert process.returncode == 1
+        assert process.stderr.startswith("castore: 1 checkpoint could not be pushed to shared; nothing is lost")
