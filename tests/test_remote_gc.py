@@ -115,6 +115,21 @@ def test_what_was_pushed_again_meanwhile_stays(collecting: Repo, remote: Folder)
     assert names(remote) == before
 
 
+def test_what_was_written_since_it_was_marked_is_marked_anew(collecting: Repo, remote: Folder) -> None:
+    best, worse = save(collecting, 1, 2.0), save(collecting, 2, 3.0)
+    collecting.push([best, worse], remote)
+    clock = Clock(remote)
+    clock.pass_by(2 * HOUR)
+    marked = collect(collecting, remote).mark
+    clock.pass_by(HOUR)
+    collecting.push([worse], remote)
+    clock.pass_by(2 * HOUR)
+    again = collect(collecting, remote)
+    assert (again.delete, again.mark) == ({}, marked)
+    clock.pass_by(2 * HOUR)
+    assert collect(collecting, remote).delete == marked
+
+
 def test_checkpoints_of_other_machines_count(collecting: Repo, remote: Folder, tmp_path: Path) -> None:
     """Their manifests are in the remote alone: nobody has pulled them."""
     (tmp_path / "other").mkdir()

@@ -276,6 +276,24 @@ def test_what_could_not_be_pushed_is_told_by_the_exit_code_and_is_not_lost(pushi
     assert len(pushing.json("ls", "cloud")) == 2
 
 
+def test_what_could_not_be_pushed_is_not_collected(pushing: Project, s3: BucketService) -> None:
+    path = pushing.root / ".castore" / "config.toml"
+    settings = "keep = 1\nkeep_latest = 1\nkeep_optimizer = 1\n"
+    path.write_text(
+        re.sub(r"(?m)^keep(_\w+)? = .*\n", "", path.read_text()).replace("[retention]", f"[retention]\n{settings}")
+    )
+    with s3.harming("403", when=lambda request: request.method == "PUT"):
+        pushing.train("--session-iters", "11", "--save-every", "1", code=1)
+    parts = ["model", "optimizer", "trainer"]
+    saved = [entry for entry in pushing.json("status")["checkpoints"] if entry["here"] != ["data"]]
+    assert [entry["here"] for entry in saved] == [parts] * 11
+    pushing.call("push")
+    pushing.call("gc")
+    saved = [entry for entry in pushing.json("status")["checkpoints"] if "data" not in entry["there"] + entry["here"]]
+    assert [entry["there"] for entry in saved] == [parts] * 11
+    assert sum(entry["here"] == parts for entry in saved) < 3
+
+
 def test_a_session_that_is_stopped_pushes_what_it_saved(pushing: Project) -> None:
     process = pushing.training()
     process.send_signal(signal.SIGTERM)

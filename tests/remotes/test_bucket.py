@@ -48,9 +48,10 @@ def test_what_passes_is_waited_for(s3: BucketService, remote: Bucket, harms: tup
         assert [file.size for file in remote.files("objects")] == [len(FRAMES[FIRST])]
 
 
-def test_a_body_that_is_cut_is_read_again(s3: BucketService, remote: Bucket) -> None:
+@pytest.mark.parametrize("harms", [("cut", ""), ("cut", "no ranges", "")])
+def test_a_body_that_is_cut_is_read_again(s3: BucketService, remote: Bucket, harms: tuple[Harm, ...]) -> None:
     remote.put(FIRST, FRAMES[FIRST])
-    with s3.harming("cut", "", when=lambda request: request.method == "GET"):
+    with s3.harming(*harms, when=lambda request: request.method == "GET"):
         assert remote.get(FIRST) == FRAMES[FIRST]
 
 
@@ -108,7 +109,15 @@ def test_a_remote_that_does_not_answer_is_not_asked_again_at_once(
 @pytest.mark.usefixtures("s3")
 def test_a_bucket_that_does_not_exist_is_not_an_empty_one() -> None:
     remote = Bucket("cloud", "s3://no-such-bucket-here/x")
-    for ask in (lambda: remote.get(FIRST), lambda: list(remote.files("objects")), lambda: remote.put(FIRST, b"")):
+    asks: list[Callable[[], object]] = [
+        lambda: remote.get(FIRST),
+        lambda: remote.has([FIRST]),
+        lambda: remote.read_file("gc/marked.json", 10),
+        lambda: remote.read_range("packs/x", 0, 10),
+        lambda: list(remote.files("objects")),
+        lambda: remote.put(FIRST, b""),
+    ]
+    for ask in asks:
         with pytest.raises(RemoteError, match="there is no bucket no-such-bucket-here"):
             ask()
 
