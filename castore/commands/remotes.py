@@ -36,6 +36,8 @@ RemoteOption = Annotated[
     str, typer.Option("--remote", metavar="NAME", help="Which remote.", show_default="the default one")
 ]
 
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Which remote.")]
+
 # -- remote ----------------------------------------------------------------------------------------------------------
 
 
@@ -51,6 +53,7 @@ def add(
     ] = None,
     default: Annotated[bool, typer.Option("--default", help="Make it the default remote.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a remote of that name.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Add a remote to config.toml, which is committed: it holds no credentials.
 
@@ -75,7 +78,10 @@ def add(
     if default or (push == "auto" and repo.config.locations and not repo.config.remotes.get("default")):
         changes["default"] = name
     _change(repo, changes)
-    say(f"remote  {name}: {url}; commit {repo.root / 'config.toml'}")
+    if as_json:
+        print_json({"name": name, "url": url})
+    else:
+        say(f"remote  {name}: {url}; commit {repo.root / 'config.toml'}")
 
 
 @remote_app.command("list", epilog="Example: castore remote list")
@@ -100,22 +106,29 @@ def list_remotes(as_json: JsonOption = False) -> None:
 
 
 @remote_app.command(epilog="Example: castore remote remove bucket")
-def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="Which remote.")]) -> None:
+def remove(name: NameArgument, as_json: JsonOption = False) -> None:
     """Forget a remote. Nothing is deleted there."""
     repo = castore.Repo.open()
     repo.remote(name)
-    removed = [name, *(["default"] if repo.config.remotes.get("default") == name else [])]
-    _change(repo, dict.fromkeys(removed))
-    say(f"removed {name} from {repo.root / 'config.toml'}; what it holds is still there")
+    is_default = repo.config.remotes.get("default") == name
+    is_last = len(repo.config.locations) == 1
+    _change(repo, dict.fromkeys([name, *(["default"] if is_default else []), *(["push"] if is_last else [])]))
+    if as_json:
+        print_json({"name": name})
+    else:
+        say(f"removed {name} from {repo.root / 'config.toml'}; what it holds is still there")
 
 
 @remote_app.command("set-default", epilog="Example: castore remote set-default bucket")
-def set_default(name: Annotated[str, typer.Argument(metavar="NAME", help="Which remote.")]) -> None:
+def set_default(name: NameArgument, as_json: JsonOption = False) -> None:
     """Choose the remote that commands use unless told otherwise."""
     repo = castore.Repo.open()
     repo.remote(name)
     _change(repo, {"default": name})
-    say(f"default {name}")
+    if as_json:
+        print_json({"name": name})
+    else:
+        say(f"default {name}")
 
 
 def _change(repo: castore.Repo, changes: Mapping[str, str | None]) -> None:

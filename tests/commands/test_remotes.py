@@ -56,6 +56,16 @@ def test_adding_a_remote_keeps_the_comments_of_the_settings(empty: Project) -> N
     empty.call("remote", "remove", "cloud")
     assert tomllib.loads(path.read_text())["remotes"] == {"disk": "../shared", "push": "auto"}
     assert before.strip() in path.read_text()
+    assert empty.json("remote", "add", "other", "s3://models/x", "--default") == {
+        "name": "other",
+        "url": "s3://models/x",
+    }
+    assert empty.json("remote", "set-default", "disk") == {"name": "disk"}
+    for name in ("other", "disk"):
+        assert empty.json("remote", "remove", name) == {"name": name}
+    assert tomllib.loads(path.read_text())["remotes"] == {}  # no pushes to nowhere
+    for command in ("add", "list", "remove", "set-default"):
+        assert f"Example: castore remote {command}" in empty.call("remote", command, "--help")
 
 
 @pytest.mark.parametrize(
