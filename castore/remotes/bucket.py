@@ -6,7 +6,6 @@ the environment or the provider's usual files alone, and no text of a provider's
 
 from __future__ import annotations
 
-import configparser
 import functools
 import os
 import re
@@ -405,6 +404,8 @@ def _aws_files() -> dict[str, str]:
     """Return what the profile in use says in ~/.aws, where the environment has no key. (obstore reads the rest.)"""
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
+    import configparser
+
     profile = os.environ.get("AWS_PROFILE", "default")
     home = Path.home() / ".aws"
     found: dict[str, str] = {}
