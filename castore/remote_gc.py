@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from castore.errors import CorruptBundle, RootsUnreadable, UsageError
+from castore.errors import CorruptBundle, CorruptObject, RootsUnreadable, UsageError
 from castore.format import part_index
+from castore.format.frame import decode_frame, plain_length
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry
 from castore.policy.retention import RESUME_PARTS, Decision, Policy, Source, Usability, decide, kept_parts
-from castore.remotes import fallback, marks, packs
+from castore.remotes import marks, packs
 from castore.remotes.base import PublishingRemote, RemoteFile
 from castore.remotes.marks import Marks
 from castore.repo import Repo
@@ -97,16 +98,32 @@ class _Shelf:
         }
         self._repo = repo
         self._chunks: dict[ObjectId, frozenset[ObjectId]] = {}
+        self._frames: dict[ObjectId, bytes | None] = {}
 
     def has_part(self, index_id: ObjectId) -> bool:
-        return index_id in self.objects or index_id in self.pointers
+        """Whether a part is there. What names its packs is written before they hold its index."""
+        return index_id in self.objects or (index_id in self.pointers and self._frame(index_id) is not None)
 
     def chunks_of(self, index_id: ObjectId) -> frozenset[ObjectId]:
-        """Return the chunks that an index lists, read here or there. ObjectMissing, CorruptionError."""
+        """Return the chunks of a part that is there. CorruptionError, RemoteError, StorageError."""
         if index_id not in self._chunks:
-            data, _ = fallback.read(self._repo.store, [self.remote], index_id, mend=False)
+            if self._repo.store.has(index_id):
+                data = self._repo.store.read(index_id, mend=False)
+            else:
+                frame = self._frame(index_id)
+                if frame is None:
+                    raise CorruptObject(index_id, f"{self.remote.explain_missing(index_id)}, though it was listed")
+                plain = bytearray(plain_length(index_id, memoryview(frame)))
+                decode_frame(index_id, memoryview(frame), memoryview(plain))
+                data = bytes(plain)
             self._chunks[index_id] = frozenset(chunk.id for chunk in part_index.decode_chunks(data))
         return self._chunks[index_id]
+
+    def _frame(self, index_id: ObjectId) -> bytes | None:
+        """Return the remote's frame of an index. Its errors pass: a remote that fails has not lost anything."""
+        if index_id not in self._frames:
+            self._frames[index_id] = self.remote.get(index_id)
+        return self._frames[index_id]
 
     def sizes(self, index_id: ObjectId) -> dict[ObjectId, int]:
         """Return the bytes of each object of a part that lies there by itself."""

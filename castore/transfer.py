@@ -299,7 +299,7 @@ class _Push:
         """Return those that the remote lacks, or is about to delete; with ``repair``, those that are bad there, too."""
         there = self._remote.has(chunk_ids) - self._marked
         if isinstance(self._remote, Bucket):
-            there -= self._remote.packed_in(there, self._marked_files)
+            there -= {name for name, pack in self._remote.packed(there).items() if pack in self._marked_files}
         if self._repair:
             good = map_all(self._is_good, sorted(there), fallback.ASKERS, name=_THREADS)
             there = {object_id for object_id, is_good in zip(sorted(there), good, strict=True) if is_good}
@@ -309,14 +309,22 @@ class _Push:
         return fallback.check(self._remote, object_id) is None
 
     def _push_part(self, index_id: ObjectId, wanted: Sequence[ObjectId], listed: Sequence[ObjectId]) -> None:
-        if isinstance(self._remote, Bucket) and len(wanted) > PACK_ABOVE and not self._repair:
-            for size in map_ahead(self._put_packed, self._batches([*wanted, index_id]), 4, ahead=4, name=_THREADS):
+        bucket = self._remote if isinstance(self._remote, Bucket) else None
+        if bucket and len(wanted) > PACK_ABOVE and not self._repair:
+            for size in map_ahead(self._put_packed, self._batches(wanted), 4, ahead=4, name=_THREADS):
                 self._count(size)
-            self._remote.finish_packs(index_id, [*listed, index_id])
+            # the index in one of its own: a pack that another part needs must not keep it beyond its chunks
+            self._count(self._put_packed([index_id]))
+            bucket.finish_packs(index_id, [*listed, index_id])
             return
         for size in map_ahead(self._put, wanted, fallback.ASKERS, name=_THREADS):
             self._count(size)
-        if not self._repair or not self._is_good(index_id):
+        is_there = self._repair and self._is_good(index_id)
+        if bucket and bucket.packed(listed):
+            # in packs of other parts: gc must know that this part needs them, too, and a reader where they are
+            self._count([] if is_there else self._put_packed([index_id]))
+            bucket.finish_packs(index_id, [*listed, index_id])
+        elif not is_there:
             self._count(self._put(index_id))
 
     def _batches(self, object_ids: Iterable[ObjectId]) -> Iterator[list[ObjectId]]:

@@ -6,6 +6,7 @@ import itertools
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from castore import Repo
 from castore.errors import CorruptManifest, NotFound, ObjectMissing, RemoteUnavailable, UploadRefused
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
+from castore.policy.retention import Policy
+from castore.remote_gc import collect_remote
 from castore.remotes import marks, packs
 from castore.remotes.base import RemoteFile
-from castore.remotes.bucket import Bucket
+from castore.remotes.bucket import Bucket, Website
 from castore.remotes.folder import Folder
 from castore.remotes.marks import Marks
 from castore.transfer import find_manifest, read_manifests
@@ -180,8 +183,6 @@ def test_repair_replaces_bad_copies(repo: Repo, tmp_path: Path, harm: bytes) -> 
 
 
 def test_a_read_only_remote_is_refused(repo: Repo) -> None:
-    from castore.remotes.bucket import Website
-
     with pytest.raises(UploadRefused, match="reading alone"):
         repo.push([save(repo)], Website("site", "https://models.example"))
 
@@ -214,7 +215,7 @@ def test_many_objects_go_into_packs_and_come_back(repo: Repo, tmp_path: Path) ->
     assert pushed.objects == len(repo.store.stored())
     loose = [name for name in remote.written if name.startswith("objects/")]
     assert len(loose) == 2  # the trainer's index, and the manifest
-    assert len([name for name in remote.written if name.startswith("packs/")]) == 4  # three packs, and their names
+    assert len([name for name in remote.written if name.startswith("packs/")]) == 5  # three, the index, their names
     other = clone(repo, tmp_path / "other")
     other.remotes.append(remote.again())
     assert other.part_states(entry)["model"].where == "remote"
@@ -235,10 +236,47 @@ def test_a_part_that_shares_packed_chunks_pushes_the_others_alone(repo: Repo, tm
     saved = repo.save(state, run="main", step=2)
     second = Entry(saved.id, saved.manifest)
     assert repo.push([second], remote.again()).objects == 2  # a chunk and an index
-    other = clone(repo, tmp_path / "other")
-    other.remotes.append(remote.again())
-    other.fetch(second)
-    assert torch.equal(other.load(second.id)["model"]["more"], state["model"]["more"])
+    assert repo.push([second], remote.again(), repair=True).objects == 0
+    for number, cloud in enumerate((remote.again(), Website("site", "https://models.example", remote._given))):
+        other = clone(repo, tmp_path / f"other{number}")
+        other.fetch(second, remotes=[cloud])
+        assert torch.equal(other.load(second.id)["model"]["more"], state["model"]["more"])
+    # the packs stay for as long as the second needs them, whatever becomes of the first
+    repo.forget(entry)
+    for file in list(remote.files("manifests")):
+        if entry.id[:12] in file.name:
+            remote.remove([file.name])
+    path = repo.root / "config.toml"
+    path.write_text(path.read_text() + '[remotes]\nshared = "shared"\ncollector = "me"\n')
+    collecting = Repo.open(repo.root.parent)
+    for _ in range(3):
+        plan = collect_remote(collecting, remote.again(), Policy(), machine="me", grace=timedelta(0))
+    assert plan.delete == {}
+    assert not remote.again().has([entry.manifest.parts["model"].index])
+    other = clone(repo, tmp_path / "last")
+    other.fetch(second, remotes=[remote.again()])
+
+
+class Failing(Watched):
+    """A bucket that can't be read of late."""
+
+    def get(self, object_id: ObjectId) -> bytes | None:
+        raise RemoteUnavailable(self.name, f"no answer when asked for {object_id[:8]}")
+
+
+def test_gc_deletes_nothing_when_an_index_can_not_be_read_for_now(repo: Repo, tmp_path: Path) -> None:
+    remote = Watched()
+    entry = save(repo)
+    repo.push([entry], remote)
+    path = repo.root / "config.toml"
+    path.write_text(path.read_text() + '[remotes]\nshared = "shared"\ncollector = "me"\n')
+    collecting = clone(repo, tmp_path / "other")
+    before = sorted(file.name for file in remote.files(""))
+    for _ in range(2):
+        failing = Failing("cloud", remote._given)
+        with pytest.raises(RemoteUnavailable, match="no answer"):
+            collect_remote(collecting, failing, Policy(), machine="me", grace=timedelta(0))
+    assert sorted(file.name for file in remote.files("")) == before
 
 
 @pytest.mark.usefixtures("small_packs")
@@ -249,7 +287,7 @@ def test_a_bad_object_in_a_pack_is_mended_by_one_beside_it(repo: Repo, tmp_path:
     for file in list(remote.files("packs")):
         if not file.name.startswith(packs.PARTS):
             data = bytearray(remote.read_file(file.name, 1 << 30) or b"")
-            data[40_000] ^= 1
+            data[min(40_000, len(data) - 1)] ^= len(data) > 40_000  # all but that of the index
             remote.write_file(file.name, bytes(data), replace=True)
     other = clone(repo, tmp_path / "other")
     other.remotes.append(remote.again())

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -153,9 +153,9 @@ class Bucket:
         """Publish verified frames as one file; :meth:`finish_packs` makes them visible. UploadRefused."""
         self._packs.put(frames, renew=renew)
 
-    def packed_in(self, object_ids: Iterable[ObjectId], names: Container[str]) -> set[ObjectId]:
-        """Return those that are known to lie in packs with these names."""
-        return {object_id for object_id in object_ids if self._packs.name_for(object_id) in names}
+    def packed(self, object_ids: Iterable[ObjectId]) -> dict[ObjectId, str]:
+        """Return those that are known to lie in packs, with the names of these."""
+        return {object_id: name for object_id in object_ids if (name := self._packs.name_for(object_id))}
 
     def finish_packs(self, index_id: ObjectId, needed: Iterable[ObjectId]) -> None:
         """Name the packs in which the objects of a part lie, so that whoever reads the part finds them."""
