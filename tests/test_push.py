@@ -423,10 +423,13 @@ def test_whatever_fails_in_between_the_end_is_the_same(steps: Sequence[tuple[int
 @pytest.mark.usefixtures("small_packs")
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.tuples(st.integers(1, 2**16 - 1), st.floats(1, 3)), min_size=2, max_size=4),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(4, 16)), min_size=2, max_size=4),
+    st.permutations(range(4)),
     st.lists(st.sampled_from([0, 1, 2, 3, "gc", "gc"]), min_size=6, max_size=12),
 )
-def test_what_looks_whole_is_whole(saves: Sequence[tuple[int, float]], steps: Sequence[int | str]) -> None:
+def test_what_looks_whole_is_whole_and_the_best_stays(
+    runs: Sequence[tuple[int, int]], losses: Sequence[int], steps: Sequence[int | str]
+) -> None:
     """Checkpoints that share any of sixteen chunks, in packs or not, beside collections without grace."""
     import tempfile
 
@@ -439,18 +442,23 @@ def test_what_looks_whole_is_whole(saves: Sequence[tuple[int, float]], steps: Se
         (Path(folder) / ".castore" / "config.toml").write_text(text)
         repo = Repo.open(folder)
         entries: list[Entry] = []
-        for step, (mask, loss) in enumerate(saves):
-            state = {"model": {f"{n}": block for n, block in enumerate(blocks) if mask >> n & 1}}
-            saved = repo.save(state, run="main", step=step, metrics={"val_loss": loss})
+        for number, (start, length) in enumerate(runs):
+            state = {"model": {f"{n}": block for n, block in enumerate(blocks) if start <= n < start + length}}
+            saved = repo.save(state, run="main", step=number, metrics={"val_loss": 1.0 + losses[number]})
             entries.append(Entry(saved.id, saved.manifest))
         remote = Watched()
+        pushed: set[int] = set()
         for step in steps:
             if isinstance(step, int):
                 repo.push([entries[step % len(entries)]], remote.again())
+                pushed.add(step % len(entries))
             elif list(remote.files("manifests")):
                 policy = Policy(keep=1, keep_latest=0)
                 collect_remote(repo, remote.again(), policy, machine="me", grace=timedelta(0))
+        best = min(pushed, key=lambda number: losses[number], default=None)
         for number, entry in enumerate(entries):
-            if remote.again().has([entry.manifest.parts["model"].index]):
+            is_there = remote.again().has([entry.manifest.parts["model"].index])
+            assert is_there or number != best
+            if is_there:
                 (Path(folder) / f"{number}").mkdir()
                 Repo.init(Path(folder) / f"{number}").fetch(entry, remotes=[remote.again()])
