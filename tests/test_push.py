@@ -421,7 +421,7 @@ def test_whatever_fails_in_between_the_end_is_the_same(steps: Sequence[tuple[int
 
 
 @pytest.mark.usefixtures("small_packs")
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(4, 16)), min_size=2, max_size=4),
     st.permutations(range(4)),

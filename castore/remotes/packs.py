@@ -128,6 +128,8 @@ class Packs:
         layout = bundle.lay_out({object_id: len(frame) for object_id, frame in frames})
         data = b"".join((bundle.HEADER, *(frame for _, frame in frames), layout.tail))
         self._remote.write_file(name_of(layout.id), data, replace=renew)
+        for object_id in layout.places:
+            self.forget(object_id)  # the copy elsewhere may be about to be deleted
         self._add(layout.id, layout.size, layout.places)
 
     def finish(self, index_id: ObjectId, needed: Iterable[ObjectId]) -> None:
