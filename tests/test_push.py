@@ -447,17 +447,19 @@ def test_what_looks_whole_is_whole_and_the_best_stays(
             saved = repo.save(state, run="main", step=number, metrics={"val_loss": 1.0 + losses[number]})
             entries.append(Entry(saved.id, saved.manifest))
         remote = Watched()
-        pushed: set[int] = set()
+        indexes = [entry.manifest.parts["model"].index for entry in entries]
+        pushed: set[ObjectId] = set()  # equal models are one: who pushes the one has pushed the other
         for step in steps:
             if isinstance(step, int):
                 repo.push([entries[step % len(entries)]], remote.again())
-                pushed.add(step % len(entries))
+                pushed.add(indexes[step % len(entries)])
             elif list(remote.files("manifests")):
                 policy = Policy(keep=1, keep_latest=0)
                 collect_remote(repo, remote.again(), policy, machine="me", grace=timedelta(0))
-        best = min(pushed, key=lambda number: losses[number], default=None)
+        there = [number for number, index_id in enumerate(indexes) if index_id in pushed]
+        best = min(there, key=lambda number: losses[number], default=None)
         for number, entry in enumerate(entries):
-            is_there = remote.again().has([entry.manifest.parts["model"].index])
+            is_there = remote.again().has([indexes[number]])
             assert is_there or number != best
             if is_there:
                 (Path(folder) / f"{number}").mkdir()
