@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "peers"))
 
 import states
 from buckets import BUCKET, S3Server, seaweedfs
+from start import first_step
 
 import castore
 
@@ -141,19 +142,6 @@ class Bench:
 def ratio(others: list[float], ours: list[float]) -> str:
     paired = [other / own for other, own in zip(others, ours, strict=True)]
     return f"{statistics.median(paired):.2f} x ({min(paired):.2f} to {max(paired):.2f})"
-
-
-def first_step(command: list[str], folder: Path, environment: dict[str, str]) -> float:
-    begun = time.perf_counter()
-    settings = environment | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=settings) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step "):
-                seconds = time.perf_counter() - begun
-                process.kill()
-                return seconds
-    raise SystemExit("the session made no step")
 
 
 def cold_start(server: S3Server, folder: Path, rounds: int) -> None:

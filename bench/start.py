@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROUNDS = 7
@@ -20,11 +21,11 @@ PROGRAM = str(Path(sys.executable).with_name("castore"))
 TRAIN = [PROGRAM, "train", "--resume", "best", "--max-iters", "100000", "--log-every", "1"]
 
 
-def first_step(folder: str) -> float:
+def first_step(command: list[str], folder: str | Path, environment: Mapping[str, str]) -> float:
     """Return the seconds until the first step is reported, which ends the process."""
     begun = time.perf_counter()
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(TRAIN, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    settings = {**environment, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=settings) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step "):
@@ -45,7 +46,7 @@ def main() -> None:
         subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
         subprocess.run([PROGRAM, "init"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         subprocess.run([*TRAIN, "--session-iters", "20"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        rounds = [(import_torch(), first_step(folder)) for _ in range(ROUNDS)]
+        rounds = [(import_torch(), first_step(TRAIN, folder, os.environ)) for _ in range(ROUNDS)]
     torch, step = (statistics.median(column) for column in zip(*rounds, strict=True))
     over = [step - torch for torch, step in rounds]
     print(f"import torch {torch:.2f} s; first step after {step:.2f} s")

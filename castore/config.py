@@ -157,6 +157,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.remotes.get("push") == "auto"
 
     @property
+    def collector(self) -> str:
+        """The machine that may delete in remotes; empty if none may."""
+        return self.remotes.get("collector", "")
+
+    @property
     def chunk_bytes(self) -> int:
         return parse_size(self.store.chunk_size)
 

@@ -29,8 +29,8 @@ from castore.transfer import read_manifests
 class RemoteGCPlan:
     """What a pass deletes, or would delete, and what it marks: names of files, with their bytes.
 
-    ``decisions`` say for every manifest which parts are kept and why. ``waiting`` are marked for a shorter time than
-    the grace period.
+    ``decisions`` say for every manifest which parts are kept and why. ``waiting`` are of no use, but they or their
+    marks are younger than the grace period.
     """
 
     decisions: tuple[Decision, ...]
@@ -61,7 +61,7 @@ def collect_remote(
     the collector; a dry run needs no permission. RootsUnreadable, CorruptionError, RemoteError or StorageError if it
     can't be told what is needed: then nothing was deleted.
     """
-    collector = repo.config.remotes.get("collector", "")
+    collector = repo.config.collector
     if not dry_run and machine != collector:
         named = f"is {collector}" if collector else "is not named in config.toml"
         raise UsageError(
@@ -84,7 +84,7 @@ class _Shelf:
         self.remote = remote
         # marks first: what is written after them is younger than they are
         self.marks = marks.read(remote)
-        self.marked_at = next((file.modified for file in remote.files("gc")), 0.0) if self.marks.time else 0.0
+        self.marked_at = next((file.modified for file in remote.files("gc") if file.name == marks.NAME), 0.0)
         self.objects: dict[ObjectId, RemoteFile] = {}
         for file in remote.files("objects"):
             name = file.name.rpartition("/")[2]
@@ -183,7 +183,7 @@ def _plan(repo: Repo, shelf: _Shelf, policy: Policy, grace: timedelta, now: date
     is_ripe = 0 < shelf.marked_at <= oldest
     marked = {name for name in old if _is_marked(shelf.marks, name) and old[name].modified <= shelf.marked_at}
     delete = marked if is_ripe else set()
-    mark = set(old) - delete if is_ripe or not shelf.marks.time else set()
+    mark = set(old) - delete if is_ripe or not shelf.marked_at else set()
     return RemoteGCPlan(
         decisions=decisions,
         delete={name: old[name].size for name in _in_order(delete, entries.values())},
@@ -231,6 +231,6 @@ def _apply(shelf: _Shelf, plan: RemoteGCPlan) -> None:
         shelf.remote.remove(ranked[start : start + 1000])
     if plan.mark:
         objects = {ObjectId(name) for path in plan.mark if is_object_id(name := path.rpartition("/")[2])}
-        marks.write(shelf.remote, Marks(1.0, objects, frozenset(plan.mark)))
+        marks.write(shelf.remote, Marks(objects, frozenset(plan.mark)))
     elif plan.delete:
         marks.clear(shelf.remote)

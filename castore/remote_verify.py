@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from castore.errors import CorruptionError, ObjectMissing
+from castore.errors import CorruptionError
 from castore.format import part_index
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry
@@ -36,14 +36,14 @@ def verify_remote(
     checked: set[ObjectId] = set()
     for index_id in sorted(there):
         checked.add(index_id)
-        if reason := fallback.check(remote, index_id):
-            yield _finding(remote, "damaged", index_id, reason, needs)
+        data = fallback.plain(remote, index_id)
+        if data is None:
+            yield _finding(remote, "damaged", index_id, remote.explain_missing(index_id), needs)
             continue
         try:
-            data, _ = fallback.read(repo.store, [remote], index_id, mend=False)
-            for chunk in part_index.decode_chunks(data):
+            for chunk in part_index.decode_chunks(bytes(data)):
                 needs.setdefault(chunk.id, []).extend(needs[index_id])
-        except (CorruptionError, ObjectMissing) as error:
+        except CorruptionError as error:
             yield _finding(remote, "damaged", index_id, str(error), needs)
     chunks = needs.keys() - indexes
     present = remote.has(chunks)

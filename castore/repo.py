@@ -41,7 +41,7 @@ from castore.policy.retention import Policy, policy_of
 from castore.policy.scoring import score
 from castore.policy.selector import Selector
 from castore.progress import Progress, ignore_progress
-from castore.remotes.base import PublishingRemote, Remote
+from castore.remotes.base import PublishingRemote, Remote, is_publishing
 from castore.remotes.registry import open_configured
 from castore.state import objects
 from castore.state import parts as state_parts
@@ -178,7 +178,7 @@ class Repo:
     def publishing_remote(self, name: str = "") -> PublishingRemote:
         """Return a remote that can be written to; see :meth:`remote`. UsageError for one that is for reading alone."""
         remote = self.remote(name)
-        if not isinstance(remote, PublishingRemote) or not remote.writable:
+        if not is_publishing(remote):
             raise UsageError(f"remote {remote.name} is for reading alone")
         return remote
 

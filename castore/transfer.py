@@ -13,7 +13,6 @@ from castore.errors import (
     CorruptObject,
     NotFound,
     ObjectMissing,
-    UnsupportedVersion,
     UploadRefused,
     UsageError,
 )
@@ -26,7 +25,7 @@ from castore.policy.resolution import PartState, Requirement, resolve
 from castore.policy.selector import Selector
 from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback, marks
-from castore.remotes.base import PublishingRemote, Remote
+from castore.remotes.base import PublishingRemote, Remote, is_publishing
 from castore.remotes.bucket import Bucket
 from castore.remotes.fallback import ErrorRecorder
 from castore.remotes.packs import MAX_BYTES, PACK_ABOVE
@@ -111,12 +110,13 @@ def _fetch_all(
 def find_manifest(remote: Remote, selector: str) -> Entry:
     """Return the manifest in a remote whose id begins with ``selector``; its bytes are those that the id names.
 
-    So many digits as were given vouch for it. UnknownId, AmbiguousId; RemoteError or StorageError.
+    So many digits as were given vouch for it. UsageError, NotFound, AmbiguousId or CorruptManifest; RemoteError or
+    StorageError.
     """
     wanted = selector.lower()
     if is_object_id(wanted):
         return _read_manifest(remote, ObjectId(wanted))
-    if not isinstance(remote, PublishingRemote) or not remote.writable:
+    if not is_publishing(remote):
         raise UsageError(f"{remote.name} has no list of its checkpoints: give all 64 digits of an id, not {selector!r}")
     if not wanted or not set(wanted) <= set("0123456789abcdef"):
         raise UsageError(f"{selector!r} is not an id: `castore ls {remote.name}` lists those in the remote")
@@ -153,16 +153,10 @@ def choose_manifest(remote: PublishingRemote, selector: str) -> Entry:
 
 def _read_manifest(remote: Remote, checkpoint_id: ObjectId) -> Entry:
     """A manifest lies among the objects, too: its id is its hash, so any remote can be asked for it."""
-    for found, data in fallback.frames([remote], checkpoint_id):
-        try:
-            length = frame.plain_length(checkpoint_id, memoryview(data))
-            if length <= manifest.MAX_BYTES:
-                plain = bytearray(length)
-                frame.decode_frame(checkpoint_id, memoryview(data), memoryview(plain))
-                return Entry(*manifest.decode(bytes(plain)))
-        except (CorruptionError, ValueError) as error:
-            found.mark_corrupt(checkpoint_id, str(error))
-    raise NotFound(f"{remote.name} has no checkpoint {checkpoint_id[:12]}: {remote.explain_missing(checkpoint_id)}")
+    data = fallback.plain(remote, checkpoint_id)
+    if data is None:
+        raise NotFound(f"{remote.name} has no checkpoint {checkpoint_id[:12]}: {remote.explain_missing(checkpoint_id)}")
+    return Entry(*manifest.decode(bytes(data), f"{remote.name}: {checkpoint_id[:12]}"))
 
 
 def _listed_ids(remote: PublishingRemote) -> dict[str, str]:
@@ -187,12 +181,7 @@ def read_manifests(remote: PublishingRemote, digits: Iterable[str] | None = None
         data = remote.read_file(name, manifest.MAX_BYTES)
         if data is None:
             return None  # removed meanwhile
-        try:
-            entry = Entry(*manifest.decode(data))
-        except UnsupportedVersion:
-            raise
-        except (CorruptionError, ValueError) as error:
-            raise CorruptManifest(f"{remote.name}: {name}", str(error)) from error
+        entry = Entry(*manifest.decode(data, f"{remote.name}: {name}"))
         if name != f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}":
             raise CorruptManifest(f"{remote.name}: {name}", "its content belongs under another name")
         return entry
@@ -209,7 +198,7 @@ _THREADS = "castore-push"
 class Pushed:
     """What a push moved: ``objects`` and their stored ``bytes``; ``checkpoints`` are complete there now, or were.
 
-    ``left_out`` maps a checkpoint, and a part of it or "", to the reason that it was not pushed.
+    ``left_out`` maps a checkpoint and a part of it to the reason that the part was not pushed.
     """
 
     objects: int
@@ -358,16 +347,13 @@ class _Push:
         self._progress(self._bytes, self._total)
 
     def _push_manifests(self, entries: Sequence[Entry]) -> None:
-        listed = _listed_ids(self._remote) if entries else {}
-        there = self._remote.has(entry.id for entry in entries) - self._marked
-        if self._repair:
-            there = {entry_id for entry_id in there if self._is_good(entry_id)}
+        """Write each manifest for those who list, then as an object: one that is there was written both ways."""
+        there = set() if self._repair else self._remote.has(entry.id for entry in entries) - self._marked
 
         def put(entry: Entry) -> None:
             data = manifest.encode(entry.manifest)
-            if entry.id not in there:
+            self._remote.write_file(f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}", data, replace=True)
+            if not self._repair or not self._is_good(entry.id):
                 self._remote.put(entry.id, frame.encode_frame(data), renew=entry.id in self._marked)
-            if entry.id[:12] not in listed or self._repair:
-                self._remote.write_file(f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}", data, replace=True)
 
-        map_all(put, entries, fallback.ASKERS, name=_THREADS)
+        map_all(put, [entry for entry in entries if entry.id not in there], fallback.ASKERS, name=_THREADS)

@@ -83,7 +83,9 @@ def gc(
         raise errors.UsageError(str(error)) from error
     if remote is not None:
         limit = policy if max_size is not None else dataclasses.replace(policy, max_size=None)
-        _collect_remote(repo, remote, limit, period or repo.config.retention.grace_period, dry_run, as_json)
+        _collect_remote(
+            repo, remote, limit, repo.config.retention.grace_period if period is None else period, dry_run, as_json
+        )
         return
     with Display("verifying what is kept", "count") as display:
         plan = collect_garbage(repo, policy, grace=period, dry_run=dry_run, progress=display)

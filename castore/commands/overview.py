@@ -105,7 +105,7 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List what a checkpoint consists of, or the checkpoints in a remote."""
-    from castore.remotes.base import PublishingRemote
+    from castore.remotes.base import is_publishing
 
     if "/" not in what:
         repo = castore.Repo.open()
@@ -113,7 +113,7 @@ def ls(
             _list_parts(repo, repo.find(what), as_json)
             return
     remote = open_source(what)
-    if not isinstance(remote, PublishingRemote) or not remote.writable:
+    if not is_publishing(remote):
         raise errors.UsageError(f"{what} is a website, which has no list: the manifests in git say what there is")
     _list_remote(remote, as_json)
 

@@ -302,11 +302,11 @@ def open_source(source: str) -> Remote:
 
 def _find_there(remote: Remote, selector: str) -> tuple[Entry, str]:
     """Return what a selector names in a remote, and, if that is not an id in full, what vouches for it."""
-    from castore.remotes.base import PublishingRemote
+    from castore.remotes.base import is_publishing
     from castore.transfer import choose_manifest, find_manifest
 
     is_word = selector.rpartition(":")[2] in ("best", "latest")
-    if is_word and isinstance(remote, PublishingRemote) and remote.writable:
+    if is_word and is_publishing(remote):
         return choose_manifest(remote, selector), f"{selector} by what {remote.name} says; nothing else vouches for it"
     entry = find_manifest(remote, selector)
     digits = f"only the {len(selector)} digits that were given vouch for it: compare the id with one that you trust"

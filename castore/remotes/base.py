@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeGuard, runtime_checkable
 
 from castore.format.ids import ObjectId
 
@@ -98,6 +98,11 @@ class PublishingRemote(Remote, Protocol):
     def remove(self, names: Sequence[str]) -> None:
         """Remove files. Those that aren't there are no error."""
         ...
+
+
+def is_publishing(remote: Remote) -> TypeGuard[PublishingRemote]:
+    """Whether a remote can be listed and written to."""
+    return isinstance(remote, PublishingRemote) and remote.writable
 
 
 class ConfiguredRemote(Remote, Protocol):

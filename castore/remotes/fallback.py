@@ -71,10 +71,9 @@ def read(
     try:
         return store.read(object_id, mend=mend), None
     except (ObjectMissing, CorruptObject) as error:
-        for remote, frame in frames(remotes, object_id):
-            plain = _decoded(remote, object_id, frame)
-            if plain is not None:
-                return bytes(plain), frame
+        for remote, frame in _frames(remotes, object_id):
+            if (decoded := _decoded(remote, object_id, frame)) is not None:
+                return bytes(decoded), frame
         raise _explained(error, remotes) from None
 
 
@@ -86,7 +85,7 @@ def read_into(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId
     try:
         store.read_into(object_id, out)
     except (ObjectMissing, CorruptObject) as error:
-        for remote, frame in frames(remotes, object_id):
+        for remote, frame in _frames(remotes, object_id):
             if _adopt(store, remote, object_id, frame, out):
                 return
         raise _explained(error, remotes) from None
@@ -94,7 +93,7 @@ def read_into(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId
 
 def fetch(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId) -> str | None:
     """Copy an object from the first remote with a good copy into the store; return that remote's name, or None."""
-    for remote, frame in frames(remotes, object_id):
+    for remote, frame in _frames(remotes, object_id):
         try:
             out = _scratch.take(plain_length(object_id, memoryview(frame)))
         except (CorruptObject, UnsupportedVersion) as error:
@@ -105,13 +104,21 @@ def fetch(store: ObjectStore, remotes: Sequence[Remote], object_id: ObjectId) ->
     return None
 
 
-def check(remote: Remote, object_id: ObjectId) -> str | None:
-    """Read and verify a remote's copy of an object; return what is wrong, or None. RemoteError, StorageError."""
+def plain(remote: Remote, object_id: ObjectId) -> bytearray | None:
+    """Return the plain bytes of an object in a remote, verified; None without a good copy. RemoteError, StorageError.
+
+    Here, unlike in :func:`read`, a remote that fails is not taken for one that lacks the object.
+    """
     for _ in range(_COPIES):
         frame = remote.get(object_id)
-        if frame is not None and _decoded(remote, object_id, frame) is not None:
-            return None
-    return remote.explain_missing(object_id)
+        if frame is not None and (decoded := _decoded(remote, object_id, frame)) is not None:
+            return decoded
+    return None
+
+
+def check(remote: Remote, object_id: ObjectId) -> str | None:
+    """Read and verify a remote's copy of an object; return what is wrong, or None. Errors: :func:`plain`."""
+    return remote.explain_missing(object_id) if plain(remote, object_id) is None else None
 
 
 def prepare(remotes: Sequence[Remote], lengths: Mapping[ObjectId, int]) -> int:
@@ -180,7 +187,7 @@ class ErrorRecorder:
         self.remote.mark_corrupt(object_id, reason)
 
 
-def frames(remotes: Sequence[Remote], object_id: ObjectId) -> Iterator[tuple[Remote, bytes]]:
+def _frames(remotes: Sequence[Remote], object_id: ObjectId) -> Iterator[tuple[Remote, bytes]]:
     """Yield (remote, frame) for each copy of an object, unverified: whoever finds one corrupt marks it as that."""
     for remote in remotes:
         for _ in range(_COPIES):

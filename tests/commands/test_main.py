@@ -117,7 +117,18 @@ def test_looking_imports_neither_torch_nor_numpy(trained: Project, arguments: li
 
 
 @pytest.mark.parametrize(
-    "arguments", [["stats"], ["doctor"], ["log", "--graph"], ["verify", "--help"], ["diff", "best", "best"]]
+    "arguments",
+    [
+        ["status"],
+        ["ls", "best"],
+        ["remote", "list"],
+        ["remote", "add", "x", "s3://y/z", "--help"],
+        ["stats"],
+        ["doctor"],
+        ["log", "--graph"],
+        ["verify", "--help"],
+        ["diff", "best", "best"],
+    ],
 )
 def test_examining_imports_neither_torch_nor_numpy(history: Project, arguments: list[str]) -> None:
     code = "import sys; from castore.__main__ import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"

@@ -219,8 +219,9 @@ def test_gc_in_a_remote_asks_for_a_collector(bucket: Project) -> None:
     path = bucket.root / ".castore" / "config.toml"
     path.write_text(path.read_text().replace("[remotes]", '[remotes]\ncollector = "ci"'))
     bucket.environment = bucket.environment | {"CASTORE_COLLECTOR": "ci"}
-    plan = bucket.json("gc", "--remote", "cloud", "--grace", "0")
-    assert plan["deleted"] == []
+    bucket.call("gc", "--keep", "1", "--keep-latest", "0", "--remote", "cloud")
+    assert bucket.json("gc", "--keep", "1", "--keep-latest", "0", "--remote", "cloud", "--grace", "0")["marked"]
+    assert bucket.json("gc", "--keep", "1", "--keep-latest", "0", "--remote", "cloud", "--grace", "0")["deleted"]
     assert "0 files, 0 B deleted in cloud" in bucket.call("gc", "--remote", "cloud")
 
 
