@@ -240,9 +240,7 @@ def fetch(
         repo, entries, remotes = _fetch_manifests(source, selectors or [])
     else:
         repo = castore.Repo.open()
-        remotes = [repo.remote(remote)] if remote else repo.remotes
-        if not remotes:
-            repo.remote()  # says how to add one
+        remotes = _remotes(repo, remote)
         entries = _named(repo, selectors or ["best"])
     _fetch(repo, entries, wanted, remotes, as_json)
 
@@ -254,9 +252,7 @@ def pull(remote: RemoteOption = "", as_json: JsonOption = False) -> None:
     Manifests come with `git pull`.
     """
     repo = castore.Repo.open()
-    remotes = [repo.remote(remote)] if remote else repo.remotes
-    if not remotes:
-        repo.remote()
+    remotes = _remotes(repo, remote)
     ids = {*repo.catalog.pins(), *repo.catalog.tags()[0].values()}
     entries = {entry.id: entry for entry in repo.catalog.listing().entries if entry.id in ids}
     for selector in ("best", "latest"):
@@ -268,6 +264,11 @@ def pull(remote: RemoteOption = "", as_json: JsonOption = False) -> None:
     if not entries:
         raise errors.NothingToDo("nothing to fetch: there is no checkpoint; `git pull` brings manifests")
     _fetch(repo, list(entries.values()), None, remotes, as_json)
+
+
+def _remotes(repo: castore.Repo, name: str) -> list[Remote]:
+    """Return the remotes to fetch from: the one named, or all. UsageError if there is none: it says how to add one."""
+    return [repo.remote(name)] if name or not repo.remotes else repo.remotes
 
 
 def _fetch_manifests(source: str, selectors: Sequence[str]) -> tuple[castore.Repo, list[Entry], list[Remote]]:
@@ -316,11 +317,23 @@ def _find_there(remote: Remote, selector: str) -> tuple[Entry, str]:
 def _fetch(
     repo: castore.Repo, entries: Sequence[Entry], wanted: Sequence[str] | None, remotes: Sequence[Remote], as_json: bool
 ) -> None:
+    """Fetch what can be fetched, and say what was. Then DataMissing if something could not."""
     fetched = []
+    failures: list[errors.DataMissing] = []
     with Display("fetch", "bytes") as display:
         for entry in entries:
-            names = _choose_parts(repo, entry, wanted, remotes)
-            fetched.append((entry, names, repo.fetch(entry, names, remotes=remotes, progress=display)))
+            try:
+                names = _choose_parts(repo, entry, wanted, remotes)
+                fetched.append((entry, names, repo.fetch(entry, names, remotes=remotes, progress=display)))
+            except errors.DataMissing as error:
+                failures.append(error)
+    _say_fetched(fetched, as_json)
+    warn(*(str(error) for error in failures[1:]))
+    if failures:
+        raise failures[0]
+
+
+def _say_fetched(fetched: Sequence[tuple[Entry, Sequence[str], Pulled]], as_json: bool) -> None:
     if as_json:
         print_json(
             [

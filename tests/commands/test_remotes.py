@@ -192,6 +192,10 @@ def test_what_was_named_and_is_not_here_fails_the_push(bucket: Project, tmp_path
     assert "its data isn't here" in other.call("push", newest, code=4)
     assert "nothing to push" in other.call("push", code=7)
     assert "no data of" in other.call("fetch", newest, code=4)
+    bucket.call("push", newest)
+    oldest = ids(bucket)[1]
+    assert f"no data of {oldest[:12]}" in other.call("fetch", oldest, newest, code=4)
+    assert [part["where"] for part in other.json("ls", newest)] == ["local"] * 3  # whatever could be fetched was
 
 
 def test_a_bad_copy_is_told_and_mended(bucket: Project, tmp_path: Path) -> None:
