@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
+from castore import sharding
 from castore.errors import CastoreError
 from castore.format.manifest import Entry
 from castore.pushing import BackgroundPusher, pusher_of
+from castore.ranks import TIMEOUT, connect
+from castore.state import shards
 from castore.state.parts import Flat
+from castore.state.shards import ShardedFlat
 from castore.state.tensors import TensorSource, flatten
+
+_Flat = TypeVar("_Flat", Flat, ShardedFlat)
 
 if TYPE_CHECKING:
     from castore.repo import Repo, SaveResult
@@ -33,6 +41,9 @@ class AsyncSaver:
     the background is raised once, by the next call of any method or at the end of the ``with`` block. If config.toml
     says so, each checkpoint is then pushed, and the end of the block waits for that, too. For use by a single thread.
 
+    Under torch.distributed all ranks of ``process_group`` make one and call it alike, and what they have is one
+    checkpoint: see :mod:`castore.dcp`, also for ``timeout``.
+
         >>> import tempfile, castore
         >>> repo = castore.Repo.init(tempfile.mkdtemp())
         >>> with AsyncSaver(repo) as saver:
@@ -41,9 +52,11 @@ class AsyncSaver:
         {'model': {'weight': tensor([1., 1., 1.])}}
     """
 
-    def __init__(self, repo: Repo) -> None:
+    def __init__(self, repo: Repo, *, process_group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
         self._repo = repo
-        self._pusher = pusher_of(repo)
+        # connections of its own: what the thread says must not come between what another one does
+        self._ranks = connect(process_group, timeout=timeout)
+        self._pusher = pusher_of(repo) if self._ranks.rank == 0 else None
         if self._pusher:
             _pushers.append(self._pusher)
         self._buffers: dict[str, list[torch.Tensor]] = {}
@@ -86,21 +99,31 @@ class AsyncSaver:
         if self._pusher:
             self._pusher.finish()
 
-    def save(self, parts: Mapping[str, Any], **fields: Any) -> None:
+    def save(self, parts: Mapping[str, Any], **fields: Any) -> Future[SaveResult]:
         """Copy the state and start to save it; ``fields`` are the keyword arguments of :meth:`castore.Repo.save`.
 
         What can't be recorded or stored is an error of this call, as is one of the previous save. Then nothing is
         copied, and no save is started.
         """
         self.wait()
-        self._repo.check_save(parts, **fields)
-        flat = {name: flatten(state, name) for name, state in parts.items()}
+        try:
+            self._repo.check_save(parts, **fields)
+            take_apart: Callable[[Any, str], Any] = flatten if self._ranks.size == 1 else shards.flatten
+            flat = {name: take_apart(state, name) for name, state in parts.items()}
+        except Exception as error:
+            self._thread.submit(self._ranks.fail, error)
+            raise
         copied = {name: self._copy(name, part) for name, part in flat.items()}
         fields = {"created": datetime.now(UTC)} | fields
-        self._pending.append(self._thread.submit(self._save, copied, fields))
+        future = self._thread.submit(self._save, copied, fields)
+        self._pending.append(future)
+        return future
 
-    def _save(self, copied: Mapping[str, Flat], fields: Mapping[str, Any]) -> SaveResult:
-        saved = self._repo.save(copied, **fields)
+    def _save(self, copied: Mapping[str, Any], fields: Mapping[str, Any]) -> SaveResult:
+        if self._ranks.size == 1:
+            saved = self._repo.save(copied, **fields)
+        else:
+            saved = sharding.save(self._repo, copied, self._ranks, **fields)
         if self._pusher:
             self._pusher.add(Entry(saved.id, saved.manifest))
         return saved
@@ -123,7 +146,13 @@ class AsyncSaver:
         self._pending.clear()
         return saved
 
-    def _copy(self, name: str, flat: Flat) -> Flat:
+    def take(self, future: Future[SaveResult]) -> SaveResult:
+        """Wait for a save and return its result; its error is then raised here alone."""
+        if future in self._pending:
+            self.wait()
+        return future.result()
+
+    def _copy(self, name: str, flat: _Flat) -> _Flat:
         """Copy the tensors of a part into the buffers of the previous save, where they fit, or into new ones."""
         sources: list[TensorSource] = list(flat.sources)  # type: ignore[arg-type]
         previous = self._buffers.get(name, [])
@@ -133,7 +162,7 @@ class AsyncSaver:
         if any(source.is_cuda for source in sources):
             torch.cuda.synchronize()
         self._buffers[name] = buffers
-        return Flat(flat.tree, [TensorSource(buffer, is_shared=False) for buffer in buffers])
+        return dataclasses.replace(flat, sources=[TensorSource(buffer, is_shared=False) for buffer in buffers])
 
 
 def _wait_at_exit(pending: Sequence[Future[SaveResult]], pusher: BackgroundPusher | None, process: int) -> None:

@@ -303,6 +303,15 @@ class StateChanged(CastoreError):
         super().__init__(f"{what} changed while it was saved, so nothing was: save a copy, or stop what writes to it")
 
 
+class RankFailed(CastoreError):
+    """Ranks were to save or load together, and another one could not; ``rank`` is which, None where nobody knows."""
+
+    def __init__(self, rank: int | None, reason: str) -> None:
+        self.rank, self.reason = rank, reason
+        which = "another rank" if rank is None else f"rank {rank}"
+        super().__init__(f"{which} failed, so all of them stop: {printable(reason)}")
+
+
 class FileChanged(CastoreError):
     """A file was written to while it was read: the bytes that were read may never have been its content."""
 

@@ -214,7 +214,7 @@ class Repo:
 
         UnsupportedValue, InvalidManifest, StorageError or Locked; then nothing becomes visible.
         """
-        draft = self._draft(
+        draft = self.draft(
             parts,
             run=run,
             step=step,
@@ -239,7 +239,7 @@ class Repo:
             path=path,
             new_objects=saved.new_objects,
             new_bytes=saved.new_bytes,
-            warnings=self._warn_unscored(final),
+            warnings=self.warn_unscored(final),
         )
 
     def check_save(self, parts: Iterable[str], **fields: Any) -> None:
@@ -247,16 +247,16 @@ class Repo:
 
         UsageError for an unknown keyword, InvalidManifest for what can't be recorded.
         """
-        known = inspect.signature(self._draft).parameters.keys() - {"parts"}
+        known = inspect.signature(self.draft).parameters.keys() - {"parts"}
         for name in sorted(fields.keys() - known):
             near = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"a save takes no {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         for name in ("run", "step"):
             if name not in fields:
                 raise UsageError(f"a save needs a {name}")
-        self._draft(parts, **fields)
+        self.draft(parts, **fields)
 
-    def _draft(
+    def draft(
         self,
         parts: Iterable[str],
         *,
@@ -305,7 +305,7 @@ class Repo:
                     time = manifest.timestamp(before + timedelta(microseconds=1))
         return time
 
-    def _warn_unscored(self, saved: Manifest) -> tuple[str, ...]:
+    def warn_unscored(self, saved: Manifest) -> tuple[str, ...]:
         """Return, and log once a run, that nothing was measured by which the best could be told."""
         if saved.kind != "checkpoint" or score(saved) is not None:
             return ()

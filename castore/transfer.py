@@ -82,7 +82,7 @@ def pull(
             if frame is not None:
                 indexes[index_id] = data, frame
             missing.update((chunk.id, chunk.length) for chunk in chunks if not store.has(chunk.id))
-        _fetch_all(store, recorders, missing, progress)
+        fetch_objects(store, recorders, missing, progress)
         # last: an index without its chunks would be taken for damage
         for index_id, (data, frame) in indexes.items():
             store.adopt(index_id, frame, memoryview(bytearray(len(data))))
@@ -91,8 +91,11 @@ def pull(
     return Pulled(len(missing) + len(indexes), plain_bytes, errors)
 
 
-def _fetch_all(
-    store: ObjectStore, remotes: Sequence[Remote], lengths: Mapping[ObjectId, int], progress: Progress
+def fetch_objects(
+    store: ObjectStore,
+    remotes: Sequence[Remote],
+    lengths: Mapping[ObjectId, int],
+    progress: Progress = ignore_progress,
 ) -> None:
     """Fetch objects, given with their plain lengths, in parallel. ObjectMissing."""
     done, total = 0, sum(lengths.values())

@@ -203,8 +203,8 @@ def check_parts(
     checked = {}
     for name in names:
         with _open_part(store, remotes, checkpoint_id, manifest, name) as index:
-            workers = _workers(store, remotes, index.chunks, threads)
-            map_all(check, _ahead(store, index.chunks, lambda chunk: chunk), workers)
+            workers = readers(store, remotes, index.chunks, threads)
+            map_all(check, read_ahead(store, index.chunks, lambda chunk: chunk), workers)
         checked[name] = index
     return checked
 
@@ -310,17 +310,17 @@ def _read_chunks(
     covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
     needed = [[piece for piece in pieces if piece.tensor in targets] for pieces in covered]
     jobs = [(chunk, pieces) for chunk, pieces in zip(index.chunks, needed, strict=True) if pieces or is_whole]
-    workers = _workers(store, remotes, [chunk for chunk, _ in jobs], threads)
-    map_all(fill, _ahead(store, jobs, lambda job: job[0]), workers)
+    workers = readers(store, remotes, [chunk for chunk, _ in jobs], threads)
+    map_all(fill, read_ahead(store, jobs, lambda job: job[0]), workers)
 
 
-def _workers(store: ObjectStore, remotes: Sequence[Remote], chunks: Sequence[ChunkRef], threads: int) -> int:
+def readers(store: ObjectStore, remotes: Sequence[Remote], chunks: Sequence[ChunkRef], threads: int) -> int:
     """Return how many threads read chunks: more than ``threads`` where some have to be fetched."""
     missing = {chunk.id: chunk.length for chunk in chunks if not store.has(chunk.id)} if remotes else {}
     return max(threads, fallback.prepare(remotes, missing)) if missing else threads
 
 
-def _ahead(store: ObjectStore, jobs: Sequence[_Job], chunk_of: Callable[[_Job], ChunkRef]) -> Iterator[_Job]:
+def read_ahead(store: ObjectStore, jobs: Sequence[_Job], chunk_of: Callable[[_Job], ChunkRef]) -> Iterator[_Job]:
     """Yield the jobs, and have the disk begin to read what comes soon."""
     for number, job in enumerate(jobs):
         # the first time for all up to there, then for one more each time

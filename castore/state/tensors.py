@@ -34,7 +34,7 @@ def flatten(state: Any, name: str) -> Flat:
     Nothing is copied: the tensors must not change until they are saved. UnsupportedValue, naming the key, for a value
     that can't be stored exactly.
     """
-    flattener = _Flattener()
+    flattener = Flattener()
     tree = objects.take_apart(state, name, flattener.replace)
     return Flat(tree, flattener.sources)
 
@@ -90,7 +90,12 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool = False) -> 
 
 def outline(index: Index) -> Any:
     """Return the state of a part with tensors that have a type and a shape, and no memory."""
-    return restore(index.tree, [torch.empty(spec.shape, dtype=_dtype(spec), device="meta") for spec in index.tensors])
+    return restore(index.tree, outline_tensors(index))
+
+
+def outline_tensors(index: Index) -> list[torch.Tensor]:
+    """Return tensors of a part that have a type and a shape, and no memory."""
+    return [torch.empty(spec.shape, dtype=_dtype(spec), device="meta") for spec in index.tensors]
 
 
 def move_tensors(tensors: list[torch.Tensor], device: Any) -> list[torch.Tensor]:
@@ -126,16 +131,16 @@ class LoadTarget:
 
         UsageError, before anything is filled, when the target has other keys, element types or shapes.
         """
-        leaves = ((key, _as_target(leaf, key)) for key, leaf in part_index.leaves(self.parts[part]))
+        leaves = ((key, as_target(leaf, key)) for key, leaf in part_index.leaves(self.parts[part]))
         targets = {key: target for key, target in leaves if target is not None}
         numbers = {key: leaf.number for key, leaf in part_index.leaves(index.tree) if type(leaf) is TensorRef}
-        _check_keys(part, stored=numbers.keys(), targets=targets.keys())
+        check_keys(part, stored=numbers.keys(), targets=targets.keys())
         placed: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(index.tensors)
         for key, number in numbers.items():
             target, spec = targets[key], index.tensors[number]
-            _check_fits(join_key(part, key), spec, target)
+            check_fits(join_key(part, key), spec, target)
             first = placed[number]
-            if first is None and target.is_cpu and target.is_contiguous() and not _is_alias(target):
+            if first is None and can_be_filled(target):
                 placed[number] = target, target
             elif first is None:
                 copy_of_target = allocate(spec)
@@ -154,7 +159,7 @@ class LoadTarget:
                 target.copy_(source)
 
 
-def _as_target(leaf: Any, key: str) -> torch.Tensor | None:
+def as_target(leaf: Any, key: str) -> torch.Tensor | None:
     """Return the tensor to fill for a leaf of a state, which for an array is in its memory; None for other leaves."""
     if isinstance(leaf, torch.Tensor) or type(leaf).__module__ != "numpy" or type(leaf).__name__ != "ndarray":
         return leaf if isinstance(leaf, torch.Tensor) else None
@@ -164,14 +169,16 @@ def _as_target(leaf: Any, key: str) -> torch.Tensor | None:
     return tensor
 
 
-def _check_keys(part: str, *, stored: Set[str], targets: Set[str]) -> None:
+def check_keys(part: str, *, stored: Set[str], targets: Set[str]) -> None:
+    """Raise UsageError unless the tensors of a part and those to be filled have the same keys."""
     if missing := stored - targets:
         raise UsageError(f"can't load part {part} there: it has no tensor {min(missing)}")
     if surplus := targets - stored:
         raise UsageError(f"can't load part {part} there: it has {min(surplus)}, which the checkpoint doesn't have")
 
 
-def _check_fits(key: str, spec: TensorSpec, target: torch.Tensor) -> None:
+def check_fits(key: str, spec: TensorSpec, target: torch.Tensor) -> None:
+    """Raise UsageError unless a stored tensor has the element type and shape of the one to be filled."""
     dtype, shape = _NAMES.get(target.dtype), tuple(target.shape)
     if (dtype, shape) != (spec.dtype, spec.shape):
         stored = f"{spec.dtype} {list(spec.shape)}"
@@ -180,7 +187,13 @@ def _check_fits(key: str, spec: TensorSpec, target: torch.Tensor) -> None:
         )
 
 
+def can_be_filled(tensor: torch.Tensor) -> bool:
+    """Whether bytes can be read straight into a tensor."""
+    return tensor.is_cpu and tensor.is_contiguous() and not _is_alias(tensor)
+
+
 def _is_alias(tensor: torch.Tensor) -> bool:
+    """Whether torch would change what stands in the tensor's memory before anybody sees it."""
     return tensor.is_conj() or tensor.is_neg()
 
 
@@ -353,7 +366,9 @@ def _copy_elements(tensor: torch.Tensor, start: int, stop: int, out: torch.Tenso
         at = end
 
 
-class _Flattener:
+class Flattener:
+    """Numbers the tensors of a state, ties once, as their sources."""
+
     def __init__(self) -> None:
         self.sources: list[TensorSource] = []
         # the numbers of the sources whose memory begins at an address: the first one, and the few further ones
@@ -362,10 +377,11 @@ class _Flattener:
 
     def replace(self, value: Any, key: str) -> TensorRef | None:
         """Return what stands for a tensor in the tree; None for any other value."""
-        return self._tensor(value, key) if isinstance(value, torch.Tensor) else None
+        return self.number(value, key) if isinstance(value, torch.Tensor) else None
 
-    def _tensor(self, tensor: torch.Tensor, key: str) -> TensorRef:
-        _check_storable(tensor, key)
+    def number(self, tensor: torch.Tensor, key: str) -> TensorRef:
+        """Return what stands for a tensor, which is a new source unless it is tied to an earlier one."""
+        check_storable(tensor, key)
         if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
             tensor = tensor.detach().resolve_conj().resolve_neg()
         number = len(self.sources)
@@ -381,9 +397,16 @@ class _Flattener:
         return TensorRef(number)
 
 
-def _check_storable(tensor: torch.Tensor, key: str) -> None:
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a tensor that lies on several ranks, such as a DTensor."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "__create_chunk_list__")
+
+
+def check_storable(tensor: torch.Tensor, key: str) -> None:
+    """Raise UnsupportedValue, naming the key, for a tensor that has no exact form."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        raise UnsupportedValue(key, f"a {type(tensor).__name__} is not a plain tensor: convert it first")
+        hint = "castore.dcp.save stores it" if is_sharded(tensor) else "convert it first"
+        raise UnsupportedValue(key, f"a {type(tensor).__name__} is not a plain tensor: {hint}")
     if tensor.layout != torch.strided:
         raise UnsupportedValue(key, f"a tensor of layout {tensor.layout} can't be stored: call .to_dense() first")
     if tensor.is_quantized or tensor.dtype not in _NAMES:
