@@ -41,7 +41,7 @@ from castore.background import AsyncSaver
 from castore.errors import UsageError
 from castore.format import manifest
 from castore.format.manifest import Entry
-from castore.format.part_index import Index, TensorRef
+from castore.format.part_index import Index, TensorRef, TensorSpec
 from castore.ranks import TIMEOUT, Ranks, ranks_of
 from castore.repo import Repo, SaveResult
 from castore.state import objects, shards, tensors
@@ -139,7 +139,9 @@ def load(
     """
     ranks = ranks_of(process_group, timeout=timeout)
     entry = sharding.find(repo, want, ranks)
-    state.update(sharding.load(repo, entry, state, ranks))
+    loaded = sharding.load(repo, entry, state, ranks)
+    loaded.finish()
+    state.update(loaded.states)
     return entry
 
 
@@ -364,7 +366,8 @@ class CastoreReader(StorageReader):
             name, number = self._places[key]
             target = planner.resolve_tensor(item).detach()
             box = Box(tuple(item.storage_offsets), tuple(item.lengths))
-            buffer = target if tensors.can_be_filled(target) else shards.buffer_for(target)
+            stored = TensorSpec(self._indexes[name].tensors[number].dtype, box.sizes, 0)
+            buffer = target if tensors.can_be_filled(target) else tensors.allocate(stored)
             regions[name].setdefault(number, []).append(Region(box, buffer))
             filled.append((item, target, buffer))
         sharding.fill_regions(self._repo, self.entry, self._indexes, regions, self._ranks)

@@ -66,6 +66,8 @@ class Ranks:
         """Call ``function`` and return what it returned here. On an error the others fail, at their next call."""
         try:
             return function()
+        except RankFailed:
+            raise  # the others know
         except Exception as error:
             self.fail(error)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,18 @@ from typing import Any
 import torch
 
 from castore.errors import UsageError
+from castore.format import part_index
+from castore.format.part_index import Index, TensorRef
+from castore.state import tensors
+from castore.state.tensors import is_sharded
 
-RANDOM, METADATA = "random", "model_metadata"
-RESERVED = frozenset({RANDOM, METADATA})
+RANDOM, METADATA, RANKS = "random", "model_metadata", "ranks"
+RESERVED = frozenset({RANDOM, METADATA, RANKS})
 """Names in the part ``trainer`` that are castore's own."""
+
+_OF_EACH_RANK = 1 << 20  # bytes of tensors up to which a component's state is saved for each rank
+
+_log = logging.getLogger(__name__)
 
 _PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before names
 
@@ -28,6 +37,7 @@ def restore_all(
     strict: bool,
     checkpoint: str,
     fill: Callable[[dict[str, torch.Tensor]], Any] | None = None,
+    rank: int = 0,
 ) -> None:
     """Load the ``states`` of parts into what they belong to, by way of its ``load_state_dict``.
 
@@ -35,12 +45,15 @@ def restore_all(
     tensors, by the names of the checkpoint, to read into them. Every byte must have been verified before: should the
     disk fail all the same, its error is raised, all else is as it was, and the model is partly filled.
 
+    What was saved for each rank is taken for ``rank``; where there is nothing for it, its random generators stay.
+
     UsageError, naming what doesn't fit in ``checkpoint`` and what to do; then everything is as it was before, the
     random generators too. Without ``strict`` a component that only one side has is left as it is.
     """
     trainer = states.get("trainer")
     if not isinstance(trainer, Mapping) or RANDOM not in trainer:
         raise UsageError(f"checkpoint {checkpoint} was not saved by a Checkpointer: load its parts with Repo.load")
+    trainer = _of_rank(trainer, rank)
     if strict:
         _check_components(trainer, others, checkpoint)
         if (optimizer is not None) != ("optimizer" in states):
@@ -63,6 +76,31 @@ def restore_all(
             except BaseException:
                 _take_back(undo)
                 raise
+
+
+def for_each_rank(states: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return the states as a rank gives them to a save of all: those of the lowest, and by rank what may differ.
+
+    That is not what holds large tensors or sharded ones: those are taken to be equal, as the model's are.
+    """
+    if rank == 0:
+        return {**states, RANKS: {}}
+    own = {name: state for name, state in states.items() if _is_small(state)}
+    return {**{name: state for name, state in states.items() if name not in own}, RANKS: {rank: own}}
+
+
+def _is_small(state: Any) -> bool:
+    held = [leaf for _, leaf in part_index.leaves(state) if isinstance(leaf, torch.Tensor)]
+    return not any(map(is_sharded, held)) and sum(tensor.nbytes for tensor in held) <= _OF_EACH_RANK
+
+
+def _of_rank(trainer: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return the states of a rank, with those of the lowest one where nothing was saved for it."""
+    own = trainer.get(RANKS, {}).get(rank)
+    shared = {name: state for name, state in trainer.items() if rank == 0 or own is not None or name != RANDOM}
+    if rank and own is None:
+        _log.warning("nothing was saved for rank %d: its random generators stay as they are", rank)
+    return shared | (own or {})
 
 
 def _take_back(undo: Sequence[Callable[[], None]]) -> None:
@@ -93,9 +131,10 @@ def _assign(
         _load(model, model_state, undo)
     else:
         model.load_state_dict(model_state)
-    before = random_state()
-    undo.append(lambda: set_random_state(before))
-    set_random_state(trainer[RANDOM])
+    if RANDOM in trainer:
+        before = random_state()
+        undo.append(lambda: set_random_state(before))
+        set_random_state(trainer[RANDOM])
 
 
 def _load(component: Any, state: Any, undo: list[Callable[[], None]]) -> None:
@@ -132,6 +171,46 @@ def _fit_model(state: Any, metadata: Any, model: torch.nn.Module, checkpoint: st
     if not _is_custom(model):
         _check_tensors(fitted, own, checkpoint)
     return fitted
+
+
+def model_targets(outline: Any, model: torch.nn.Module, checkpoint: str) -> dict[str, torch.Tensor]:
+    """Return the tensors to read a model's state into, by the names of the checkpoint: its own, if that will do.
+
+    UsageError, if they don't fit.
+    """
+    fitted = _fit_model(outline, None, model, checkpoint)
+    targets = _targets(outline, fitted, model)
+    if _is_custom(model):
+        return {name: torch.empty_like(tensor) for name, tensor in targets.items()}
+    return targets
+
+
+def optimizer_targets(index: Index, optimizer: torch.optim.Optimizer) -> Any:
+    """Return the state in a part ``optimizer`` with new tensors: each sharded like the parameter whose shape it has."""
+    alike: dict[int, torch.Tensor] = {}
+    try:
+        saved = [number for group in index.tree["param_groups"] for number in group["params"]]
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in zip(saved, own, strict=True):
+            for value in index.tree["state"].get(number, {}).values():
+                if type(value) is TensorRef and index.tensors[value.number].shape == tuple(parameter.shape):
+                    alike[value.number] = parameter
+    except (KeyError, TypeError, AttributeError, ValueError):
+        pass  # it is not one of torch's: its tensors are small, or else it says that it doesn't fit
+    return tensors.restore(
+        index.tree,
+        [
+            torch.empty_like(alike[i], dtype=tensors.dtype_of(spec)).detach()
+            if is_sharded(alike.get(i))
+            else tensors.allocate(spec)
+            for i, spec in enumerate(index.tensors)
+        ],
+    )
+
+
+def fills_in_place(model: torch.nn.Module) -> bool:
+    """Whether a load is to fill the model's own tensors, and has nothing else to do."""
+    return not _is_custom(model)
 
 
 def _own_names(state: Mapping[str, Any], own: Mapping[str, Any]) -> OrderedDict[str, Any]:
@@ -194,17 +273,23 @@ def _is_custom(model: torch.nn.Module) -> bool:
     plain = torch.nn.Module
     for module in model.modules():
         kind = type(module)
-        hooks = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._state_dict_hooks)
+        registered = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks, module._state_dict_hooks)
+        # those of FSDP put its own shards in place, and are run by asking for the state
+        hooks = [hook for hooks in registered for hook in hooks.values() if not _is_of_fsdp(hook)]
         overridden = any(
             getattr(kind, name, None) is not getattr(plain, name)
             for name in ("load_state_dict", "state_dict", "get_extra_state", "set_extra_state")
         )
-        if any(hooks) or overridden:
+        if hooks or overridden:
             return True
         loads = kind._load_from_state_dict
         if loads is not plain._load_from_state_dict and not kind.__module__.startswith("torch.nn.modules"):
             return True
     return False
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def metadata_of(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from castore import transfer
-from castore.errors import UsageError
+from castore.errors import CastoreError, UsageError
 from castore.format import chunking, manifest, part_index
 from castore.format.ids import Buffer, ObjectId
 from castore.format.manifest import Entry, Manifest, Part
@@ -36,6 +37,8 @@ from castore.storage.object_store import Writer
 
 if TYPE_CHECKING:
     from castore.repo import Repo
+
+_log = logging.getLogger(__name__)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -242,7 +245,10 @@ class _Saving:
     def adopt(self, saved: SaveResult) -> None:
         """Give a store other than the lowest rank's the manifest, too, so that it knows what its objects are of."""
         if self._is_first and self._ranks.rank != 0:
-            self._repo.catalog.add(saved.manifest)
+            try:
+                self._repo.catalog.add(saved.manifest)
+            except CastoreError as error:  # it is saved all the same
+                _log.warning("checkpoint %s is not listed on this machine: %s", saved.id[:12], error)
 
 
 def _index(layout: _Layout, chunk_ids: Sequence[ObjectId]) -> Index:
@@ -276,17 +282,26 @@ def read_indexes(repo: Repo, entry: Entry, parts: Iterable[str]) -> dict[str, In
     return indexes
 
 
-def load(repo: Repo, entry: Entry, target: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Fill the tensors of ``target``, a dict from parts to states; return the states made of them, by part.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """States by part, made of the target's tensors; these are filled once :meth:`finish` was called."""
 
-    The errors of :meth:`castore.Repo.load_into`, and RankFailed; then some tensors may be filled and some not.
+    states: dict[str, Any]
+    finish: Callable[[], None]
+
+
+def load(repo: Repo, entry: Entry, target: Mapping[str, Any], ranks: Ranks, *, staged: bool = False) -> Loaded:
+    """Read what this rank has of the tensors of ``target``, a dict from parts to states.
+
+    Where possible straight into them, so that after an error some are filled; when ``staged``, none is before all was
+    read and :meth:`Loaded.finish` is called. The errors of :meth:`castore.Repo.load_into`, and RankFailed.
     """
-    sharded = ShardedTarget(target)
+    sharded = ShardedTarget(target, staged=staged)
     indexes = ranks.locally(lambda: read_indexes(repo, entry, target))
     placed = ranks.locally(lambda: {name: sharded.place(name, index) for name, index in indexes.items()})
     fill_regions(repo, entry, indexes, {name: regions for name, (_, regions) in placed.items()}, ranks)
-    sharded.finish()
-    return {name: tensors.restore(index.tree, placed[name][0]) for name, index in indexes.items()}
+    states = {name: tensors.restore(index.tree, placed[name][0]) for name, index in indexes.items()}
+    return Loaded(states, sharded.finish)
 
 
 def fill_regions(

@@ -7,26 +7,36 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
 import msgspec
 import torch
 
+from castore import sharding
 from castore.background import AsyncSaver
 from castore.errors import UsageError
-from castore.format.manifest import Experiment, Metric
+from castore.format.manifest import Entry, Experiment, Metric
+from castore.format.manifest import decode as decode_manifest
+from castore.format.manifest import encode as encode_manifest
+from castore.ranks import connect
 from castore.restoring import (
     METADATA,
     RANDOM,
     RESERVED,
     can_be_filled,
+    fills_in_place,
+    for_each_rank,
     has_types_of,
     metadata_of,
+    model_targets,
+    optimizer_targets,
     plain_name,
     random_state,
     restore_all,
 )
+from castore.state.tensors import allocate, restore
+from castore.state.tensors import outline as outline_of
 from castore.stopping import StopRequest, stop_signals
 
 if TYPE_CHECKING:
@@ -77,6 +87,10 @@ class Checkpointer:
     ``others`` are whatever else has a state_dict and a load_state_dict: a schedule, a scaler, a data loader. The states
     of the random generators of Python, NumPy and torch are saved, too.
 
+    Under torch.distributed every rank makes one and calls it alike; the repository then has what one process would
+    save, which any number of ranks resume: see :mod:`castore.dcp`. What DTensors hold is saved from where it is, and
+    the random generators, and other components with small states, of each rank.
+
     ``run`` and ``experiment`` say whose checkpoints these are: :meth:`resume` looks at no others. Without an
     ``experiment`` it is what the names, shapes and element types of the model's tensors make it. ``maximize`` and
     ``minimize`` name metrics that are scored beside ``val_loss``. With ``stop_signals`` the first SIGTERM, SIGINT or
@@ -117,6 +131,7 @@ class Checkpointer:
         scored = dict.fromkeys(_names(maximize), "max") | dict.fromkeys(_names(minimize), "min")
         self._experiment = _with_metrics(experiment or derive_experiment(model), scored)
         self._saver = AsyncSaver(repo)
+        self._ranks = connect()  # beside the saver's, which are busy while a save is under way
         self._stop = StopRequest()
         self._signals = contextlib.ExitStack()
         self._has_signals = stop_signals
@@ -142,10 +157,16 @@ class Checkpointer:
         """
         for step in range(self.resume(), stop):
             yield step
-            if self._stop.number:
+            if number := self._stop_number():
                 self.save(step + 1, metrics)
                 self.wait()
-                raise SystemExit(self._stop.exit_code)
+                raise SystemExit(128 + number)
+
+    def _stop_number(self) -> int:
+        """Return the number of the signal that asked for the end on any rank, 0 without one."""
+        if not self._has_signals:
+            return 0
+        return max(self._ranks.together(lambda: self._stop.number))
 
     def resume(
         self, selector: str | Literal["furthest"] = "furthest", *, allow_fresh: bool = False, strict: bool = True
@@ -160,28 +181,86 @@ class Checkpointer:
         Returns 0 and changes nothing when this run has no checkpoint of this experiment, or when the data of none is
         available and ``allow_fresh`` or config.toml permits a fresh start; without that, NothingAvailable.
         """
-        resolution = self._resolve(selector)
-        if resolution is None or (resolution.match is None and not self._must_exist(resolution)):
-            return self._start_fresh(resolution, f"run {self._run} has no checkpoint of this experiment yet")
-        if resolution.match is None and (why := self.repo.fresh_start(resolution, allow_fresh=allow_fresh)):
-            return self._start_fresh(resolution, why)
-        match = resolution.require()
+        found, why, others = self._ranks.together(
+            lambda: self._choose(selector, allow_fresh) if self._ranks.rank == 0 else (b"", "", 0)
+        )[0]
+        if not found:
+            _log.info("starting at step 0: %s%s", why, f" ({others} of other experiments)" if others else "")
+            return Resumed(0, why=why)
+        entry = Entry(*decode_manifest(found))
         parts = ["model", "trainer", *(["optimizer"] if self._optimizer else [])]
-        manifest = self.repo.find(match.id).manifest
-        names = [name for name in manifest.parts if name in parts or name == "optimizer"]
-        outline = self.repo.outline(match.id, ["model"])["model"] if can_be_filled(self._model) else None
-        if outline is None or not has_types_of(outline, self._model):
-            states, fill = self.repo.load(match.id, names), None
-        else:
-            states = {**self.repo.load(match.id, [name for name in names if name != "model"]), "model": outline}
-            fill = functools.partial(self._fill, match.id)
-        restore_all(
-            states, self._model, self._optimizer, self._others, strict=strict, checkpoint=match.id[:12], fill=fill
-        )
-        self.parent = match.id
+        names = [name for name in entry.manifest.parts if name in parts or name == "optimizer"]
+        load = self._load_alone if self._ranks.size == 1 else self._load_together
+        load(entry, names, strict)
+        self.parent = entry.id
+        step, run = entry.manifest.step, entry.manifest.run
+        _log.info("resuming from %s, step %d of run %s: %s", entry.id[:12], step, run, why)
+        return Resumed(step, checkpoint_id=entry.id, run=run, why=why)
+
+    def _choose(self, selector: str, allow_fresh: bool) -> tuple[bytes, str, int]:
+        """Return the manifest to resume, empty at a fresh start, why, and how many are of other experiments."""
+        resolution = self._resolve(selector)
+        others = len(resolution.rejected) if resolution else 0
+        if resolution is None or (resolution.match is None and not self._must_exist(resolution)):
+            return b"", f"run {self._run} has no checkpoint of this experiment yet", others
+        if resolution.match is None and (why := self.repo.fresh_start(resolution, allow_fresh=allow_fresh)):
+            return b"", why, others
+        match = resolution.require()
         why = f"the furthest step of run {match.run}" if selector == "furthest" else f"{selector} of run {match.run}"
-        _log.info("resuming from %s, step %d of run %s: %s", match.id[:12], match.step, match.run, why)
-        return Resumed(match.step, checkpoint_id=match.id, run=match.run, why=why)
+        return encode_manifest(self.repo.find(match.id).manifest), why, others
+
+    def _load_alone(self, entry: Entry, names: Sequence[str], strict: bool) -> None:
+        outline = self.repo.outline(entry.id, ["model"])["model"] if can_be_filled(self._model) else None
+        if outline is None or not has_types_of(outline, self._model):
+            states, fill = self.repo.load(entry.id, names), None
+        else:
+            states = {**self.repo.load(entry.id, [name for name in names if name != "model"]), "model": outline}
+            fill = functools.partial(self._fill, entry.id)
+        restore_all(
+            states, self._model, self._optimizer, self._others, strict=strict, checkpoint=entry.id[:12], fill=fill
+        )
+
+    def _load_together(self, entry: Entry, names: Sequence[str], strict: bool) -> None:
+        """Load what this rank has of the model and the optimizer; nothing is changed unless all ranks can go on."""
+        ranks, checkpoint = self._ranks, entry.id[:12]
+
+        def targets() -> dict[str, Any]:
+            indexes = sharding.read_indexes(self.repo, entry, names)
+            found = {
+                name: restore(index.tree, list(map(allocate, index.tensors)))
+                for name, index in indexes.items()
+                if name == "trainer"
+            }
+            if self._optimizer and "optimizer" in indexes:
+                found["optimizer"] = optimizer_targets(indexes["optimizer"], self._optimizer)
+            return {**found, "model": model_targets(outline_of(indexes["model"]), self._model, checkpoint)}
+
+        target = ranks.locally(targets)
+        model = {"model": target.pop("model")}
+        rest = sharding.load(self.repo, entry, target, ranks)
+        rest.finish()
+        staged = sharding.load(self.repo, entry, model, ranks, staged=True)
+        is_filled = fills_in_place(self._model)
+        if not is_filled:
+            staged.finish()
+
+        def fill(_: dict[str, torch.Tensor]) -> None:
+            ranks.agree()
+            staged.finish()
+
+        ranks.locally(
+            lambda: restore_all(
+                {**rest.states, "model": staged.states["model"]},
+                self._model,
+                self._optimizer,
+                self._others,
+                strict=strict,
+                checkpoint=checkpoint,
+                fill=fill if is_filled else None,
+                rank=ranks.rank,
+            )
+        )
+        ranks.agree()
 
     def _fill(self, checkpoint_id: str, model: dict[str, torch.Tensor]) -> None:
         """Read a checkpoint's model into these tensors."""
@@ -205,11 +284,6 @@ class Checkpointer:
         """Whether there is a checkpoint that should be resumed: damaged, or of this experiment and without its data."""
         return bool(resolution.damaged or resolution.unavailable)
 
-    def _start_fresh(self, resolution: Resolution | None, why: str) -> Resumed:
-        others = len(resolution.rejected) if resolution else 0
-        _log.info("starting at step 0: %s%s", why, f" ({others} of other experiments)" if others else "")
-        return Resumed(0, why=why)
-
     def save(self, step: int, metrics: Mapping[str, float] | None = None, **fields: Unpack[CheckpointFields]) -> None:
         """Save the state after ``step`` completed steps; ``fields`` are further ones of :meth:`castore.Repo.save`.
 
@@ -223,7 +297,10 @@ class Checkpointer:
         if self._optimizer:
             parts["optimizer"] = self._optimizer.state_dict()
         states = {name: component.state_dict() for name, component in self._others.items()}
-        parts["trainer"] = {**states, RANDOM: random_state(), METADATA: metadata_of(model)}
+        states[RANDOM] = random_state()
+        if self._ranks.size > 1:
+            states = for_each_rank(states, self._ranks.rank)
+        parts["trainer"] = {**states, METADATA: metadata_of(model)}
         known: dict[str, Any] = {
             "run": self._run,
             "experiment": self._experiment,

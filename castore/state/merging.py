@@ -38,8 +38,8 @@ def merge(part: str, by_rank: Sequence[Description | None]) -> tuple[Any, list[S
     """Return (tree, tensors) of the whole part; a rank's sources are numbered box by box, in order.
 
     Dicts are united, in the order of the lowest rank. What stands in one place on several ranks counts once: of plain
-    values that differ the one of the lowest rank. Tensors that are tied on one rank are tied. UnsupportedValue, naming
-    the key, where ranks have different tensors, or not all of one between them.
+    values that differ the one of the lowest rank. Tensors are tied if they are so on the lowest rank with some of them.
+    UnsupportedValue, naming the key, where ranks have different tensors, or not all of one between them.
     """
     merger = _Merger(part, by_rank)
     present = [(rank, described.tree) for rank, described in enumerate(by_rank) if described]
@@ -59,7 +59,7 @@ class _Merger:
                 starts.append(count)
                 count += len(tensor.boxes)
             self._sources.append(starts)
-        self._numbers: dict[tuple[int, int], int] = {}  # (rank, its number of a tensor) -> the tensor's number
+        self._numbers: dict[tuple[int, int], int] = {}  # (rank, its number of a tensor) -> that of the tensor
         self._keys: list[str] = []
         self._members: list[list[tuple[int, int]]] = []
 
@@ -96,15 +96,17 @@ class _Merger:
             if type(value) is not TensorRef:
                 raise UnsupportedValue(key, f"a tensor on one rank, but a {type(value).__name__} on rank {rank}")
             members.append((rank, value.number))
-        known = (self._numbers[member] for member in members if member in self._numbers)
-        number = next(known, len(self._members))
-        if number == len(self._members):
+        # tensors without elements are never tied, so the lowest rank that has some of them tells
+        telling = next((member for member in members if any(box.elements for box in self._local(*member).boxes)), None)
+        number = self._numbers.get(telling) if telling else None
+        if number is None:
+            number = len(self._members)
             self._members.append([])
             self._keys.append(key)
-        for member in members:
-            if member not in self._numbers:
-                self._numbers[member] = number
-                self._members[number].append(member)
+        if telling:
+            self._numbers[telling] = number
+        known = self._members[number]
+        known += [member for member in members if member not in known]
         return TensorRef(number)
 
     def finish(self) -> list[SpreadTensor]:

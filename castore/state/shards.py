@@ -12,7 +12,7 @@ import torch
 from castore.errors import UnsupportedValue
 from castore.format import chunking, codecs, part_index
 from castore.format.ids import Buffer
-from castore.format.part_index import ChunkRef, Index, TensorRef, join_key
+from castore.format.part_index import ChunkRef, Index, TensorRef, TensorSpec, join_key
 from castore.parallel import map_all
 from castore.remotes import fallback
 from castore.remotes.base import Remote
@@ -221,10 +221,13 @@ class Region:
 
 
 class ShardedTarget:
-    """States, by part, whose tensors are filled by a load, in the memory that this rank has of them."""
+    """States, by part, whose tensors are filled by a load, in the memory that this rank has of them.
 
-    def __init__(self, parts: Mapping[str, Any]) -> None:
-        self.parts = parts
+    When ``staged`` nothing is before :meth:`finish`, and tensors may have another element type than what is stored.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], *, staged: bool = False) -> None:
+        self.parts, self._staged = parts, staged
         self._late: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor to fill, the tensor to fill it from)
 
     def place(self, part: str, index: Index) -> tuple[list[torch.Tensor], dict[int, list[Region]]]:
@@ -240,18 +243,18 @@ class ShardedTarget:
         regions: dict[int, list[Region]] = {}
         for key, number in numbers.items():
             target, spec = targets[key], index.tensors[number]
-            check_fits(join_key(part, key), spec, target)
+            check_fits(join_key(part, key), spec, target, any_dtype=self._staged)
             placed.setdefault(number, target)
             if placed[number] is target or not _is_same_memory(placed[number], target):
-                regions.setdefault(number, []).extend(self._regions(target, key))
+                regions.setdefault(number, []).extend(self._regions(target, key, spec))
         return [placed[i] if i in placed else allocate(spec) for i, spec in enumerate(index.tensors)], regions
 
-    def _regions(self, target: torch.Tensor, key: str) -> Iterator[Region]:
+    def _regions(self, target: torch.Tensor, key: str, spec: TensorSpec) -> Iterator[Region]:
         for box, local in local_shards(target, key) if is_sharded(target) else [(Box.whole(target.shape), target)]:
-            if can_be_filled(local):
+            if can_be_filled(local) and not self._staged:
                 yield Region(box, local)
             else:
-                buffer = buffer_for(local)
+                buffer = allocate(TensorSpec(spec.dtype, box.sizes, 0))
                 self._late.append((local, buffer))
                 yield Region(box, buffer)
 
@@ -260,11 +263,6 @@ class ShardedTarget:
         with torch.no_grad():
             for target, source in self._late:
                 target.copy_(source)
-
-
-def buffer_for(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a dense tensor in main memory, of the type and shape of one that can't be read into."""
-    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
 
 
 def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -67,14 +67,15 @@ def allocate(spec: TensorSpec) -> torch.Tensor:
 
 
 def _new(spec: TensorSpec) -> torch.Tensor:
-    dtype = _dtype(spec)
+    dtype = dtype_of(spec)
     try:
         return _empty(spec.shape, dtype)
     except (RuntimeError, OverflowError) as error:
         raise CorruptIndex(f"can't make a tensor of shape {spec.shape}: {error}") from error
 
 
-def _dtype(spec: TensorSpec) -> torch.dtype:
+def dtype_of(spec: TensorSpec) -> torch.dtype:
+    """Return torch's element type. CorruptIndex for one that this torch doesn't have."""
     if spec.dtype not in _DTYPES:
         raise CorruptIndex(f"this torch has no element type {spec.dtype}: a newer one wrote it")
     return _DTYPES[spec.dtype]
@@ -95,7 +96,7 @@ def outline(index: Index) -> Any:
 
 def outline_tensors(index: Index) -> list[torch.Tensor]:
     """Return tensors of a part that have a type and a shape, and no memory."""
-    return [torch.empty(spec.shape, dtype=_dtype(spec), device="meta") for spec in index.tensors]
+    return [torch.empty(spec.shape, dtype=dtype_of(spec), device="meta") for spec in index.tensors]
 
 
 def move_tensors(tensors: list[torch.Tensor], device: Any) -> list[torch.Tensor]:
@@ -177,10 +178,10 @@ def check_keys(part: str, *, stored: Set[str], targets: Set[str]) -> None:
         raise UsageError(f"can't load part {part} there: it has {min(surplus)}, which the checkpoint doesn't have")
 
 
-def check_fits(key: str, spec: TensorSpec, target: torch.Tensor) -> None:
-    """Raise UsageError unless a stored tensor has the element type and shape of the one to be filled."""
+def check_fits(key: str, spec: TensorSpec, target: torch.Tensor, *, any_dtype: bool = False) -> None:
+    """Raise UsageError unless a stored tensor has the element type, if that matters, and shape of the one to fill."""
     dtype, shape = _NAMES.get(target.dtype), tuple(target.shape)
-    if (dtype, shape) != (spec.dtype, spec.shape):
+    if (dtype if not any_dtype else spec.dtype, shape) != (spec.dtype, spec.shape):
         stored = f"{spec.dtype} {list(spec.shape)}"
         raise UsageError(
             f"can't load {key}: the checkpoint has {stored}, the target {dtype or target.dtype} {list(shape)}"
