@@ -69,25 +69,37 @@ def train(
     config = configs.make({**from_file, **given})
     console.check_one_line(note, *(tag or ()))
     out = sys.stderr if as_json else sys.stdout
-    repo = console.open_or_init(out)
+    repo = console.open_or_init(out) if not _is_launched() else None
     now = datetime.now(UTC)
     fetching = _Fetching()
     with stop_signals() as received, fetching:
-        from nanecho.train import train as run_session  # torch takes seconds: after what can go wrong without it
+        from nanecho.ranks import first_then_others, joined  # torch takes seconds: after what can go wrong without it
+        from nanecho.train import train as run_session
 
-        session = run_session(
-            repo,
-            config,
-            started=console.timestamp(now),
-            stop=lambda: received.name,
-            tags=tag or (),
-            note=note,
-            fetching=fetching,
-        )
-        for ending in _follow(session, out, received):
-            _record_ending(repo, config.run.run, now, ending, as_json)
+        with joined() as ranks:
+            if ranks.rank:
+                out = open(os.devnull, "w")  # noqa: SIM115 - one rank speaks for all
+            repo = repo or first_then_others(ranks, lambda: console.open_or_init(out))
+            session = run_session(
+                repo,
+                config,
+                started=console.timestamp(now),
+                stop=lambda: received.name,
+                tags=tag or (),
+                note=note,
+                fetching=fetching,
+                ranks=ranks,
+            )
+            for ending in _follow(session, out, received):
+                if ranks.rank == 0:
+                    _record_ending(repo, config.run.run, now, ending, as_json)
     if received.number:
         sys.exit(received.exit_code)
+
+
+def _is_launched() -> bool:
+    """Whether torchrun started this process, perhaps beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _record_ending(

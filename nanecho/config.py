@@ -85,6 +85,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     compile: Annotated[bool, Meta(description="Compile the model first: slow to start, faster after.")] = False
     threads: Annotated[int, Meta(ge=0, le=1024, description="Threads of torch; 0 takes one for each processor.")] = 0
     background: Annotated[bool, Meta(description="Save while training goes on, from a copy in memory.")] = True
+    shard: Annotated[
+        bool, Meta(description="Under torchrun: shard the model over the ranks (FSDP2); else each has it whole (DDP).")
+    ] = False
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

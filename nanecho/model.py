@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nanecho import config, seeding
+from nanecho import config, ranks, seeding
 
 
 class Attention(nn.Module):
@@ -150,7 +150,7 @@ class Connections:
         ]
         self.density = sum(int(mask.sum()) for mask in active) / sum(len(mask) for mask in active)
         self._inactive = [
-            torch.from_numpy(~mask).view(weight.shape).to(weight.device)
+            ranks.own_part(torch.from_numpy(~mask).view(weight.shape), weight).to(weight.device)
             for mask, weight in zip(active, self._weights, strict=True)
         ]
         if all(mask.all() for mask in active):
@@ -161,10 +161,10 @@ class Connections:
         """Set the inactive weights of a fresh model to zero."""
         with torch.no_grad():
             for weight, inactive in zip(self._weights, self._inactive, strict=False):
-                weight.masked_fill_(inactive, 0.0)
+                ranks.local(weight).masked_fill_(inactive, 0.0)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of inactive weights: after the backward pass, before clipping."""
         for weight, inactive in zip(self._weights, self._inactive, strict=False):
             if weight.grad is not None:
-                weight.grad.masked_fill_(inactive, 0.0)
+                ranks.local(weight.grad).masked_fill_(inactive, 0.0)

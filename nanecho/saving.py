@@ -69,7 +69,8 @@ class BackgroundSaving:
 
     def _collect_garbage(self) -> Iterator[Event]:
         """Collect garbage when it is time to, and no push holds the lock."""
-        if self._gc_is_due and self._repo.config.retention.auto_gc and not self._saver.is_pushing:
+        is_due = self._gc_is_due and self._session.ranks.rank == 0
+        if is_due and self._repo.config.retention.auto_gc and not self._saver.is_pushing:
             self._gc_is_due = False
             yield _collect_garbage(self._repo, self._session, self._saver.unpushed)
 

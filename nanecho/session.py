@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 import castore
-from castore import errors
+from castore import dcp, errors
+from castore.dcp import Ranks, find
 from nanecho import config as configs
 from nanecho import data
 from nanecho.config import Config
 from nanecho.events import Began
 from nanecho.model import GPT, Connections
-from nanecho.resume import RESUMED, choose, last_step
+from nanecho.ranks import is_launched, local_rank, local_size, replicate, shard
+from nanecho.resume import RESUMED, ResumeChoice, choose, last_step
 
 Forward = Callable[[Tensor], Tensor]
 """Tokens (batch, time) -> logits (batch, time, vocabulary): a model, compiled or not."""
@@ -41,6 +43,7 @@ class TrainingSession:
     model: GPT
     optimizer: torch.optim.AdamW
     connections: Connections
+    ranks: Ranks
     started: str
     environment: dict[str, Any]
     began: Began = _NOT_BEGUN
@@ -61,6 +64,12 @@ class TrainingSession:
     def forward(self) -> Forward:
         """Return the model, compiled if the config says so."""
         return torch.compile(self.model) if self.config.machine.compile else self.model
+
+    def training_forward(self, forward: Forward) -> Forward:
+        """Return what to train with: a backward pass through it leaves gradients of the batch of all ranks."""
+        if self.ranks.size == 1 or self.config.machine.shard:
+            return forward
+        return replicate(self.model, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which to compute: bfloat16 if asked for, or if ``auto`` and the GPU has it."""
@@ -92,6 +101,8 @@ def make_experiment(config: Config, corpus: data.Corpus, samples: int) -> castor
 def prepare_torch(config: Config) -> torch.device:
     """Set up torch as the config says and return the device. Raise UsageError for one that cannot be used."""
     name = config.machine.device
+    if name in ("auto", "cuda") and torch.cuda.is_available() and is_launched():
+        name = f"cuda:{local_rank()}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -99,19 +110,22 @@ def prepare_torch(config: Config) -> torch.device:
         torch.empty(1, device=device).tolist()  # a device without memory, such as meta, fails here
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise errors.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    torch.set_num_threads(config.machine.threads or castore.processors())
+    torch.set_num_threads(config.machine.threads or max(1, castore.processors() // local_size()))
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device
 
 
 def fresh_session(
-    repo: castore.Repo, config: Config, corpus: data.Corpus, device: torch.device, started: str
+    repo: castore.Repo, config: Config, corpus: data.Corpus, device: torch.device, started: str, ranks: Ranks
 ) -> TrainingSession:
     """Return a session before its first step, with first weights and nothing resumed."""
     model = GPT(config.model, corpus.tokenizer.vocab_size)
     model.initialise(config.training.seed)
     model.to(device)
+    if config.machine.shard and ranks.size > 1:
+        shard(model, model.blocks)
     connections = Connections(model, config.model)
     connections.advance(0)
     connections.zero_inactive()
@@ -122,8 +136,9 @@ def fresh_session(
         model=model,
         optimizer=_optimizer(config.training, model, device),
         connections=connections,
+        ranks=ranks,
         started=started,
-        environment=_environment(repo, device),
+        environment=_environment(repo, device, ranks),
     )
 
 
@@ -146,7 +161,7 @@ def _betas(options: configs.Training) -> tuple[float, float]:
     return options.beta1, options.beta2
 
 
-def _environment(repo: castore.Repo, device: torch.device) -> dict[str, Any]:
+def _environment(repo: castore.Repo, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     return {
         "castore": castore.__version__,
         "torch": str(torch.__version__),
@@ -154,6 +169,7 @@ def _environment(repo: castore.Repo, device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.size,
         "git_commit": repo.git_commit(),
     }
 
@@ -166,16 +182,21 @@ def begin(
 ) -> Began:
     """Choose what to resume, load it into ``session`` and say where the session starts. Raise as ``choose`` does."""
     config = session.config
-    choice = choose(repo, config, experiment)
+    ranks = session.ranks
+    choice = ranks.together(lambda: choose(repo, config, experiment) if ranks.rank == 0 else ResumeChoice())[0]
     match = choice.match
     val_loss = None
     fetched = 0
     if match:
-        fetched = repo.fetch(match.id, _parts_to_load(match), progress=fetching).bytes
+        entry = find(repo, match.id, ranks)
+
+        def fetch() -> int:
+            return repo.fetch(entry, _parts_to_load(match), progress=fetching).bytes if ranks.rank == 0 else 0
+
+        fetched = ranks.together(fetch)[0]
         _load(repo, match, session)
-        manifest = repo.find(match.id).manifest
-        if manifest.experiment == experiment:
-            val_loss = manifest.metrics.get("val_loss")
+        if entry.manifest.experiment == experiment:
+            val_loss = entry.manifest.metrics.get("val_loss")
         else:
             session.best_loss = None  # losses on other evaluation data say nothing here
         session.step, session.parent = match.step, match.id
@@ -200,9 +221,14 @@ def _parts_to_load(match: castore.Match) -> Sequence[str]:
 
 def _load(repo: castore.Repo, match: castore.Match, session: TrainingSession) -> None:
     others = [part for part in _parts_to_load(match) if part != "model"]
-    state = repo.load(match.id, parts=others) if others else {}
     try:
-        repo.load_into(match.id, session.model)  # its first weights are of no more use
+        if session.ranks.size == 1:
+            state = repo.load(match.id, parts=others) if others else {}
+            repo.load_into(match.id, session.model)  # its first weights are of no more use
+        else:
+            state = {"model": session.model.state_dict(), "trainer": {}, "optimizer": _state_to_fill(session.optimizer)}
+            state = {name: part for name, part in state.items() if name == "model" or name in others}
+            dcp.load(repo, state, match.id)
         if others:
             session.optimizer.load_state_dict(state["optimizer"])
             session.best_loss = state["trainer"]["best_loss"]
@@ -213,3 +239,13 @@ def _load(repo: castore.Repo, match: castore.Match, session: TrainingSession) ->
     fresh_groups = _parameter_groups(session.config.training, session.model)
     for group, fresh in zip(session.optimizer.param_groups, fresh_groups, strict=True):
         group.update(weight_decay=fresh["weight_decay"], betas=_betas(session.config.training))
+
+
+def _state_to_fill(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of an AdamW that has made steps, sharded like its parameters."""
+    state = optimizer.state_dict()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, weight in enumerate(weights):
+        moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        state["state"][number] = {"step": torch.tensor(0.0), **moments}
+    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,11 +17,13 @@ from torch.nn import functional
 
 import castore
 from castore import errors
+from castore.dcp import Ranks
 from castore.torch import AsyncSaver
 from nanecho import config as configs
 from nanecho import data, prepared, seeding
 from nanecho.config import Config
 from nanecho.events import Evaluated, Event, Failed, Finished, Grew, Prepared, Skipped, Stepped
+from nanecho.ranks import check_batch, first_then_others, gathered, rows_of
 from nanecho.saving import BackgroundSaving, reasons_to_save, summarise
 from nanecho.session import Forward, TrainingSession, begin, fresh_session, make_experiment, prepare_torch
 
@@ -50,25 +53,34 @@ def train(
     note: str = "",
     clock: Callable[[], float] = time.perf_counter,
     fetching: Callable[[int, int], None] = _tell_nobody,
+    ranks: Ranks | None = None,
 ) -> Iterator[Event]:
     """Run one session: resume, train, evaluate and save. It ends with Finished, or with Failed and an error.
 
     ``stop`` is asked after every step: the name of a signal makes the session save and end, "" lets it continue.
     ``started`` is a UTC time, for the record; ``clock`` gives seconds. ``tags`` and ``note`` go into every checkpoint.
     ``fetching`` is told the bytes fetched from remotes, and how many there are. After Finished comes what is left to do
-    of pushes, if config.toml asks for these.
+    of pushes, if config.toml asks for these. ``ranks`` train together, each in a session of its own; batches are shared
+    out to them, so that the same options give the same losses by any number of ranks.
 
     Raise NothingToDo when the checkpoint is at ``max_iters`` already, NothingMatches or NothingAvailable when there are
     checkpoints but none to resume, Diverged when a loss is not finite, and PushIncomplete, after Finished, when
     config.toml asks for pushes and not all could be made.
     """
+    ranks = ranks or Ranks()
+    check_batch(config.training.batch_size, ranks)
     if config.run.resume not in ("best", "latest", "none"):
-        repo.resolve(config.run.resume)  # an unknown name is an error before data is prepared
+        # an unknown name is an error before data is prepared
+        ranks.together(lambda: repo.resolve(config.run.resume) if ranks.rank == 0 else None)
     device = prepare_torch(config)
-    corpus, origin = prepared.prepare(repo, config.data, config.model.block_size, started)
+    corpus, origin = first_then_others(
+        ranks, lambda: prepared.prepare(repo, config.data, config.model.block_size, started)
+    )
     windows = data.evaluation_windows(corpus.val, config.model.block_size, config.data.eval_samples)
     experiment = make_experiment(config, corpus, len(windows))
-    session = fresh_session(repo, config, corpus, device, started)
+    if any(other != experiment for other in ranks.together(lambda: experiment)):
+        raise errors.UsageError("the ranks read different data: give all the same --data-dir and version of Python")
+    session = fresh_session(repo, config, corpus, device, started, ranks)
     parameters = sum(weight.numel() for weight in session.model.parameters())
     yield Prepared(corpus, parameters, str(device), origin.reused, origin.reason)
 
@@ -119,14 +131,15 @@ def _training_loop(
 ) -> Iterator[Event]:
     config, last = session.config, session.began.last
     forward = session.forward()
-    stopping = stop()
+    training_forward = session.training_forward(forward)
+    _settle(session, training_forward)
+    (stopping,) = {name for name in session.ranks.together(stop) if name} or {""}
     while session.step < last and not stopping:
         step_began = clock()
         if session.connections.advance(session.step):
             yield Grew(session.step, session.connections.density)
-        loss = train_step(session, forward)
+        loss, stopping = train_step(session, training_forward, stop)
         session.seconds += clock() - step_began
-        stopping = stop()
         yield from saving.landed()
         if session.step % config.run.log_every == 0:
             yield Stepped(session.step, loss, session.optimizer.param_groups[0]["lr"], session.tokens_per_second)
@@ -155,23 +168,19 @@ def _training_loop(
     yield from saving.pushed()
 
 
-def train_step(session: TrainingSession, forward: Forward) -> float:
-    """Make one step and return the training loss before it. Raise Diverged, which leaves the weights as they were."""
+def train_step(session: TrainingSession, forward: Forward, stop: Callable[[], str] = lambda: "") -> tuple[float, str]:
+    """Make one step; return the training loss before it, and what ``stop`` says on any rank.
+
+    Raise Diverged, which leaves the weights as they were.
+    """
     options = session.config.training
-    if session.config.model.dropout:
-        # seeded by the step, so that no state of a generator has to be saved
-        torch.manual_seed(seeding.key("dropout", options.seed, session.step) >> 1)
-    session.model.train()
-    total = 0.0
-    for i in range(options.grad_accum):
-        rows = range(i * options.batch_size, (i + 1) * options.batch_size)
-        sequences = data.batch(session.corpus.train, session.config.model.block_size, options.seed, session.step, rows)
-        tokens = session.to_device(sequences)
-        with session.autocast():
-            loss = _loss(forward(tokens[:, :-1]), tokens[:, 1:]) / options.grad_accum
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-        session.tokens += tokens[:, 1:].numel()
+    total = _backward(session, forward)
+    name = stop()
+    number = signal.Signals[name].value if name in signal.Signals.__members__ else int(bool(name))
+    everywhere = gathered(session.ranks, total, number, device=session.device)
+    total = sum(loss for loss, _ in everywhere) / session.ranks.size
+    number = int(max(number for _, number in everywhere))
+    name = name or (signal.Signals(number).name if number else "")
     if not math.isfinite(total):
         raise Diverged("the training loss", session.step + 1)
     session.connections.mask_gradients()
@@ -182,7 +191,41 @@ def train_step(session: TrainingSession, forward: Forward) -> float:
     session.optimizer.step()
     session.optimizer.zero_grad(set_to_none=True)
     session.step += 1
+    return total, name
+
+
+def _backward(session: TrainingSession, forward: Forward) -> float:
+    """Leave the gradients of the step's batch in the weights; return the mean loss of this rank's rows of it."""
+    options, ranks = session.config.training, session.ranks
+    if session.config.model.dropout:
+        # seeded by the step, so that no state of a generator has to be saved; other rows draw other numbers
+        by_rank = [ranks.rank] if ranks.rank else []
+        torch.manual_seed(seeding.key("dropout", options.seed, session.step, *by_rank) >> 1)
+    session.model.train()
+    total = 0.0
+    for i in range(options.grad_accum):
+        rows = rows_of(range(i * options.batch_size, (i + 1) * options.batch_size), ranks)
+        sequences = data.batch(session.corpus.train, session.config.model.block_size, options.seed, session.step, rows)
+        tokens = session.to_device(sequences)
+        with session.autocast():
+            loss = _loss(forward(tokens[:, :-1]), tokens[:, 1:]) / options.grad_accum
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+        session.tokens += tokens[:, 1:].numel() * ranks.size
     return total
+
+
+def _settle(session: TrainingSession, forward: Forward) -> None:
+    """Have DDP arrange its gradients for good.
+
+    It does so after the first pass, and in another order three ranks sum to other last bits: a session that resumes
+    would differ from one that never stopped.
+    """
+    if session.ranks.size > 1 and not session.config.machine.shard:
+        tokens = session.tokens
+        _backward(session, forward)
+        session.tokens = tokens
+        session.optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(options: configs.Training, step: int) -> float:
@@ -211,11 +254,15 @@ def evaluate(session: TrainingSession, forward: Forward, windows: npt.NDArray[np
     rows = session.config.training.batch_size
     with torch.inference_mode():
         for start in range(0, len(windows), rows):
-            tokens = session.to_device(windows[start : start + rows])
+            # every rank makes as many passes, the last ones perhaps without a window: FSDP gathers weights in each
+            own = rows_of(range(start, min(start + rows, len(windows))), session.ranks)
+            tokens = session.to_device(windows[own.start : own.stop])
             with session.autocast():
                 logits = forward(tokens[:, :-1])
             loss += _loss(logits, tokens[:, 1:], "sum").item()
             right += (logits.argmax(-1) == tokens[:, 1:]).sum().item()
+    everywhere = gathered(session.ranks, loss, right, device=session.device)
+    loss, right = (sum(values) for values in zip(*everywhere, strict=True))
     count = len(windows) * session.config.model.block_size
     if not math.isfinite(loss):
         raise Diverged("the validation loss", session.step)
