@@ -108,7 +108,7 @@ class AsyncSaver:
         self.wait()
         try:
             self._repo.check_save(parts, **fields)
-            take_apart: Callable[[Any, str], Any] = flatten if self._ranks.size == 1 else shards.flatten
+            take_apart: Callable[[Any, str], Any] = shards.flatten if self._ranks.may_shard else flatten
             flat = {name: take_apart(state, name) for name, state in parts.items()}
         except Exception as error:
             self._thread.submit(self._ranks.fail, error)
@@ -120,10 +120,10 @@ class AsyncSaver:
         return future
 
     def _save(self, copied: Mapping[str, Any], fields: Mapping[str, Any]) -> SaveResult:
-        if self._ranks.size == 1:
-            saved = self._repo.save(copied, **fields)
-        else:
+        if self._ranks.may_shard:
             saved = sharding.save(self._repo, copied, self._ranks, **fields)
+        else:
+            saved = self._repo.save(copied, **fields)
         if self._pusher:
             self._pusher.add(Entry(saved.id, saved.manifest))
         return saved

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from castore import sharding
 from castore.background import AsyncSaver
 from castore.format.manifest import Entry
-from castore.ranks import TIMEOUT, Ranks, ranks_of
+from castore.ranks import TIMEOUT, Ranks, is_distributed, ranks_of
 from castore.repo import Repo, SaveResult
 from castore.sharding import find
 from castore.state import shards
@@ -93,7 +93,7 @@ def async_save(
     ranks talk on connections of their own, so training's collectives are not disturbed.
     """
     key = str(repo.root), (process_group.group_name if process_group else ""), timeout
-    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    world = dist.group.WORLD if is_distributed() else None
     made_for, saver = _savers.get(key, (None, None))
     if saver is None or made_for is not world:
         saver = AsyncSaver(repo, process_group=process_group, timeout=timeout)

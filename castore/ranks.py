@@ -42,6 +42,7 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
+        self.may_shard = is_distributed()  # tensors may be sharded, also over one rank alone
         self.rank = dist.get_rank(group) if group else 0
         self.size = dist.get_world_size(group) if group else 1
         self._stores: dict[str, list[int]] = {}
@@ -196,12 +197,17 @@ def _token(folder: Path) -> Iterator[str]:
         fs.discard(path)
 
 
+def is_distributed() -> bool:
+    """Whether torch.distributed is in use, by however many ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def connect(process_group: dist.ProcessGroup | None = None, *, timeout: float = TIMEOUT) -> Ranks:
     """Connect the ranks of a process group, all of them when None; without torch.distributed, this process alone.
 
     Every rank calls this at the same point of the program. ``timeout`` is how many seconds they wait for each other.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
+    if not is_distributed() or dist.get_world_size(process_group) == 1:
         return Ranks()
     members = dist.get_process_group_ranks(process_group) if process_group else None
     wait = timedelta(seconds=timeout)
@@ -213,7 +219,7 @@ _connected: dict[tuple[str, float], tuple[Any, Ranks]] = {}  # with the default 
 
 def ranks_of(process_group: dist.ProcessGroup | None = None, *, timeout: float = TIMEOUT) -> Ranks:
     """Return what :func:`connect` returned before for the same arguments; connecting takes long."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return Ranks()
     key = (process_group.group_name if process_group else "", timeout)
     default, ranks = _connected.get(key, (None, None))

@@ -123,7 +123,7 @@ class _Saving:
     def write(self) -> _Report:
         """Store this rank's chunks, durably; with several stores, push them."""
         if not self._has_all:
-            self._repo.publishing_remote()  # an error before anything is written
+            _check_remote(self._repo)
         self._layouts = [self._layout(name) for name in self._names]
         self._jobs = plan_jobs([(layout.tensors, layout.chunks) for layout in self._layouts], self._ranks.size)
         with self._repo.store.writer() as writer:
@@ -249,6 +249,14 @@ class _Saving:
                 self._repo.catalog.add(saved.manifest)
             except CastoreError as error:  # it is saved all the same
                 _log.warning("checkpoint %s is not listed on this machine: %s", saved.id[:12], error)
+
+
+def _check_remote(repo: Repo) -> None:
+    """Raise UsageError, before anything is written, without a remote that brings several stores together."""
+    try:
+        repo.publishing_remote()
+    except UsageError as error:
+        raise UsageError(f"the ranks see different stores, and need a remote in which these meet: {error}") from error
 
 
 def _index(layout: _Layout, chunk_ids: Sequence[ObjectId]) -> Index:

@@ -190,7 +190,7 @@ class Checkpointer:
         entry = Entry(*decode_manifest(found))
         parts = ["model", "trainer", *(["optimizer"] if self._optimizer else [])]
         names = [name for name in entry.manifest.parts if name in parts or name == "optimizer"]
-        load = self._load_alone if self._ranks.size == 1 else self._load_together
+        load = self._load_together if self._ranks.may_shard else self._load_alone
         load(entry, names, strict)
         self.parent = entry.id
         step, run = entry.manifest.step, entry.manifest.run

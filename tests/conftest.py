@@ -50,7 +50,17 @@ def start() -> Iterator[Callable[..., BaseProcess]]:
     The processes are forked from a clean one that has torch loaded already: it takes longer to import than to test.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["castore.torch", "pytest", "hypothesis"])
+    context.set_forkserver_preload(
+        [
+            "castore.torch",
+            "castore.dcp_storage",
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor.parallel",
+            "nanecho.train",
+            "pytest",
+            "hypothesis",
+        ]
+    )
     started: list[BaseProcess] = []
 
     def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
