@@ -56,6 +56,7 @@ def start() -> Iterator[Callable[..., BaseProcess]]:
             "castore.dcp_storage",
             "torch.distributed.fsdp",
             "torch.distributed.tensor.parallel",
+            "torch._dynamo",  # which the first DTensor loads
             "nanecho.train",
             "pytest",
             "hypothesis",

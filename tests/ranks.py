@@ -7,7 +7,7 @@ import pickle
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -42,9 +42,13 @@ def run(
     function: Callable[..., Any],
     *arguments: Any,
     seconds: float = 90,
+    awaited: Collection[int] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Call ``function(rank, *arguments)`` on ``size`` ranks; return what each returned, Raised or Died."""
+    """Call ``function(rank, *arguments)`` on ``size`` ranks; return what each returned, Raised or Died.
+
+    Only the ``awaited`` ones are waited for, all when None.
+    """
     meeting = folder / f"ranks-{uuid.uuid4().hex}"
     meeting.mkdir()
     given = {
@@ -60,8 +64,9 @@ def run(
         for rank in range(size)
     ]
     deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    for rank, process in enumerate(processes):
+        if awaited is None or rank in awaited:
+            process.join(max(0.0, deadline - time.monotonic()))
     results = []
     for rank, process in enumerate(processes):
         file = meeting / str(rank)

@@ -115,7 +115,7 @@ def test_a_rank_that_is_killed_is_an_error_of_the_other(
 def test_a_rank_that_hangs_is_an_error_of_the_other_in_time(
     repo: Repo, tmp_path: Path, start: Start, step: str
 ) -> None:
-    results = run(start, tmp_path, 2, save_with_harm, repo.root.parent, 1, step, hang, seconds=16)
+    results = run(start, tmp_path, 2, save_with_harm, repo.root.parent, 1, step, hang, awaited=[0])
     assert results[1] == Died(None)
     name, seconds = results[0]
     assert name == "RankFailed"

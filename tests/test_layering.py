@@ -28,9 +28,11 @@ LAYERS = [
     ["castore.state"],
     ["castore.transfer"],
     ["castore.repo"],
+    ["castore.ranks"],
+    ["castore.sharding"],
     ["castore.pushing"],
-    ["castore.background", "castore.restoring"],
-    ["castore.torch"],
+    ["castore.background", "castore.restoring", "castore.dcp_storage"],
+    ["castore.torch", "castore.dcp"],
     ["castore.gc", "castore.verify", "castore.diff", "castore.stats", "castore.doctor", "castore.convert"],
     ["castore.remote_gc", "castore.remote_verify"],
     ["castore.report", "castore.github", "castore.trees"],
@@ -39,7 +41,7 @@ LAYERS = [
     ["nanecho"],
     ["nanecho.commands"],
     ["castore.__main__"],
-    ["cli"],
+    ["cli", "nanecho.__main__"],
 ]  # fmt: skip
 # the only modules that import a package: what it wraps may be replaced or missing
 OWNERS = {
@@ -58,7 +60,11 @@ OWNERS = {
         "castore.torch",
         "castore.background",
         "castore.restoring",
+        "castore.ranks",
+        "castore.dcp",
+        "castore.dcp_storage",
         "castore.state.tensors",
+        "castore.state.shards",
         "castore.state.objects",
     ],
     "typer": ["castore.commands", "castore.__main__", "nanecho.commands"],
@@ -66,8 +72,12 @@ OWNERS = {
 }
 # what nanecho may import beside castore's public names, in its commands alone
 COMMANDS_USE = ("castore.commands.console", "castore.report.curves")
+DOORS = {"cli", "nanecho.__main__"}  # the program, from a checkout and for torchrun
 HEAVY = {"torch", "numpy"}
-HOLDS_TENSORS = {"castore.torch", "castore.background", "castore.restoring", "castore.state.tensors"}
+HOLDS_TENSORS = {
+    "castore.torch", "castore.background", "castore.restoring", "castore.ranks", "castore.dcp", "castore.dcp_storage",
+    "castore.state.tensors", "castore.state.shards",
+}  # fmt: skip
 
 
 def name_of(path: Path) -> str:
@@ -163,14 +173,18 @@ def test_the_doors_of_folders_import_nothing() -> None:
     assert {name: found for name, found in doors.items() if found} == {}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if "nanecho" in path.parts], ids=name_of)
+NANECHO = [path for path in MODULES if "nanecho" in path.parts and name_of(path) not in DOORS]
+
+
+@pytest.mark.parametrize("path", NANECHO, ids=name_of)
 def test_nanecho_uses_public_names_of_castore_only(path: Path) -> None:
     public = {f"castore.{name}" for name in castore.__all__}
     further = COMMANDS_USE if name_of(path) == "nanecho.commands" else ()
     for imported, _ in imports(path):
         if within(imported, "castore") and not any(within(imported, module) for module in further):
             parent = imported.rpartition(".")[0]
-            allowed = imported == "castore" or imported in public or "castore.torch" in (imported, parent)
+            for_torch = {"castore.torch", "castore.dcp"} & {imported, parent}
+            allowed = imported == "castore" or imported in public or for_torch
             assert allowed or parent in ("castore.errors", "castore.text", "castore.stopping"), (
                 f"{imported} is not public"
             )
@@ -186,13 +200,13 @@ def test_what_is_wrapped_is_imported_by_its_wrapper_alone(path: Path) -> None:
             assert any(within(own, owner) for owner in owners), f"{own} imports {imported}, which is for {owners}"
 
 
-def test_nothing_imports_the_program_but_its_two_doors() -> None:
-    tops = {"castore.__main__", "cli"}
+def test_nothing_imports_the_program_but_its_doors() -> None:
+    tops = {"castore.__main__", *DOORS}
     importers = {
         (name, module_of(imported)) for name, path in NAMES.items() for imported, _ in imports(path)
         if module_of(imported) in tops
     }  # fmt: skip
-    assert importers == {("cli", "castore.__main__")}
+    assert importers == {(door, "castore.__main__") for door in DOORS}
 
 
 # loaded by those alone who train or hold tensors
