@@ -99,12 +99,16 @@ class AsyncSaver:
         if self._pusher:
             self._pusher.finish()
 
-    def save(self, parts: Mapping[str, Any], **fields: Any) -> Future[SaveResult]:
+    def save(self, parts: Mapping[str, Any], **fields: Any) -> None:
         """Copy the state and start to save it; ``fields`` are the keyword arguments of :meth:`castore.Repo.save`.
 
         What can't be recorded or stored is an error of this call, as is one of the previous save. Then nothing is
         copied, and no save is started.
         """
+        self.begin(parts, **fields)
+
+    def begin(self, parts: Mapping[str, Any], **fields: Any) -> Future[SaveResult]:
+        """Start a :meth:`save` and return its future, whose result is for :meth:`take`."""
         self.wait()
         try:
             self._repo.check_save(parts, **fields)

@@ -53,6 +53,12 @@ def save(
 
     The errors of :meth:`castore.Repo.save`, and RankFailed when another rank had one, died, or did not answer within
     ``timeout`` seconds. After an error there is no new checkpoint, and no lock is held.
+
+        >>> import tempfile, torch
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> saved = save(repo, {"model": {"weight": torch.ones(2)}}, run="main", step=1)  # by any number of ranks
+        >>> repo.load(saved.id)
+        {'model': {'weight': tensor([1., 1.])}}
     """
     ranks = ranks_of(process_group, timeout=timeout)
     parts = ranks.locally(lambda: {name: shards.flatten(part, name) for name, part in state.items()})
@@ -60,7 +66,14 @@ def save(
 
 
 class PendingSave:
-    """A save in the background, as :func:`async_save` returns it."""
+    """A save in the background, as :func:`async_save` returns it.
+
+    >>> import tempfile, torch
+    >>> repo = Repo.init(tempfile.mkdtemp())
+    >>> pending = async_save(repo, {"model": {"weight": torch.ones(2)}}, run="main", step=1)
+    >>> pending.result().manifest.step, pending.done()
+    (1, True)
+    """
 
     def __init__(self, saver: AsyncSaver, future: Future[SaveResult]) -> None:
         self._saver, self._future = saver, future
@@ -91,6 +104,14 @@ def async_save(
 
     One save is under way at a time: the next one waits for it, and raises its error if nobody has asked for it. The
     ranks talk on connections of their own, so training's collectives are not disturbed.
+
+        >>> import tempfile, torch
+        >>> weight = torch.ones(2)
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> pending = async_save(repo, {"model": {"weight": weight}}, run="main", step=1)
+        >>> _ = weight.zero_()  # training goes on
+        >>> repo.load(pending.result().id)
+        {'model': {'weight': tensor([1., 1.])}}
     """
     key = str(repo.root), (process_group.group_name if process_group else ""), timeout
     world = dist.group.WORLD if is_distributed() else None
@@ -98,7 +119,7 @@ def async_save(
     if saver is None or made_for is not world:
         saver = AsyncSaver(repo, process_group=process_group, timeout=timeout)
         _savers[key] = world, saver
-    return PendingSave(saver, saver.save(state, run=run, step=step, **fields))
+    return PendingSave(saver, saver.begin(state, run=run, step=step, **fields))
 
 
 def load(
@@ -114,6 +135,13 @@ def load(
     Tensors are filled where they are, DTensors with what this rank has of them; each part of ``state`` is then replaced
     by the stored one, made of those tensors. ``want`` is a selector as in :meth:`castore.Repo.find`, resolved by the
     lowest rank. Returns the manifest. The errors of :meth:`castore.Repo.load_into`, and RankFailed.
+
+        >>> import tempfile, torch
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> _ = repo.save({"model": {"weight": torch.ones(2)}, "trainer": {"order": [2, 0, 1]}}, run="main", step=5)
+        >>> state = {"model": {"weight": torch.zeros(2)}, "trainer": {}}
+        >>> load(repo, state).manifest.step, state
+        (5, {'model': {'weight': tensor([1., 1.])}, 'trainer': {'order': [2, 0, 1]}})
     """
     ranks = ranks_of(process_group, timeout=timeout)
     entry = find(repo, want, ranks)

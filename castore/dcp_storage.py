@@ -55,6 +55,14 @@ class CastoreWriter(StorageWriter):
     ``checkpoint_id``, such as ``step-500``. Each key of the state is a part if all hold dicts, else the whole is the
     part ``state``. What DCP does to a state before it gets here is lost: empty dicts vanish, int keys become strings,
     and tied tensors are two. Every rank makes one.
+
+        >>> import tempfile
+        >>> import torch.distributed.checkpoint as dcp
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> writer = CastoreWriter(repo, run="main", no_dist=True)
+        >>> _ = dcp.save({"model": {"weight": torch.ones(2)}}, storage_writer=writer, checkpoint_id="step-500")
+        >>> repo.load(writer.saved.id), writer.saved.manifest.step
+        ({'model': {'weight': tensor([1., 1.])}}, 500)
     """
 
     def __init__(
@@ -196,6 +204,15 @@ class CastoreReader(StorageReader):
 
     ``want``, or the ``checkpoint_id``, is a selector as in :meth:`castore.Repo.find`, resolved by the lowest rank;
     ``entry`` is then what was found. The keys are those that DCP makes of the parts' states.
+
+        >>> import tempfile
+        >>> import torch.distributed.checkpoint as dcp
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> saved = repo.save({"model": {"weight": torch.ones(2)}}, run="main", step=1)
+        >>> state = {"model": {"weight": torch.zeros(2)}}
+        >>> dcp.load(state, storage_reader=CastoreReader(repo, saved.id, no_dist=True))
+        >>> state
+        {'model': {'weight': tensor([1., 1.])}}
     """
 
     def __init__(

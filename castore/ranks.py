@@ -38,6 +38,9 @@ class Ranks:
     Every method is called by all of them, in the same order. What fails on one is an error on all: its own there, and
     RankFailed on the others, also when a rank died, or did not call within the timeout. After that nobody knows what
     the others have sent, and every further call fails at once.
+
+        >>> Ranks().together(lambda: "here")
+        ['here']
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -206,19 +209,29 @@ def connect(process_group: dist.ProcessGroup | None = None, *, timeout: float = 
     """Connect the ranks of a process group, all of them when None; without torch.distributed, this process alone.
 
     Every rank calls this at the same point of the program. ``timeout`` is how many seconds they wait for each other.
+    RankFailed if not all come.
     """
     if not is_distributed() or dist.get_world_size(process_group) == 1:
         return Ranks()
     members = dist.get_process_group_ranks(process_group) if process_group else None
     wait = timedelta(seconds=timeout)
-    return Ranks(dist.new_group(members, wait, backend="gloo", use_local_synchronization=members is not None))
+    try:
+        group = dist.new_group(members, wait, backend="gloo", use_local_synchronization=members is not None)
+    except RuntimeError as error:
+        reason = f"not every rank came here within {timeout:g} s, and all have to: none may save or load alone"
+        raise RankFailed(None, f"{reason} ({str(error).splitlines()[0]})") from error
+    return Ranks(group)
 
 
 _connected: dict[tuple[str, float], tuple[Any, Ranks]] = {}  # with the default group that there was then
 
 
 def ranks_of(process_group: dist.ProcessGroup | None = None, *, timeout: float = TIMEOUT) -> Ranks:
-    """Return what :func:`connect` returned before for the same arguments; connecting takes long."""
+    """Return what :func:`connect` returned before for the same arguments; connecting takes long.
+
+    >>> ranks_of().size  # without torch.distributed
+    1
+    """
     if not is_distributed():
         return Ranks()
     key = (process_group.group_name if process_group else "", timeout)

@@ -272,7 +272,15 @@ def _index(layout: _Layout, chunk_ids: Sequence[ObjectId]) -> Index:
 
 
 def find(repo: Repo, selector: str, ranks: Ranks) -> Entry:
-    """Return the manifest that a selector names for the lowest rank: git may differ from machine to machine."""
+    """Return the manifest that a selector names for the lowest rank: git may differ from machine to machine.
+
+    >>> import tempfile
+    >>> from castore import Repo
+    >>> repo = Repo.init(tempfile.mkdtemp())
+    >>> saved = repo.save({"trainer": {"step": 1}}, run="main", step=1)
+    >>> find(repo, "latest", Ranks()).id == saved.id
+    True
+    """
     data = ranks.together(lambda: manifest.encode(repo.find(selector).manifest) if ranks.rank == 0 else b"")[0]
     return Entry(*manifest.decode(data))
 

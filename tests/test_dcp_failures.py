@@ -151,6 +151,20 @@ def test_a_rank_that_fails_tells_the_others_and_they_can_go_on(repo: Repo, tmp_p
     check_repo(repo, may_have_second=False)
 
 
+def save_alone(rank: int, root: Path) -> str:
+    if rank == 0:
+        try:
+            dcp.save(Repo.open(root), {"model": {"x": 1}}, run="main", step=1, timeout=2)
+        except castore.CastoreError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_save_by_one_rank_alone_says_that_all_have_to(repo: Repo, tmp_path: Path, start: Start) -> None:
+    first, _ = run(start, tmp_path, 2, save_alone, repo.root.parent)
+    assert first.startswith("RankFailed: another rank failed, so all of them stop: not every rank came here within 2 s")
+
+
 def load_with_harm(rank: int, root: Path) -> Any:
     repo, state = Repo.open(root), state_with(0.0)
     saved = dcp.save(repo, {"model": state}, run="main", step=1)

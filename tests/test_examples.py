@@ -25,11 +25,11 @@ def name_of(path: Path) -> str:
 
 
 def public_names() -> dict[str, object]:
-    """The classes and functions of castore.__all__ and those that castore.torch defines."""
+    """The classes and functions of castore.__all__ and those of castore.torch and castore.dcp."""
     public = {name: getattr(castore, name) for name in castore.__all__ if name != "__version__"}
-    face = importlib.import_module("castore.torch")
-    torch_names = {name: getattr(face, name) for name in face.__all__}
-    return {name: value for name, value in (public | torch_names).items() if not isinstance(value, ModuleType)}
+    for face in map(importlib.import_module, ("castore.torch", "castore.dcp")):
+        public |= {f"{face.__name__}.{name}": getattr(face, name) for name in face.__all__}
+    return {name: value for name, value in public.items() if not isinstance(value, ModuleType)}
 
 
 def has_example(value: object) -> bool:
@@ -38,6 +38,7 @@ def has_example(value: object) -> bool:
     return any(test.examples for test in found)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_the_examples_of_a_module_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each module's examples start in an empty folder."""
