@@ -370,8 +370,9 @@ class _Reading:
             with self._ranks.shared_memory(2 * _SLOTS * size) as memory:
                 machines = self._ranks.together(lambda: sorted(memory))
                 assigned = [_assign([(rank, wanted[rank]) for rank in near]) for near in machines]
-                rounds = max(-(-len(keys) // _SLOTS) for readers in assigned for keys in readers.values())
-                mine = assigned[self._ranks.rank]
+                counts = (len(keys) for readers in assigned for keys in readers.values())
+                rounds = -(-max(counts, default=0) // _SLOTS)
+                mine = assigned[self._ranks.rank]  # none at all where nothing can be shared
                 shared = {key for keys in mine.values() for key in keys}
                 self._read_shared(mine, rounds, memory, size)
         alone = [key for key in self._reads if key not in shared]

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import castore
+import castore.ranks
 from castore import Repo, dcp
 from castore.transfer import find_manifest
 
@@ -116,6 +117,21 @@ def save_columns_in_rounds(_rank: int, root: Path) -> bool:
     tensor = torch.arange(600_000).view(600, 1000)
     saved = dcp.save(repo, {"model": {"w": distribute_tensor(tensor, mesh, [Shard(1)])}}, run="columns", step=1)
     return torch.equal(repo.load(saved.id)["model"]["w"], tensor)
+
+
+def load_without_shared_memory(rank: int, root: Path) -> bool:
+    repo, whole_tensor = Repo.open(root), torch.arange(300_000).view(1000, 300)
+    saved = dcp.save(repo, {"model": {"w": whole_tensor}}, run="plain", step=1)
+    if rank == 1:  # as in a container that doesn't see the other's processes
+        opened = castore.ranks._opened
+        castore.ranks._opened = lambda _offer: opened(None)
+    target = {"model": {"w": torch.zeros(1000, 300, dtype=torch.int64)}}
+    dcp.load(repo, target, saved.id)
+    return torch.equal(target["model"]["w"], whole_tensor)
+
+
+def test_ranks_that_share_no_memory_read_by_themselves(repo: Repo, tmp_path: Path, start: Start) -> None:
+    assert run(start, tmp_path, 2, load_without_shared_memory, repo.root.parent) == [True, True]
 
 
 # -- the layouts that people train with --------------------------------------------------------------------------------
