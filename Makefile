@@ -7,6 +7,7 @@ LINT := build/lint
 PEERS := build/peers
 BENCH := build/bench
 BROWSER := build/browser
+FRAMEWORKS := build/frameworks
 
 # How the tests run: one worker a processor, up to eight, since each imports torch. A worker takes neighbouring tests, so
 # that fixtures of a module are mostly set up once, and one that has nothing left takes over half of another's. (Not
@@ -15,7 +16,7 @@ WORKERS ?= auto
 PYTEST_ARGS ?=
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-browser clean
+.PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-frameworks test-browser clean
 
 train: $(READY)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
@@ -63,6 +64,15 @@ $(BROWSER)/chromium: Makefile
 	@mkdir -p $(BROWSER)
 	npm install --prefix $(BROWSER) --no-audit --no-fund --ignore-scripts --silent @sparticuz/chromium@147.0.0
 	cd $(BROWSER) && TMPDIR=$$PWD node --input-type=module -e "import chromium from '@sparticuz/chromium'; await chromium.executablePath()"
+	@touch $@
+
+test-frameworks: $(READY) $(FRAMEWORKS)/.ready  ## real trainings with transformers, Lightning and Accelerate
+	$(BIN)/python -m pytest tests/frameworks $(PYTEST_ARGS)
+
+$(FRAMEWORKS)/.ready: tests/frameworks/constraints.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)/venv
+	$(FRAMEWORKS)/venv/bin/pip install --quiet --disable-pip-version-check -c tests/frameworks/constraints.txt \
+		-e '.[transformers,lightning,accelerate]' torchdata
 	@touch $@
 
 $(PEERS)/.ready: Makefile

@@ -22,7 +22,7 @@ from castore import sharding
 from castore.errors import CastoreError
 from castore.format.manifest import Entry
 from castore.pushing import BackgroundPusher, pusher_of
-from castore.ranks import TIMEOUT, connect
+from castore.ranks import TIMEOUT, Ranks, connect
 from castore.state import shards
 from castore.state.parts import Flat
 from castore.state.shards import ShardedFlat
@@ -42,7 +42,7 @@ class AsyncSaver:
     says so, each checkpoint is then pushed, and the end of the block waits for that, too. For use by a single thread.
 
     Under torch.distributed all ranks of ``process_group`` make one and call it alike, and what they have is one
-    checkpoint: see :mod:`castore.dcp`, also for ``timeout``.
+    checkpoint: see :mod:`castore.dcp`, also for ``timeout``. With ``alone`` this rank saves by itself.
 
         >>> import tempfile, castore
         >>> repo = castore.Repo.init(tempfile.mkdtemp())
@@ -52,10 +52,17 @@ class AsyncSaver:
         {'model': {'weight': tensor([1., 1., 1.])}}
     """
 
-    def __init__(self, repo: Repo, *, process_group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        repo: Repo,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        timeout: float = TIMEOUT,
+        alone: bool = False,
+    ) -> None:
         self._repo = repo
         # connections of its own: what the thread says must not come between what another one does
-        self._ranks = connect(process_group, timeout=timeout)
+        self._ranks = Ranks(alone=True) if alone else connect(process_group, timeout=timeout)
         self._pusher = pusher_of(repo) if self._ranks.rank == 0 else None
         if self._pusher:
             _pushers.append(self._pusher)
@@ -88,6 +95,11 @@ class AsyncSaver:
     def unpushed(self) -> tuple[str, ...]:
         """The ids of checkpoints that are still to be pushed: garbage collection must leave them."""
         return tuple(entry.id for entry in self._pusher.pending) if self._pusher else ()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return any(not future.done() for future in self._pending)
 
     @property
     def is_pushing(self) -> bool:

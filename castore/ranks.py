@@ -43,9 +43,9 @@ class Ranks:
         ['here']
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
         self._group = group
-        self.may_shard = is_distributed()  # tensors may be sharded, also over one rank alone
+        self.may_shard = is_distributed() and not alone  # tensors may be sharded, also over one rank alone
         self.rank = dist.get_rank(group) if group else 0
         self.size = dist.get_world_size(group) if group else 1
         self._stores: dict[str, list[int]] = {}

@@ -7,7 +7,10 @@ import functools
 import hashlib
 import logging
 import math
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
 import msgspec
@@ -15,7 +18,8 @@ import torch
 
 from castore import sharding
 from castore.background import AsyncSaver
-from castore.errors import UsageError
+from castore.config import parse_duration
+from castore.errors import NotFound, NothingMatches, UsageError
 from castore.format.manifest import Entry, Experiment, Metric
 from castore.format.manifest import decode as decode_manifest
 from castore.format.manifest import encode as encode_manifest
@@ -38,6 +42,7 @@ from castore.restoring import (
 from castore.state.tensors import allocate, restore
 from castore.state.tensors import outline as outline_of
 from castore.stopping import StopRequest, stop_signals
+from castore.warm_start import WarmStarted, warm_start
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -45,7 +50,7 @@ if TYPE_CHECKING:
     from castore.policy.resolution import Resolution
     from castore.repo import Repo, SaveResult
 
-__all__ = ["AsyncSaver", "Checkpointer", "Resumed"]
+__all__ = ["AsyncSaver", "Cadence", "Checkpointer", "Resumed", "WarmStarted", "warm_start"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +86,45 @@ class Resumed(int):
         return resumed
 
 
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """When to save: ``never`` by itself, after so many ``steps`` or ``seconds``, or ``continuous``.
+
+    >>> Cadence.parse("10 min"), Cadence.parse("500 steps").is_due(1000, 0.0, is_idle=False)
+    (Cadence(kind='seconds', count=600.0), True)
+    """
+
+    kind: Literal["never", "steps", "seconds", "continuous"]
+    count: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Cadence:
+        """Return what ``500 steps``, ``10 min``, ``continuous`` or nothing says. UsageError."""
+        if text in ("", "continuous"):
+            return cls("continuous" if text else "never")
+        number, _, unit = text.partition(" ")
+        if unit in ("step", "steps") and number.replace("_", "").isdecimal() and int(number) > 0:
+            return cls("steps", int(number))
+        try:
+            seconds = parse_duration(text).total_seconds()
+        except ValueError:
+            seconds = 0.0
+        if seconds <= 0:
+            raise UsageError(f"every={text!r}: write '500 steps', '10 min' or 'continuous'")
+        return cls("seconds", seconds)
+
+    @property
+    def depends_on_time(self) -> bool:
+        """Whether two ranks may come to different answers."""
+        return self.kind in ("seconds", "continuous")
+
+    def is_due(self, step: int, seconds: float, *, is_idle: bool) -> bool:
+        """Whether to save after ``step`` steps, ``seconds`` after the save before; ``is_idle``: none is under way."""
+        if self.kind == "steps":
+            return step % int(self.count) == 0
+        return is_idle and (self.kind == "continuous" or (self.kind == "seconds" and seconds >= self.count))
+
+
 class Checkpointer:
     """Saves and resumes the state of any training loop; saves are made in the background unless told otherwise.
 
@@ -100,10 +144,9 @@ class Checkpointer:
         >>> repo, model = castore.Repo.init(tempfile.mkdtemp()), torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> with Checkpointer(repo, model, optimizer, run="mine") as checkpointer:
-        ...     for step in range(checkpointer.resume(), 10):
+        ...     for step in checkpointer.steps(10, every="5 steps"):
         ...         loss = 1 / (step + 1)  # a step of training goes here
-        ...         if (step + 1) % 5 == 0:
-        ...             checkpointer.save(step + 1, metrics={"val_loss": loss})
+        ...         checkpointer.log(val_loss=loss)
         >>> Checkpointer(repo, model, optimizer, run="mine").resume()
         10
     """
@@ -129,10 +172,12 @@ class Checkpointer:
         self._model, self._optimizer, self._others = model, optimizer, others
         self._run, self._background = run, background
         scored = dict.fromkeys(_names(maximize), "max") | dict.fromkeys(_names(minimize), "min")
-        self._experiment = _with_metrics(experiment or derive_experiment(model), scored)
+        self._experiment = with_metrics(experiment or derive_experiment(model), scored)
         self._saver = AsyncSaver(repo)
         self._ranks = connect()  # beside the saver's, which are busy while a save is under way
         self._stop = StopRequest()
+        self._logged: dict[str, float] = {}
+        self._saved_at: int | None = None
         self._signals = contextlib.ExitStack()
         self._has_signals = stop_signals
 
@@ -150,23 +195,45 @@ class Checkpointer:
         """The name of the signal that asked for the end, such as ``SIGTERM``; empty until one came."""
         return self._stop.name
 
-    def steps(self, stop: int, **metrics: float) -> Iterator[int]:
-        """Yield the steps from where :meth:`resume` leads up to ``stop``, and save when the loop is asked to end.
+    def steps(self, stop: int, *, every: str = "") -> Iterator[int]:
+        """Yield the steps from where :meth:`resume` leads up to ``stop``; save in time, and when asked to end.
 
-        After a stop signal the state is saved, and SystemExit raised with 128 and the signal's number.
+        ``every`` is ``500 steps``, ``10 min`` or ``continuous``, which begins a save when the last has ended; with any
+        of them the last step is saved, too. Without it, :meth:`save` is called by the loop. What :meth:`log` was given
+        is recorded. After a stop signal the state is saved, and SystemExit raised with 128 and the signal's number. One
+        line on standard error says where the steps begin, and why.
         """
-        for step in range(self.resume(), stop):
+        cadence = Cadence.parse(every)
+        resumed = self.resume()
+        if self._ranks.rank == 0:
+            origin = f" from {resumed.id[:12]}" if resumed.id else ""
+            sys.stderr.write(f"castore: run {self._run} at step {int(resumed):,}{origin}: {resumed.why}\n")
+        since = time.monotonic()
+        for step in range(resumed, stop):
             yield step
-            if number := self._stop_number():
-                self.save(step + 1, metrics)
+            number, is_due = self._ask(cadence, step + 1, since)
+            is_due = is_due or number > 0 or (cadence.kind != "never" and step + 1 == stop)
+            if is_due and self._saved_at != step + 1:
+                self.save(step + 1)
+                since = time.monotonic()
+            if number:
                 self.wait()
                 raise SystemExit(128 + number)
 
-    def _stop_number(self) -> int:
-        """Return the number of the signal that asked for the end on any rank, 0 without one."""
-        if not self._has_signals:
-            return 0
-        return max(self._ranks.together(lambda: self._stop.number))
+    def log(self, **metrics: float) -> None:
+        """Take note of metrics for the next checkpoint; the newest value of each counts."""
+        self._logged |= metrics
+
+    def _ask(self, cadence: Cadence, step: int, since: float) -> tuple[int, bool]:
+        """Return the number of the signal that asks for the end, 0 without one, and whether it is time to save.
+
+        Every rank gets the same answer: a signal may have come to one of them alone, and clocks differ.
+        """
+        is_due = cadence.is_due(step, time.monotonic() - since, is_idle=not self._saver.is_saving)
+        if self._ranks.size == 1 or not (self._has_signals or cadence.depends_on_time):
+            return self._stop.number, is_due
+        answers = self._ranks.together(lambda: (self._stop.number, is_due))
+        return max(number for number, _ in answers), answers[0][1]
 
     def resume(
         self, selector: str | Literal["furthest"] = "furthest", *, allow_fresh: bool = False, strict: bool = True
@@ -287,6 +354,8 @@ class Checkpointer:
     def save(self, step: int, metrics: Mapping[str, float] | None = None, **fields: Unpack[CheckpointFields]) -> None:
         """Save the state after ``step`` completed steps; ``fields`` are further ones of :meth:`castore.Repo.save`.
 
+        ``metrics`` come on top of what :meth:`log` was given since the save before.
+
         What can't be recorded is an error of this call, before anything is copied. A metric other than ``val_loss``
         that is not finite is left out, with a warning. Returns when the state is copied. An error of a save in the
         background is raised by the next call.
@@ -306,9 +375,11 @@ class Checkpointer:
             "experiment": self._experiment,
             "parent": self.parent,
             "step": step,
-            "metrics": _finite(metrics or {}),
+            "metrics": finite({**self._logged, **(metrics or {})}),
         }
         self._saver.save(parts, **(known | dict(fields)))
+        self._saved_at = step
+        self._logged = {}
         if not self._background:
             self.wait()
 
@@ -324,24 +395,41 @@ _stop_signals = stop_signals  # the parameter of that name would hide it
 
 def derive_experiment(model: torch.nn.Module) -> Experiment:
     """Return an experiment that is equal for models whose tensors have equal names, shapes and element types."""
+    return experiment_of(model.state_dict())
+
+
+def experiment_of(state: Mapping[str, Any]) -> Experiment:
+    """Return :func:`derive_experiment` of the model that a state dict is of."""
     text = "\n".join(
         f"{plain_name(key)} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        for key, value in sorted(model.state_dict().items())
+        for key, value in sorted(state.items())
         if isinstance(value, torch.Tensor)
     )
     return Experiment(model={"tensors": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def latest_of(repo: Repo, want: str, run: str) -> bytes:
+    """Return the manifest that ``latest`` or ``best`` of a run, or any selector, names; empty if the run has none."""
+    selector = f"{run}:{want}" if want in ("latest", "best") else want
+    try:
+        return encode_manifest(repo.find(selector).manifest)
+    except (NothingMatches, NotFound):
+        if selector != want and not any(entry.manifest.run == run for entry in repo.checkpoints()):
+            return b""
+        raise
 
 
 def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def _with_metrics(experiment: Experiment, scored: Mapping[str, str]) -> Experiment:
+def with_metrics(experiment: Experiment, scored: Mapping[str, str]) -> Experiment:
+    """Return an experiment that scores further metrics, given with ``max`` or ``min``."""
     added = {name: Metric(direction="max" if direction == "max" else "min") for name, direction in scored.items()}
     return msgspec.structs.replace(experiment, metrics={**experiment.metrics, **added}) if added else experiment
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Leave out what is not finite: of a loss that is an error, of anything beside it no reason to lose the weights."""
     kept = {}
     for name, value in metrics.items():

@@ -99,6 +99,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     resume: Annotated[
         str, Meta(min_length=1, description="best, latest, run:best, an id, or none to start from scratch.")
     ] = "best"
+    init_from: Annotated[
+        str, Meta(description="Without a checkpoint to resume: begin with the weights of this one, as far as they fit.")
+    ] = ""
     session_iters: Annotated[
         int, Meta(ge=0, le=_STEPS, description="Most steps of this session; 0: to --max-iters.")
     ] = 500

@@ -10,6 +10,7 @@ import msgspec
 import castore
 
 if TYPE_CHECKING:
+    from castore.torch import WarmStarted
     from nanecho.data import Corpus
 
 
@@ -34,7 +35,8 @@ class Began:
     It resumes ``match``, or starts from scratch for the reason ``fresh``. ``weights_only``: without the optimizer's
     state. ``val_loss`` is the match's, if it belongs to the same experiment. ``later_step`` was reached by a checkpoint
     of the experiment with a worse score. ``instead_of`` is the best checkpoint, if the match is its descendant because
-    this session had already been trained from there. ``fetched`` are the bytes that came from remotes.
+    this session had already been trained from there. ``fetched`` are the bytes that came from remotes, and ``warm`` is
+    what a fresh start took from another checkpoint.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Began:
     later_step: int | None
     instead_of: castore.Match | None
     fetched: int = 0
+    warm: WarmStarted | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,13 +37,24 @@ def describe(event: events.Event) -> list[str]:
     return []
 
 
+def _describe_warm(event: events.Began) -> list[str]:
+    warm = event.warm
+    if warm is None:
+        return []
+    lines = [f"init    from {warm.id[:12]}: {len(warm.taken)} tensors as they are there"]
+    for names, what in ((warm.partly, "in part"), (warm.fresh, "fresh"), (warm.unused, "of the checkpoint not used")):
+        if names:
+            lines.append(f"        {len(names)} {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+    return lines
+
+
 def _describe_begin(event: events.Began) -> list[str]:
     lines = []
     if event.resolution:
         lines += [f"WARNING {damaged.path}: {damaged.reason}" for damaged in event.resolution.damaged]
         lines += [f"no      {reason}" for reason in event.resolution.explain_rejections()]
     if not event.match:
-        return [*lines, f"fresh   starting at step 0: {event.fresh}"]
+        return [*lines, f"fresh   starting at step 0: {event.fresh}", *_describe_warm(event)]
     why = event.resolution.selector[:24] if event.resolution else ""
     if event.instead_of:
         best = f"{event.instead_of.id[:12]}, step {event.instead_of.step:,}"

@@ -55,7 +55,7 @@ def choose(repo: castore.Repo, config: Config, experiment: castore.Experiment) -
         if resolution.selector != "best":
             return ResumeChoice(resolution=resolution, match=resolution.match)
         return _continue_from_best(repo, config, experiment, resolution, resolution.match, resolve)
-    if why := repo.fresh_start(resolution, allow_fresh=config.run.allow_fresh):
+    if why := repo.fresh_start(resolution, allow_fresh=config.run.allow_fresh or bool(config.run.init_from)):
         return ResumeChoice(resolution=resolution, fresh=why)
     try:
         return ResumeChoice(resolution=resolution, match=resolution.require())

@@ -148,6 +148,7 @@ def _info(session: TrainingSession, reasons: Sequence[str]) -> dict[str, Any]:
             "resumed_from": began.match.id if began.match else None,
             "fresh": began.fresh,
             "weights_only": began.weights_only,
+            "init_from": began.warm.summary if began.warm else None,
             "resolution": _resolution(began),
         },
         "environment": session.environment,

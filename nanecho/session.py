@@ -16,6 +16,7 @@ from torch import Tensor
 import castore
 from castore import dcp, errors
 from castore.dcp import Ranks, find
+from castore.torch import warm_start
 from nanecho import config as configs
 from nanecho import data
 from nanecho.config import Config
@@ -187,6 +188,11 @@ def begin(
     match = choice.match
     val_loss = None
     fetched = 0
+    warm = None
+    if not match and config.run.init_from:
+        warm = ranks.locally(lambda: warm_start(session.model, repo, config.run.init_from))
+        session.connections.zero_inactive()
+        session.parent = warm.id
     if match:
         entry = find(repo, match.id, ranks)
 
@@ -212,6 +218,7 @@ def begin(
         later_step=choice.later_step,
         instead_of=choice.instead_of,
         fetched=fetched,
+        warm=warm,
     )
 
 

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,54 @@ def test_a_metric_that_is_not_finite_costs_no_weights(repo: Repo, caplog: pytest
     assert saved is not None
     assert saved.manifest.metrics == {"val_loss": 1.0, "lr": 0.1}
     assert "metric grad_norm is nan and was left out" in caplog.text
+
+
+# -- saving in time ----------------------------------------------------------------------------------------------------
+
+
+def saved_steps(repo: Repo, every: str, stop: int, seconds: float = 0.0) -> list[int]:
+    """The steps at which a loop saves by itself, oldest first."""
+    with Checkpointer(repo, linear(1), run="timed", background=False) as checkpointer:
+        for step in checkpointer.steps(stop, every=every):
+            checkpointer.log(val_loss=1 / (step + 1))
+            time.sleep(seconds)
+    return [entry.manifest.step for entry in reversed(repo.checkpoints())]
+
+
+def test_a_loop_saves_every_so_many_steps_and_the_last_one(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+    assert saved_steps(repo, "4 steps", 10) == [4, 8, 10]
+    assert {entry.manifest.step: entry.manifest.metrics["val_loss"] for entry in repo.checkpoints()} == {
+        4: 1 / 4, 8: 1 / 8, 10: 1 / 10,
+    }  # fmt: skip
+    assert saved_steps(repo, "4 steps", 13) == [4, 8, 10, 12, 13]
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "castore: run timed at step 0: run timed has no checkpoint of this experiment yet"
+    newest = next(entry.id for entry in repo.checkpoints() if entry.manifest.step == 10)
+    assert second == f"castore: run timed at step 10 from {newest[:12]}: the furthest step of run timed"
+
+
+def test_a_loop_saves_by_the_clock(repo: Repo) -> None:
+    steps = saved_steps(repo, "0.2 s", 12, seconds=0.05)
+    assert steps[-1] == 12
+    assert 2 <= len(steps) <= 4  # in 0.6 s, and at the end
+
+
+def test_a_loop_saves_all_the_time(repo: Repo) -> None:
+    assert saved_steps(repo, "continuous", 3) == [1, 2, 3]
+
+
+def test_a_loop_that_saves_itself_saves_no_step_twice(repo: Repo) -> None:
+    with Checkpointer(repo, linear(1), background=False) as checkpointer:
+        for step in checkpointer.steps(4, every="2 steps"):
+            if step == 1:
+                checkpointer.save(2, {"val_loss": 0.5})
+    assert [entry.manifest.step for entry in repo.checkpoints()] == [4, 2]
+
+
+@pytest.mark.parametrize("every", ["often", "0 steps", "-1 steps", "5", "10 parsecs", "0 s", "steps"])
+def test_a_cadence_that_is_none_says_what_to_write(repo: Repo, every: str) -> None:
+    with pytest.raises(UsageError, match="write '500 steps', '10 min' or 'continuous'"):
+        next(Checkpointer(repo, linear(1)).steps(5, every=every))
 
 
 # -- asked to end ------------------------------------------------------------------------------------------------------

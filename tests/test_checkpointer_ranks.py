@@ -40,7 +40,8 @@ def train(rank: int, root: Path, layout: str, stop: int, signalled: int = 0, **o
     given = {"run": "mine", "schedule": schedule, **options}
     with Checkpointer(Repo.open(root), forward, optimizer, **given) as checkpointer:
         begun = None
-        for step in checkpointer.steps(stop, val_loss=1.0):
+        for step in checkpointer.steps(stop):
+            checkpointer.log(val_loss=1.0)
             begun = step if begun is None else begun
             forward(torch.randn(8, 200)).pow(2).mean().backward()
             optimizer.step()

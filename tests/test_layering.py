@@ -32,10 +32,11 @@ LAYERS = [
     ["castore.sharding"],
     ["castore.pushing"],
     ["castore.background", "castore.restoring", "castore.dcp_storage"],
+    ["castore.warm_start"],
     ["castore.torch", "castore.dcp"],
     ["castore.gc", "castore.verify", "castore.diff", "castore.stats", "castore.doctor", "castore.convert"],
     ["castore.remote_gc", "castore.remote_verify"],
-    ["castore.report", "castore.github", "castore.trees"],
+    ["castore.report", "castore.github", "castore.trees", "castore.integrations"],
     ["castore"],  # the public names, which load the rest on first use
     ["castore.commands"],
     ["nanecho"],
@@ -56,16 +57,21 @@ OWNERS = {
     "urllib3": ["castore.remotes.github_service"],
     "plotext": ["castore.report.curves"],
     "matplotlib": ["castore.report.curves"],
+    "transformers": ["castore.integrations.transformers"],
+    "lightning": ["castore.integrations.lightning"],
+    "accelerate": ["castore.integrations.accelerate"],
     "torch": [
         "castore.torch",
         "castore.background",
         "castore.restoring",
+        "castore.warm_start",
         "castore.ranks",
         "castore.dcp",
         "castore.dcp_storage",
         "castore.state.tensors",
         "castore.state.shards",
         "castore.state.objects",
+        "castore.integrations",
     ],
     "typer": ["castore.commands", "castore.__main__", "nanecho.commands"],
     "rich": ["castore.commands.console", "nanecho.commands"],
@@ -75,8 +81,9 @@ COMMANDS_USE = ("castore.commands.console", "castore.report.curves")
 DOORS = {"cli", "nanecho.__main__"}  # the program, from a checkout and for torchrun
 HEAVY = {"torch", "numpy"}
 HOLDS_TENSORS = {
-    "castore.torch", "castore.background", "castore.restoring", "castore.ranks", "castore.dcp", "castore.dcp_storage",
-    "castore.state.tensors", "castore.state.shards",
+    "castore.torch", "castore.background", "castore.restoring", "castore.warm_start", "castore.ranks", "castore.dcp",
+    "castore.dcp_storage", "castore.state.tensors", "castore.state.shards", "castore.integrations.transformers",
+    "castore.integrations.accelerate",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from castore import Repo, errors
+from castore.dcp import Ranks
 from castore.format.part_index import decode_chunks
 from nanecho import config as configs
 from nanecho import data, events
@@ -368,7 +369,7 @@ def test_a_resumed_session_uses_the_rate_of_the_global_step(session: Session) ->
 def test_evaluation_expects_the_next_token_and_no_other(repo: Repo, texts: Path) -> None:
     config = configs.make({"data_dir": str(texts), **TINY})
     corpus = data.load(config.data, config.model.block_size)
-    session = trainer.fresh_session(repo, config, corpus, torch.device("cpu"), "")
+    session = trainer.fresh_session(repo, config, corpus, torch.device("cpu"), "", Ranks())
     windows = (np.arange(17) + np.arange(5)[:, None]) % 50
 
     def successor(tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""A small network in Lightning. Kill it, run it again: it goes on from its last epoch, exactly.
+
+pip install 'castore[lightning]' && python lightning_module.py
+"""
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import castore
+from castore.integrations.lightning import CastoreCheckpointIO, RandomStates
+
+
+class Network(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(32, 1)
+        )
+
+    def training_step(self, batch, _):
+        return torch.nn.functional.mse_loss(self.layers(batch[0]), batch[1])
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", torch.nn.functional.mse_loss(self.layers(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def data():
+    x = torch.randn(160, 8, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+
+
+def build(io, folder="out", max_epochs=3, callbacks=(), **options):
+    lightning.seed_everything(3)
+    best = ModelCheckpoint(dirpath=folder, monitor="val_loss", save_top_k=2)
+    return lightning.Trainer(
+        max_epochs=max_epochs, plugins=[io], callbacks=[best, RandomStates(), *callbacks], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+
+
+def main():
+    io = CastoreCheckpointIO(castore.Repo.init("."), run="network")
+    trainer = build(io)
+    loaders = torch.utils.data.DataLoader(data(), 8, shuffle=True), torch.utils.data.DataLoader(data(), 32)
+    trainer.fit(Network(), *loaders, ckpt_path=io.latest())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Runs an example in a process of its own: until it kills itself, or to its end, of which it prints a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "frameworks"))
+
+import torch  # noqa: E402
+
+import castore  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def digest(value: Any) -> str:
+    """A hash of every bit in a state."""
+    found = hashlib.sha256()
+
+    def walk(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found.update(item.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, dict):
+            for key in sorted(item, key=str):
+                found.update(str(key).encode())
+                walk(item[key])
+        elif isinstance(item, list | tuple):
+            for one in item:
+                walk(one)
+        else:
+            found.update(repr(item).encode())
+
+    walk(value)
+    return found.hexdigest()[:16]
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def report(model: Any, optimizer: Any, **more: Any) -> None:
+    state = {"model": digest(model.state_dict()), "optimizer": digest(optimizer.state_dict())}
+    sys.stdout.write("RESULT " + json.dumps(state | {"random": digest(torch.get_rng_state())} | more) + "\n")
+
+
+def transformers(root: str, at: int, *, replace: bool, terminate: bool = False, **options: Any) -> None:
+    from transformers import TrainerCallback
+
+    from castore.integrations.transformers import CastoreCallback, materialize
+
+    example = importlib.import_module("transformers_trainer")
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            if state.global_step == at:
+                os.kill(os.getpid(), signal.SIGTERM if terminate else signal.SIGKILL)
+            if terminate and state.global_step >= at:
+                time.sleep(0.5)  # the Trainer saves three seconds after the signal
+
+    repo = castore.Repo.init(root)
+    trainer = example.build(output_dir=f"{root}/out", max_steps=30, use_cpu=True, **options)
+    trainer.add_callback(Kill())
+    CastoreCallback(repo, run="gpt2", background=False).attach(trainer, replace_folders=replace)
+    folder = materialize(repo, run="gpt2", output_dir=trainer.args.output_dir, model=trainer.model)
+    trainer.train(resume_from_checkpoint=folder)
+    names = ("loss", "eval_loss", "grad_norm", "learning_rate", "step")
+    log = [
+        {key: one[key] for key in names if key in one}
+        for one in trainer.state.log_history
+        if "train_runtime" not in one
+    ]
+    folders = sorted(os.listdir(f"{root}/out")) if os.path.isdir(f"{root}/out") else []
+    report(
+        trainer.model, trainer.optimizer, schedule=digest(trainer.lr_scheduler.state_dict()), log=log,
+        best=[trainer.state.best_metric, trainer.state.best_global_step], folders=folders, resumed=folder is not None,
+    )  # fmt: skip
+
+
+def lightning(root: str, at: int, *, stateful: bool = False, every: int = 0) -> None:
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+    from castore.integrations.lightning import CastoreCheckpointIO
+
+    example = importlib.import_module("lightning_module")
+
+    class Kill(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == at:
+                kill()
+
+    io = CastoreCheckpointIO(castore.Repo.init(root), run="network")
+    callbacks = [ModelCheckpoint(dirpath=f"{root}/steps", every_n_train_steps=every, save_top_k=-1)] if every else []
+    trainer = example.build(io, folder=f"{root}/out", callbacks=[*callbacks, Kill()], default_root_dir=root)
+    loader = torch.utils.data.DataLoader
+    if stateful:
+        from torchdata.stateful_dataloader import StatefulDataLoader as loader
+    module, resumed = example.Network(), io.latest()
+    validation = torch.utils.data.DataLoader(example.data(), 32)
+    trainer.fit(module, loader(example.data(), 8, shuffle=True), validation, ckpt_path=resumed)
+    files = sorted(os.listdir(f"{root}/out"))
+    report(module, trainer.optimizers[0], step=trainer.global_step, files=files, resumed=resumed is not None)
+
+
+def accelerate(root: str, at: int) -> None:
+    example = importlib.import_module("accelerate_loop")
+    model, optimizer = example.train(castore.Repo.init(root), after_step=lambda step: kill() if step == at else None)
+    report(model, optimizer)
+
+
+if __name__ == "__main__":
+    name, root, at, options = sys.argv[1:]
+    {"transformers": transformers, "lightning": lightning, "accelerate": accelerate}[name](
+        root, int(at), **json.loads(options)
+    )

@@ -1,0 +1,97 @@
+"""Real trainings that are killed, lose their output folder, and go on: all of it equals an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from castore import Repo
+
+pytestmark = pytest.mark.peers
+HARNESS = Path(__file__).parent / "harness.py"
+PYTHON = os.environ.get("CASTORE_FRAMEWORKS_PYTHON") or str(
+    Path(__file__).parents[2] / "build" / "frameworks" / "venv" / "bin" / "python"
+)
+
+
+def train(name: str, root: Path, at: int = 0, code: int = 0, **options: Any) -> dict[str, Any]:
+    """Run an example; return what it reports at its end, nothing if it is killed."""
+    root.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [PYTHON, str(HARNESS), name, str(root), str(at), json.dumps(options)],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-3000:]
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(results[-1].removeprefix("RESULT ")) if results else {}
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "killed_at"), [({}, 23), ({"bf16": True}, 14), ({"dataloader_num_workers": 2}, 27)], ids=str
+)
+@pytest.mark.parametrize("replace", [True, False])
+def test_the_trainer_goes_on_exactly(tmp_path: Path, options: dict[str, Any], killed_at: int, replace: bool) -> None:
+    whole = train("transformers", tmp_path / "whole", replace=replace, **options)
+    train("transformers", tmp_path / "killed", killed_at, code=-9, replace=replace, **options)
+    shutil.rmtree(tmp_path / "killed" / "out", ignore_errors=True)
+    resumed = train("transformers", tmp_path / "killed", replace=replace, **options)
+    assert not whole.pop("resumed")
+    assert resumed.pop("resumed")
+    folders = whole.pop("folders"), resumed.pop("folders")
+    assert resumed == whole
+    assert bool(folders[0]) != replace
+
+
+def test_the_trainers_metrics_make_the_score(tmp_path: Path) -> None:
+    result = train("transformers", tmp_path / "run", replace=True)
+    repo = Repo.open(tmp_path / "run")
+    losses = {entry.manifest.step: entry.manifest.metrics["val_loss"] for entry in repo.checkpoints()}
+    assert list(losses) == [30, 20, 10]
+    assert repo.find("gpt2:best").manifest.step == min(losses, key=losses.__getitem__) == result["best"][1]
+    assert repo.find("gpt2:best").manifest.metrics["val_loss"] == pytest.approx(result["best"][0])
+
+
+def test_the_trainer_saves_for_sigterm(tmp_path: Path) -> None:
+    train("transformers", tmp_path / "run", 13, replace=True, terminate=True, enable_jit_checkpoint=True)
+    saved = Repo.open(tmp_path / "run").find("gpt2:latest").manifest
+    assert saved.step not in (10, 20, 30)
+    assert train("transformers", tmp_path / "run", replace=True)["resumed"]
+
+
+# -- lightning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "killed_at"), [({}, 47), ({"stateful": True, "every": 7}, 31)], ids=str)
+def test_lightning_goes_on_exactly(tmp_path: Path, options: dict[str, Any], killed_at: int) -> None:
+    whole = train("lightning", tmp_path / "whole", **options)
+    train("lightning", tmp_path / "killed", killed_at, code=-9, **options)
+    resumed = train("lightning", tmp_path / "killed", **options)
+    assert (whole.pop("resumed"), resumed.pop("resumed")) == (False, True)
+    assert (resumed["model"], resumed["optimizer"], resumed["step"]) == (
+        whole["model"],
+        whole["optimizer"],
+        whole["step"],
+    )
+    assert len(resumed["files"]) == 2  # the best two, as files that name them
+    repo = Repo.open(tmp_path / "killed")
+    named = json.loads((tmp_path / "killed" / "out" / resumed["files"][0]).read_text())["castore"]
+    assert repo.find(named).manifest.run == "network"
+
+
+# -- accelerate --------------------------------------------------------------------------------------------------------
+
+
+def test_accelerate_goes_on_exactly_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    whole = train("accelerate", tmp_path / "whole")
+    train("accelerate", tmp_path / "killed", 15, code=-9)
+    assert Repo.open(tmp_path / "killed").find("loop:latest").manifest.step == 12
+    assert train("accelerate", tmp_path / "killed") == whole
