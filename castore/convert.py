@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from castore.errors import InvalidFile, NotFound, StorageError, UnsupportedFile, UnsupportedValue
+from castore.errors import (
+    InvalidFile,
+    NotFound,
+    RefusedPath,
+    StorageError,
+    UnsupportedFile,
+    UnsupportedValue,
+    UsageError,
+)
 from castore.format.ids import is_object_id
 from castore.format.manifest import Entry, Experiment
 from castore.format.part_index import MAX_DEPTH
@@ -84,6 +92,64 @@ def export(repo: Repo, selector: str, out: Path, *, part: str = "model", force: 
         fill = functools.partial(_write_safetensors, tensors=tensors, metadata=_metadata(entry, part))
     size = output_file.write_with(fill, out, replace=force, durable=repo.config.store.fsync)
     return Exported(id=entry.id, part=part, path=out, tensors=count, bytes=size)
+
+
+_FOLDER_SHARD = 5_000_000_000  # bytes of tensors in one file, as transformers has it
+
+
+def export_folder(
+    repo: Repo, selector: str, folder: Path, *, part: str = "model", shard_bytes: int = _FOLDER_SHARD
+) -> Exported:
+    """Write a model as a new folder that ``from_pretrained`` of Hugging Face's transformers loads.
+
+    Weights go into safetensors of at most ``shard_bytes``, with an index if there are several, and the configuration
+    that CastoreCallback recorded into config.json. RefusedPath if the folder exists and isn't empty; UsageError for a
+    checkpoint without such a configuration; else as :func:`export`. The folder is complete, or without config.json.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RefusedPath(str(folder), "it exists: give a new folder")
+    entry = repo.find(selector, kind="checkpoint")
+    config = entry.manifest.config.get("model")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UsageError(
+            f"checkpoint {entry.id[:12]} has no configuration of transformers, as CastoreCallback records it: "
+            "export to a .safetensors file instead"
+        )
+    tensors = _named_tensors(repo.load(entry.id, [part])[part])
+    fs.make_directory(folder)
+    shards = _shards(tensors, shard_bytes)
+    written = 0
+    for name, held in shards.items():
+        fill = functools.partial(_write_safetensors, tensors=held, metadata=_metadata(entry, part))
+        written += output_file.write_with(fill, folder / name, durable=repo.config.store.fsync)
+    if len(shards) > 1:
+        files = {tensor: name for name, held in shards.items() for tensor in held}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(
+            repo, folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files}
+        )
+    _write_json(repo, folder / "config.json", config)  # last: without it the folder is no model
+    return Exported(id=entry.id, part=part, path=folder, tensors=len(tensors), bytes=written)
+
+
+def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Share tensors out to files, in order, by the names that transformers gives them."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": held for i, held in enumerate(shards, 1)}
+
+
+def _write_json(repo: Repo, path: Path, value: Any) -> None:
+    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    output_file.write(path, data, durable=repo.config.store.fsync)
 
 
 def _metadata(entry: Entry, part: str) -> dict[str, str]:

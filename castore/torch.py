@@ -167,6 +167,7 @@ class Checkpointer:
     ) -> None:
         if reserved := RESERVED & others.keys():
             raise UsageError(f"{min(reserved)!r} is castore's own name in a checkpoint: call that component otherwise")
+        others = _with_states(others)
         self.repo = repo
         self.parent: str | None = None
         self._model, self._optimizer, self._others = model, optimizer, others
@@ -388,6 +389,24 @@ class Checkpointer:
         saved = self._saver.wait()
         self.parent = saved.id if saved else self.parent
         return saved
+
+
+def _with_states(others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the components that have a state. UsageError for one without, but for a DataLoader, which is told once."""
+    kept = {}
+    for name, component in others.items():
+        if hasattr(component, "state_dict") and hasattr(component, "load_state_dict"):
+            kept[name] = component
+        elif isinstance(component, torch.utils.data.DataLoader):
+            _log.warning(
+                "%s is a plain DataLoader, which can't tell where it is: a resumed run is exact from the start of an "
+                "epoch, not within one; torchdata.stateful_dataloader.StatefulDataLoader is exact there, too",
+                name,
+            )
+        else:
+            kind = type(component).__name__
+            raise UsageError(f"{name} is a {kind}, which has no state_dict and load_state_dict: leave it out")
+    return kept
 
 
 _stop_signals = stop_signals  # the parameter of that name would hide it

@@ -55,6 +55,10 @@ def train(
     ] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", help="Tag for the checkpoints; may be repeated.")] = None,
     note: Annotated[str, typer.Option(help="Note for the checkpoints.", show_default=False)] = "",
+    evaluate: Annotated[
+        str,
+        typer.Option(metavar="ID", help="Train nothing: measure this checkpoint, and save it with what was measured."),
+    ] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the session's summary as JSON; progress goes to standard error.")
     ] = False,
@@ -66,8 +70,11 @@ def train(
     """
     given = {name: value for name, value in options.items() if _is_given(ctx, name)}
     from_file = configs.read_toml(console.read_text(file), str(file)) if file else {}
-    config = configs.make({**from_file, **given})
     console.check_one_line(note, *(tag or ()))
+    if evaluate:
+        _evaluate(evaluate, {**from_file, **given}, as_json)
+        return
+    config = configs.make({**from_file, **given})
     out = sys.stderr if as_json else sys.stdout
     repo = console.open_or_init(out) if not _is_launched() else None
     now = datetime.now(UTC)
@@ -95,6 +102,21 @@ def train(
                     _record_ending(repo, config.run.run, now, ending, as_json)
     if received.number:
         sys.exit(received.exit_code)
+
+
+def _evaluate(selector: str, given: dict[str, configs.Scalar], as_json: bool) -> None:
+    """Measure a checkpoint and say how good it is."""
+    from nanecho import events, report
+    from nanecho.evaluation import config_of, evaluate_checkpoint
+
+    repo = castore.Repo.open()
+    config = config_of(repo, selector, given)
+    done = evaluate_checkpoint(repo, config, selector, console.timestamp(datetime.now(UTC)))
+    if not as_json:
+        console.say(*(line for event in done for line in report.describe(event)))
+        return
+    (saved,) = [event.saved for event in done if isinstance(event, events.Saved)]
+    console.print_json({"id": saved.id, "path": str(saved.path), "metrics": saved.manifest.metrics})
 
 
 def _is_launched() -> bool:

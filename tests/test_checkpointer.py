@@ -339,6 +339,16 @@ def test_a_metric_that_is_not_finite_costs_no_weights(repo: Repo, caplog: pytest
     assert "metric grad_norm is nan and was left out" in caplog.text
 
 
+def test_what_has_no_state_is_told(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4)), 2)
+    checkpointer = Checkpointer(repo, linear(1), loader=loader, background=False)
+    checkpointer.save(1)
+    assert "loader is a plain DataLoader, which can't tell where it is" in caplog.text
+    assert "loader" not in repo.load("latest")["trainer"]
+    with pytest.raises(UsageError, match="schedule is a str, which has no state_dict"):
+        Checkpointer(repo, linear(1), schedule="cosine")
+
+
 # -- saving in time ----------------------------------------------------------------------------------------------------
 
 

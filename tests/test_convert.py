@@ -566,3 +566,29 @@ def test_export_refuses_an_extension_that_it_does_not_write(repo: Repo, tmp_path
     with pytest.raises(errors.UnsupportedFile, match=r"export writes \.safetensors, \.pt and \.pth"):
         convert.export(repo, "latest", tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+# -- a folder for transformers -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_has_the_weights_in_shards_and_the_configuration(repo: Repo, tmp_path: Path) -> None:
+    state = {f"layer.{i}": torch.full((10, 10), float(i)) for i in range(5)}
+    config = {"model": {"model_type": "gpt2", "n_layer": 5}}
+    saved = repo.save({"model": state}, run="hf", step=3, config=config)
+    exported = convert.export_folder(repo, "latest", tmp_path / "out", shard_bytes=900)
+    assert (exported.id, exported.tensors) == (saved.id, 5)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 5 * 400
+    assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for key, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[key], state[key])
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config["model"]
+    with pytest.raises(errors.RefusedPath, match="give a new folder"):
+        convert.export_folder(repo, "latest", tmp_path / "out")
+
+
+def test_a_checkpoint_without_a_configuration_of_transformers_says_what_to_do(repo: Repo, tmp_path: Path) -> None:
+    repo.save({"model": {"w": torch.ones(1)}}, run="plain", step=1)
+    with pytest.raises(errors.UsageError, match=r"export to a \.safetensors file instead"):
+        convert.export_folder(repo, "latest", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

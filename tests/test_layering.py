@@ -34,7 +34,8 @@ LAYERS = [
     ["castore.background", "castore.restoring", "castore.dcp_storage"],
     ["castore.warm_start"],
     ["castore.torch", "castore.dcp"],
-    ["castore.gc", "castore.verify", "castore.diff", "castore.stats", "castore.doctor", "castore.convert"],
+    ["castore.gc", "castore.verify", "castore.diff", "castore.stats", "castore.doctor", "castore.convert",
+     "castore.averaging"],
     ["castore.remote_gc", "castore.remote_verify"],
     ["castore.report", "castore.github", "castore.trees", "castore.integrations"],
     ["castore"],  # the public names, which load the rest on first use
@@ -65,6 +66,7 @@ OWNERS = {
         "castore.background",
         "castore.restoring",
         "castore.warm_start",
+        "castore.averaging",
         "castore.ranks",
         "castore.dcp",
         "castore.dcp_storage",
@@ -83,7 +85,7 @@ HEAVY = {"torch", "numpy"}
 HOLDS_TENSORS = {
     "castore.torch", "castore.background", "castore.restoring", "castore.warm_start", "castore.ranks", "castore.dcp",
     "castore.dcp_storage", "castore.state.tensors", "castore.state.shards", "castore.integrations.transformers",
-    "castore.integrations.accelerate",
+    "castore.integrations.accelerate", "castore.averaging",
 }  # fmt: skip
 
 

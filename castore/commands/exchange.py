@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,6 +25,9 @@ from castore.commands.console import (
 from castore.text import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from castore.format.manifest import Entry
     from castore.trees.add import Added
     from castore.trees.checkout import CheckedOut
 
@@ -36,8 +39,15 @@ app = typer.Typer()
 @app.command(epilog="Example: castore export best model.safetensors")
 def export(
     selector: Selector,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file: .safetensors, or .pt for torch.load.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="A new file: .safetensors, or .pt for torch.load; or a new folder."),
+    ],
     part: Annotated[str, typer.Option(help="Which part of the checkpoint.")] = "model",
+    layout: Annotated[
+        Literal["file", "transformers"],
+        typer.Option("--format", help="transformers: a folder for from_pretrained of Hugging Face."),
+    ] = "file",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,7 +56,10 @@ def export(
 
     repo = castore.Repo.open()
     with Display("exporting", "spinner"):
-        exported = convert.export(repo, selector, out, part=part, force=force)
+        if layout == "transformers":
+            exported = convert.export_folder(repo, selector, out, part=part)
+        else:
+            exported = convert.export(repo, selector, out, part=part, force=force)
     if as_json:
         print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
     else:
@@ -93,6 +106,52 @@ def import_file(
     else:
         manifest = saved.manifest
         say(f"saved {saved.id}: step {manifest.step:,} of run {manifest.run}, {format_size(saved.new_bytes)} new")
+
+
+@app.command(epilog="Example: castore average best:5 -o soup")
+def average(
+    which: Annotated[
+        list[str],
+        typer.Argument(metavar="WHICH...", help="best:5 or main:latest:3, or two ids and more."),
+    ],
+    run: Annotated[str, typer.Option("-o", "--run", metavar="RUN", help="Run that the mean is saved in.")],
+    decay: Annotated[
+        float | None,
+        typer.Option("--ema", metavar="DECAY", help="Moving average by step, not a plain mean.", show_default=False),
+    ] = None,
+    note: NoteOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Save the mean of several checkpoints' weights as a checkpoint.
+
+    It has no optimizer, and no score until it is evaluated: `castore train --evaluate ID` does that for nanecho.
+    """
+    from castore import averaging
+
+    repo = castore.Repo.open()
+    check_one_line(note)
+    with Display("averaging", "spinner"):
+        averaged = averaging.average(repo, _entries(repo, which), run=run, decay=decay, note=note)
+    saved = averaged.saved
+    if as_json:
+        of = {entry.id: share for entry, share in zip(averaged.of, averaged.shares, strict=True)}
+        print_json({"id": saved.id, "path": str(saved.path), "of": of, "new_bytes": saved.new_bytes})
+        return
+    for entry, share in zip(averaged.of, averaged.shares, strict=True):
+        say(f"{share:6.1%}  {entry.id[:12]}  step {entry.manifest.step:,} of run {entry.manifest.run}")
+    say(f"saved   {saved.id[:12]}, their mean, in run {run}: {format_size(saved.new_bytes)} new")
+
+
+def _entries(repo: castore.Repo, which: Sequence[str]) -> list[Entry]:
+    """Return the checkpoints that ``best:5``, or several selectors, ask for."""
+    from castore import averaging
+
+    if len(which) > 1:
+        return [repo.find(one, kind="checkpoint") for one in which]
+    selector, _, count = which[0].rpartition(":")
+    if not selector or not count.isdecimal() or selector.rpartition(":")[2] not in ("best", "latest"):
+        raise errors.UsageError(f"{which[0]} is one checkpoint: give two, or best:5 or latest:5")
+    return averaging.choose(repo, selector, int(count))
 
 
 def _parse_metric(text: str) -> tuple[str, float]:

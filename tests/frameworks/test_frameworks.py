@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from castore import Repo
+from castore.convert import export_folder
 
 pytestmark = pytest.mark.peers
 HARNESS = Path(__file__).parent / "harness.py"
@@ -65,6 +66,31 @@ def test_the_trainer_saves_for_sigterm(tmp_path: Path) -> None:
     saved = Repo.open(tmp_path / "run").find("gpt2:latest").manifest
     assert saved.step not in (10, 20, 30)
     assert train("transformers", tmp_path / "run", replace=True)["resumed"]
+
+
+LOAD = """
+import sys, torch, castore
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+stored = castore.Repo.open(sys.argv[1]).load("gpt2:best", ["model"])["model"]
+loaded = model.state_dict()
+assert stored.keys() == loaded.keys()
+assert all(torch.equal(stored[key], loaded[key]) for key in stored)
+assert model.lm_head.weight is model.transformer.wte.weight
+"""
+
+
+def test_an_exported_folder_is_loaded_by_transformers(tmp_path: Path) -> None:
+    train("transformers", tmp_path / "run", replace=True)
+    repo = Repo.open(tmp_path / "run")
+    for limit in (5_000_000_000, 100_000):
+        folder = tmp_path / f"model{limit}"
+        export_folder(repo, "gpt2:best", folder, shard_bytes=limit)
+        assert (folder / "model.safetensors.index.json").exists() == (limit == 100_000)
+        done = subprocess.run(
+            [PYTHON, "-c", LOAD, str(tmp_path / "run"), str(folder)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 # -- lightning ---------------------------------------------------------------------------------------------------------

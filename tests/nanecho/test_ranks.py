@@ -107,16 +107,12 @@ def test_torchrun_starts_ranks_of_which_one_speaks(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nanecho", "--"]
     options = ["--data-dir", "texts", *TINY_OPTIONS, "--json", "--shard"]
-    summaries = []
-    for _ in range(2):
-        done = subprocess.run(
-            [*command, *options], cwd=project.root, env=project.environment, capture_output=True, text=True, timeout=150
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("done    step") == 1
-        summaries.append(json.loads(done.stdout))
-    first, second = summaries
-    assert first["environment"]["ranks"] == 2
-    assert second["resumed_from"] == first["checkpoints"][-1]
-    assert second["start_step"] == first["final_step"] > 0
+    done = subprocess.run(
+        [*command, *options], cwd=project.root, env=project.environment, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done    step") == 1
+    summary = json.loads(done.stdout)
+    assert summary["environment"]["ranks"] == 2
+    assert summary["final_step"] > 0
     assert project.json("verify")["findings"] == []
