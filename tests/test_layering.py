@@ -86,6 +86,7 @@ HOLDS_TENSORS = {
     "castore.torch", "castore.background", "castore.restoring", "castore.warm_start", "castore.ranks", "castore.dcp",
     "castore.dcp_storage", "castore.state.tensors", "castore.state.shards", "castore.integrations.transformers",
     "castore.integrations.accelerate", "castore.averaging",
+    "castore.integrations.lightning",
 }  # fmt: skip
 
 

@@ -7,15 +7,19 @@ trainer.fit(module, ckpt_path=io.latest())
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from castore.background import AsyncSaver
 from castore.errors import PackageMissing, UsageError
 from castore.format.ids import is_object_id
 from castore.format.manifest import Experiment
 from castore.format.manifest import decode as decode_manifest
+from castore.ranks import ranks_of
 from castore.restoring import random_state, set_random_state
 from castore.torch import experiment_of, finite, latest_of, with_metrics
 
@@ -123,7 +127,7 @@ def _monitored(callbacks: Any) -> tuple[dict[str, float], dict[str, str]]:
 
 
 class RandomStates(Callback):  # type: ignore[misc]
-    """Saves the states of the random generators with each checkpoint, and restores them where training goes on.
+    """Saves the states of each rank's random generators with a checkpoint, and restores them where training goes on.
 
     What was saved at the end of an epoch is restored before the next one is set up, for its order of data; what was
     saved within one before the first batch, as a StatefulDataLoader has the order. It also refuses strategies that
@@ -137,11 +141,13 @@ class RandomStates(Callback):  # type: ignore[misc]
         _check_strategy(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
-        checkpoint[_RANDOM] = random_state()
+        # by every rank, of which one saves
+        packed = ranks_of().together(lambda: _packed(random_state()))
+        checkpoint[_RANDOM] = {rank: _unpacked(data) for rank, data in enumerate(packed)}
         checkpoint[_MID_EPOCH] = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
-        state = checkpoint.get(_RANDOM)
+        state = checkpoint.get(_RANDOM, {}).get(trainer.global_rank)
         if state is not None and checkpoint.get(_MID_EPOCH):
             self._due = state
         elif state is not None:
@@ -151,6 +157,17 @@ class RandomStates(Callback):  # type: ignore[misc]
         if self._due is not None:
             set_random_state(self._due)
             self._due = None
+
+
+def _packed(state: Any) -> bytes:
+    """Return random states as bytes to be sent: pickle knows no tensors of some of their types."""
+    written = io.BytesIO()
+    torch.save(state, written)
+    return written.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True)
 
 
 def _check_strategy(trainer: Any) -> None:

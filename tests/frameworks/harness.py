@@ -101,7 +101,8 @@ def lightning(root: str, at: int, *, stateful: bool = False, every: int = 0) -> 
 
     io = CastoreCheckpointIO(castore.Repo.init(root), run="network")
     callbacks = [ModelCheckpoint(dirpath=f"{root}/steps", every_n_train_steps=every, save_top_k=-1)] if every else []
-    trainer = example.build(io, folder=f"{root}/out", callbacks=[*callbacks, Kill()], default_root_dir=root)
+    several = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": "ddp"} if "WORLD_SIZE" in os.environ else {}
+    trainer = example.build(io, folder=f"{root}/out", callbacks=[*callbacks, Kill()], default_root_dir=root, **several)
     loader = torch.utils.data.DataLoader
     if stateful:
         from torchdata.stateful_dataloader import StatefulDataLoader as loader

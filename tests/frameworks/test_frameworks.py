@@ -21,16 +21,32 @@ PYTHON = os.environ.get("CASTORE_FRAMEWORKS_PYTHON") or str(
 )
 
 
-def train(name: str, root: Path, at: int = 0, code: int = 0, **options: Any) -> dict[str, Any]:
+def train(name: str, root: Path, at: int = 0, code: int = 0, ranks: int = 1, **options: Any) -> dict[str, Any]:
     """Run an example; return what it reports at its end, nothing if it is killed."""
     root.mkdir(exist_ok=True)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     done = subprocess.run(
-        [PYTHON, str(HARNESS), name, str(root), str(at), json.dumps(options)],
+        [PYTHON, *torchrun, str(HARNESS), name, str(root), str(at), json.dumps(options)],
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-3000:]
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return json.loads(results[-1].removeprefix("RESULT ")) if results else {}
+
+
+@pytest.mark.parametrize(
+    ("name", "killed_at", "options"),
+    [("transformers", 23, {"replace": True}), ("lightning", 23, {}), ("accelerate", 9, {})],
+    ids=["transformers", "lightning", "accelerate"],
+)
+def test_two_ranks_go_on_exactly(tmp_path: Path, name: str, killed_at: int, options: dict[str, Any]) -> None:
+    whole = train(name, tmp_path / "whole", ranks=2, **options)
+    train(name, tmp_path / "killed", killed_at, code=1, ranks=2, **options)  # torchrun's own code
+    shutil.rmtree(tmp_path / "killed" / "out", ignore_errors=True)
+    resumed = train(name, tmp_path / "killed", ranks=2, **options)
+    equal = {"model", "optimizer", "schedule", "log", "step"} & whole.keys()
+    assert {key: resumed[key] for key in equal} == {key: whole[key] for key in equal}
+    assert whole.get("resumed", False) is not resumed.get("resumed", True)
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
