@@ -28,7 +28,7 @@ COMMANDS = (
     "gc", "pin", "unpin", "tag", "untag", "forget",
     "push", "fetch", "pull", "status", "ls",
     "verify", "doctor",
-    "export", "import", "add", "checkout",
+    "export", "import", "average", "add", "checkout",
     "report",
 )  # fmt: skip
 
