@@ -53,7 +53,7 @@ def restore_all(
     trainer = states.get("trainer")
     if not isinstance(trainer, Mapping) or RANDOM not in trainer:
         raise UsageError(f"checkpoint {checkpoint} was not saved by a Checkpointer: load its parts with Repo.load")
-    trainer = _of_rank(trainer, rank)
+    trainer = of_rank(trainer, rank)
     if strict:
         _check_components(trainer, others, checkpoint)
         if (optimizer is not None) != ("optimizer" in states):
@@ -94,7 +94,7 @@ def _is_small(state: Any) -> bool:
     return not any(map(is_sharded, held)) and sum(tensor.nbytes for tensor in held) <= _OF_EACH_RANK
 
 
-def _of_rank(trainer: Mapping[str, Any], rank: int) -> dict[str, Any]:
+def of_rank(trainer: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Return the states of a rank, with those of the lowest one where nothing was saved for it."""
     own = trainer.get(RANKS, {}).get(rank)
     shared = {name: state for name, state in trainer.items() if rank == 0 or own is not None or name != RANDOM}

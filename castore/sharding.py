@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -27,16 +27,13 @@ from castore.format.part_index import ChunkRef, Index, TensorSpec
 from castore.parallel import map_all
 from castore.ranks import Ranks, threads_of
 from castore.remotes import fallback
-from castore.repo import SaveResult
+from castore.repo import Repo, SaveResult
 from castore.state import shards, tensors
 from castore.state.boxes import Job, SpreadTensor, plan_jobs
 from castore.state.merging import Description, merge
 from castore.state.parts import locate_errors
 from castore.state.shards import Region, ShardedFlat, ShardedTarget
 from castore.storage.object_store import Writer
-
-if TYPE_CHECKING:
-    from castore.repo import Repo
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ resumed = load_state(accelerator, repo, run="mine")  # the step, 0 at a fresh st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from castore.errors import PackageMissing, UsageError
 from castore.format.manifest import Entry
 from castore.format.manifest import decode as decode_manifest
 from castore.ranks import ranks_of
-from castore.restoring import RANDOM, RANKS, for_each_rank, random_state, set_random_state
+from castore.restoring import RANDOM, for_each_rank, of_rank, random_state, set_random_state
 from castore.state import shards, tensors
 from castore.torch import Resumed, experiment_of, finite, latest_of
 
@@ -74,9 +74,10 @@ def load_state(accelerator: Accelerator, repo: Repo, want: str = "latest", *, ru
         return {**state, "model": _models(accelerator)}
 
     loaded = sharding.load(repo, entry, ranks.locally(target), ranks, staged=True)
-    ranks.agree()
+    trainer = of_rank(loaded.states["trainer"], ranks.rank)
+    ranks.together(lambda: _check(accelerator, loaded.states["optimizer"], trainer))
     loaded.finish()
-    ranks.locally(lambda: _restore(accelerator, loaded.states, ranks.rank))
+    ranks.locally(lambda: _restore(accelerator, loaded.states["optimizer"], trainer))
     why = f"{want} of run {entry.manifest.run}"
     return Resumed(entry.manifest.step, checkpoint_id=entry.id, run=entry.manifest.run, why=why)
 
@@ -127,18 +128,28 @@ def _sampler(loader: Any) -> Any:
     return sampler if isinstance(sampler, SeedableRandomSampler) else None
 
 
-def _restore(accelerator: Accelerator, states: Mapping[str, Any], rank: int) -> None:
-    trainer = states["trainer"]
-    trainer = {**trainer, **trainer.get(RANKS, {}).get(rank, {})}
-    components = {
-        "optimizers": (accelerator._optimizers, list(states["optimizer"].values())),
+def _components(
+    accelerator: Accelerator, optimizers: Mapping[str, Any], trainer: Mapping[str, Any]
+) -> dict[str, tuple[Sequence[Any], Sequence[Any]]]:
+    """Return what was prepared or registered, and the states of it, by kind."""
+    return {
+        "optimizers": (accelerator._optimizers, list(optimizers.values())),
         "schedulers": (accelerator._schedulers, trainer["schedulers"]),
         "custom objects": (accelerator._custom_objects, trainer["custom"]),
     }
-    for name, (own, saved) in components.items():
+
+
+def _check(accelerator: Accelerator, optimizers: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Raise UsageError for what doesn't fit, before anything is changed."""
+    for name, (own, saved) in _components(accelerator, optimizers, trainer).items():
         if len(own) != len(saved):
             raise UsageError(f"the checkpoint has {len(saved)} {name}, and {len(own)} were prepared or registered")
-    for own, saved in components.values():
+    if any(map(tensors.is_sharded, _flat(_models(accelerator)).values())):
+        raise UsageError("a sharded model is loaded with castore.dcp.load, and saved with castore.dcp.save")
+
+
+def _restore(accelerator: Accelerator, optimizers: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    for own, saved in _components(accelerator, optimizers, trainer).values():
         for component, state in zip(own, saved, strict=True):
             component.load_state_dict(state)
     for loader, state in zip(accelerator._dataloaders, trainer["loaders"], strict=False):
@@ -149,7 +160,8 @@ def _restore(accelerator: Accelerator, states: Mapping[str, Any], rank: int) -> 
     if accelerator.scaler is not None and "scaler" in trainer:
         accelerator.scaler.load_state_dict(trainer["scaler"])
     accelerator.step = trainer["step"]
-    _restore_random_before_first_pass(accelerator._models[0], trainer[RANDOM])
+    if RANDOM in trainer:
+        _restore_random_before_first_pass(accelerator._models[0], trainer[RANDOM])
 
 
 def _restore_random_before_first_pass(model: torch.nn.Module, state: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from castore.format.manifest import Experiment
 from castore.format.manifest import decode as decode_manifest
 from castore.ranks import ranks_of
 from castore.restoring import random_state, set_random_state
+from castore.storage import output_file
 from castore.torch import experiment_of, finite, latest_of, with_metrics
 
 try:
@@ -80,7 +81,8 @@ class CastoreCheckpointIO(CheckpointIO):  # type: ignore[misc]
         assert saved is not None
         self.parent = saved.id
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({"castore": saved.id}) + "\n", encoding="utf-8")
+        # whole or not at all: a killed process must leave no file that names nothing
+        output_file.write(Path(path), json.dumps({"castore": saved.id}).encode() + b"\n", replace=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Load what a file of :meth:`save_checkpoint` names, or a selector after ``castore:``; all bytes verified."""

@@ -244,8 +244,8 @@ class ShardedTarget:
         for key, number in numbers.items():
             target, spec = targets[key], index.tensors[number]
             check_fits(join_key(part, key), spec, target, any_dtype=self._staged)
-            placed.setdefault(number, target)
-            if placed[number] is target or not _is_same_memory(placed[number], target):
+            first = placed.setdefault(number, target)
+            if number not in regions or not _is_same_memory(first, target):
                 regions.setdefault(number, []).extend(self._regions(target, key, spec))
         return [placed[i] if i in placed else allocate(spec) for i, spec in enumerate(index.tensors)], regions
 

@@ -28,15 +28,6 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(8):
-        (folder / f"{i}.txt").write_text("".join(f"{j} bottles of beer number {i}\n" for j in range(80)))
-    return folder
-
-
 def session(_rank: int, root: Path, options: dict[str, Any]) -> list[tuple[str, int, float]]:
     """Losses and growth of a session, as this rank reports them."""
     ranks = ranks_of() if dist.is_initialized() else None

@@ -23,15 +23,6 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(8):
-        (folder / f"{i}.txt").write_text("".join(f"{j} bottles of beer number {i}\n" for j in range(40)))
-    return folder
-
-
 Session = Callable[..., list[events.Event]]
 
 
