@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -135,7 +136,7 @@ def fresh_session(
         corpus=corpus,
         device=device,
         model=model,
-        optimizer=_optimizer(config.training, model, device),
+        optimizer=_optimizer(config, model, device),
         connections=connections,
         ranks=ranks,
         started=started,
@@ -143,11 +144,23 @@ def fresh_session(
     )
 
 
-def _optimizer(options: configs.Training, model: GPT, device: torch.device) -> torch.optim.AdamW:
+def _optimizer(config: Config, model: GPT, device: torch.device) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); matrices decay, norms don't."""
     fused = device.type in ("cpu", "cuda")
+    options = config.training
     groups = _parameter_groups(options, model)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=_betas(options), fused=fused)
+    kind = torch.optim.AdamW if config.machine.compile else _PlainAdamW
+    return kind(groups, lr=options.learning_rate, betas=_betas(options), fused=fused)
+
+
+class _PlainAdamW(torch.optim.AdamW):
+    """AdamW whose methods aren't wrapped to keep torch's compiler out: to do so imports all of it, for two seconds."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
 def _parameter_groups(options: configs.Training, model: GPT) -> list[dict[str, Any]]:
