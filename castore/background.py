@@ -211,7 +211,8 @@ def _finish_late(thread: ThreadPoolExecutor, pending: list[Future[SaveResult]], 
     """Tell of an error that no call has raised, as its saver is gone. At its end the program fails for it, too."""
     if os.getpid() != process:
         return
-    thread.shutdown(wait=True)
+    # a save holds its saver, so there is none to wait for; and its thread may be the one that lets go of it last
+    thread.shutdown(wait=False)
     if not _errors_of(pending):
         del _unfinished[id(pending)]
     for error in _errors_of(pending):

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,23 @@ assert os.waitpid(child, 0)[1] == 0
 print(time.monotonic() - begun < 2)
 saver.wait()
 """
+
+
+def test_a_saver_that_only_its_own_thread_holds_ends_without_a_word(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    saver = AsyncSaver(repo)
+    gone = weakref.ref(saver)
+    saver.save({"model": {"w": torch.ones(300_000)}}, run="main", step=1)
+    del saver  # the save goes on
+    deadline = time.monotonic() + 30
+    while gone() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone() is None
+    assert repo.find("latest").manifest.step == 1
+    assert not told
 
 
 def test_a_forked_child_does_not_wait_for_the_save_of_its_parent(repo: Repo) -> None:
