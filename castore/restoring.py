@@ -59,7 +59,7 @@ def restore_all(
         if (optimizer is not None) != ("optimizer" in states):
             which = "has no optimizer" if optimizer else "has an optimizer, and this Checkpointer was given none"
             raise UsageError(f"checkpoint {checkpoint} {which}: give the same as when it was saved, or strict=False")
-    model_state = _fit_model(states["model"], trainer.get(METADATA), model, checkpoint)
+    model_state = fit_model(states["model"], trainer.get(METADATA), model, checkpoint)
     targets = _targets(states["model"], model_state, model) if fill else {}
     undo: list[Callable[[], None]] = []
     # whatever the caller has set, what is loaded is to be trained on
@@ -160,7 +160,7 @@ def _check_components(trainer: Mapping[str, Any], others: Mapping[str, Any], che
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def _fit_model(state: Any, metadata: Any, model: torch.nn.Module, checkpoint: str) -> OrderedDict[str, Any]:
+def fit_model(state: Any, metadata: Any, model: torch.nn.Module, checkpoint: str) -> OrderedDict[str, Any]:
     """Return what to give to ``load_state_dict``: under the model's own names, and with the versions of its modules."""
     if not isinstance(state, Mapping):
         raise UsageError(f"checkpoint {checkpoint} holds no state dict of a model")
@@ -178,7 +178,7 @@ def model_targets(outline: Any, model: torch.nn.Module, checkpoint: str) -> dict
 
     UsageError, if they don't fit.
     """
-    fitted = _fit_model(outline, None, model, checkpoint)
+    fitted = fit_model(outline, None, model, checkpoint)
     targets = _targets(outline, fitted, model)
     if _is_custom(model):
         return {name: torch.empty_like(tensor) for name, tensor in targets.items()}

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from castore import transfer
-from castore.errors import CastoreError, UsageError
+from castore.errors import CastoreError, NotFound, UsageError
 from castore.format import chunking, manifest, part_index
 from castore.format.ids import Buffer, ObjectId
 from castore.format.manifest import Entry, Manifest, Part
@@ -283,12 +283,12 @@ def find(repo: Repo, selector: str, ranks: Ranks) -> Entry:
 
 
 def read_indexes(repo: Repo, entry: Entry, parts: Iterable[str]) -> dict[str, Index]:
-    """Read and verify the indexes of parts. UsageError for one that the checkpoint lacks."""
+    """Read and verify the indexes of parts. NotFound for one that the checkpoint lacks."""
     indexes = {}
     for name in parts:
         if name not in entry.manifest.parts:
             has = ", ".join(entry.manifest.parts)
-            raise UsageError(f"checkpoint {entry.id[:12]} has no part {name!r}: it has {has}")
+            raise NotFound(f"checkpoint {entry.id[:12]} has no part {name!r}: it has {has}")
         with locate_errors(name, entry.id):
             data, _ = fallback.read(repo.store, repo.remotes, entry.manifest.parts[name].index)
             indexes[name] = part_index.decode(data)

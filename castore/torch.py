@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from castore.restoring import (
 from castore.state.tensors import allocate, restore
 from castore.state.tensors import outline as outline_of
 from castore.stopping import StopRequest, stop_signals
-from castore.warm_start import WarmStarted, warm_start
+from castore.weights import WarmStarted, load_model, warm_start
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from castore.policy.resolution import Resolution
     from castore.repo import Repo, SaveResult
 
-__all__ = ["AsyncSaver", "Cadence", "Checkpointer", "Resumed", "WarmStarted", "warm_start"]
+__all__ = ["AsyncSaver", "Cadence", "Checkpointer", "Resumed", "WarmStarted", "load_model", "warm_start"]
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class Checkpointer:
     ``others`` are whatever else has a state_dict and a load_state_dict: a schedule, a scaler, a data loader. The states
     of the random generators of Python, NumPy and torch are saved, too.
 
+    ``repo`` may be a folder, in which a repository is made if there is none.
+
     Under torch.distributed every rank makes one and calls it alike; the repository then has what one process would
     save, which any number of ranks resume: see :mod:`castore.dcp`. What DTensors hold is saved from where it is, and
     the random generators, and other components with small states, of each rank.
@@ -153,7 +156,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        repo: Repo,
+        repo: Repo | str | os.PathLike[str],
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         *,
@@ -168,13 +171,13 @@ class Checkpointer:
         if reserved := RESERVED & others.keys():
             raise UsageError(f"{min(reserved)!r} is castore's own name in a checkpoint: call that component otherwise")
         others = _with_states(others)
-        self.repo = repo
+        self.repo = repository(repo)
         self.parent: str | None = None
         self._model, self._optimizer, self._others = model, optimizer, others
         self._run, self._background = run, background
         scored = dict.fromkeys(_names(maximize), "max") | dict.fromkeys(_names(minimize), "min")
         self._experiment = with_metrics(experiment or derive_experiment(model), scored)
-        self._saver = AsyncSaver(repo)
+        self._saver = AsyncSaver(self.repo)
         self._ranks = connect()  # beside the saver's, which are busy while a save is under way
         self._stop = StopRequest()
         self._logged: dict[str, float] = {}
@@ -425,6 +428,13 @@ def experiment_of(state: Mapping[str, Any]) -> Experiment:
         if isinstance(value, torch.Tensor)
     )
     return Experiment(model={"tensors": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def repository(given: Repo | str | os.PathLike[str]) -> Repo:
+    """Return a repository, or the one in a folder, which is made if there is none."""
+    from castore.repo import Repo
+
+    return given if isinstance(given, Repo) else Repo.init(given)
 
 
 def latest_of(repo: Repo, want: str, run: str) -> bytes:

@@ -32,7 +32,7 @@ LAYERS = [
     ["castore.sharding"],
     ["castore.pushing"],
     ["castore.background", "castore.restoring", "castore.dcp_storage"],
-    ["castore.warm_start"],
+    ["castore.weights"],
     ["castore.torch", "castore.dcp"],
     ["castore.gc", "castore.verify", "castore.diff", "castore.stats", "castore.doctor", "castore.convert",
      "castore.averaging"],
@@ -65,7 +65,7 @@ OWNERS = {
         "castore.torch",
         "castore.background",
         "castore.restoring",
-        "castore.warm_start",
+        "castore.weights",
         "castore.averaging",
         "castore.ranks",
         "castore.dcp",
@@ -83,7 +83,7 @@ COMMANDS_USE = ("castore.commands.console", "castore.report.curves")
 DOORS = {"cli", "nanecho.__main__"}  # the program, from a checkout and for torchrun
 HEAVY = {"torch", "numpy"}
 HOLDS_TENSORS = {
-    "castore.torch", "castore.background", "castore.restoring", "castore.warm_start", "castore.ranks", "castore.dcp",
+    "castore.torch", "castore.background", "castore.restoring", "castore.weights", "castore.ranks", "castore.dcp",
     "castore.dcp_storage", "castore.state.tensors", "castore.state.shards", "castore.integrations.transformers",
     "castore.integrations.accelerate", "castore.averaging",
     "castore.integrations.lightning",
