@@ -94,6 +94,10 @@ def export(repo: Repo, selector: str, out: Path, *, part: str = "model", force: 
     return Exported(id=entry.id, part=part, path=out, tensors=count, bytes=size)
 
 
+FILES = "files"
+"""The part that holds what from_pretrained reads beside the weights: a dict from paths to tensors of bytes."""
+
+_FILES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 _FOLDER_SHARD = 5_000_000_000  # bytes of tensors in one file, as transformers has it
 
 
@@ -102,9 +106,10 @@ def export_folder(
 ) -> Exported:
     """Write a model as a new folder that ``from_pretrained`` of Hugging Face's transformers loads.
 
-    Weights go into safetensors of at most ``shard_bytes``, with an index if there are several, and the configuration
-    that CastoreCallback recorded into config.json. RefusedPath if the folder exists and isn't empty; UsageError for a
-    checkpoint without such a configuration; else as :func:`export`. The folder is complete, or without config.json.
+    Weights go into safetensors of at most ``shard_bytes``, with an index if there are several, and what CastoreCallback
+    recorded beside them into the files that it is of: config.json, and those of a tokenizer. RefusedPath if the folder
+    exists and isn't empty; UsageError for a checkpoint without such a configuration; else as :func:`export`. The folder
+    is complete, or without config.json.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RefusedPath(str(folder), "it exists: give a new folder")
@@ -116,20 +121,43 @@ def export_folder(
             "export to a .safetensors file instead"
         )
     tensors = _named_tensors(repo.load(entry.id, [part])[part])
+    files = _files(repo.load(entry.id, [FILES])[FILES]) if FILES in entry.manifest.parts else {}
     fs.make_directory(folder)
+    for name, data in files.items():
+        fs.make_directory((folder / name).parent)
+        output_file.write(folder / name, data, durable=repo.config.store.fsync)
     shards = _shards(tensors, shard_bytes)
     written = 0
     for name, held in shards.items():
         fill = functools.partial(_write_safetensors, tensors=held, metadata=_metadata(entry, part))
         written += output_file.write_with(fill, folder / name, durable=repo.config.store.fsync)
     if len(shards) > 1:
-        files = {tensor: name for name, held in shards.items() for tensor in held}
+        weight_map = {tensor: name for name, held in shards.items() for tensor in held}
         total = sum(tensor.nbytes for tensor in tensors.values())
         _write_json(
-            repo, folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files}
+            repo, folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     _write_json(repo, folder / "config.json", config)  # last: without it the folder is no model
     return Exported(id=entry.id, part=part, path=folder, tensors=len(tensors), bytes=written)
+
+
+def is_beside_weights(path: str) -> bool:
+    """Whether a file is plain data of a model, such as a tokenizer's: no code, and nothing that names other weights."""
+    name = path.rpartition("/")[2]
+    names_weights = name in ("config.json", "adapter_config.json") or name.endswith(".index.json")
+    return not safe_paths.why_not_member(path) and name.endswith(_FILES) and not names_weights
+
+
+def _files(state: Any) -> dict[str, bytes]:
+    """Return what is in the part ``files``. InvalidFile for what could be taken for more than data of a model."""
+    files = {}
+    for name, held in state.items() if isinstance(state, dict) else ():
+        if not isinstance(name, str) or not is_beside_weights(name):
+            raise InvalidFile(str(name)[:200], f"a checkpoint must not bring it in its part {FILES}")
+        if not _is_tensor(held) or held.dim() != 1 or held.element_size() != 1:
+            raise InvalidFile(name[:200], f"in the part {FILES} it is not the bytes of a file")
+        files[name] = held.numpy().tobytes()
+    return files
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ resumed = load_state(accelerator, repo, run="mine")  # the step, 0 at a fresh st
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from castore.format.manifest import decode as decode_manifest
 from castore.ranks import ranks_of
 from castore.restoring import RANDOM, for_each_rank, of_rank, random_state, set_random_state
 from castore.state import shards, tensors
-from castore.torch import Resumed, experiment_of, finite, latest_of
+from castore.torch import Resumed, experiment_of, finite, latest_of, repository
 
 try:
     from accelerate.data_loader import SeedableRandomSampler
@@ -35,7 +36,7 @@ __all__ = ["load_state", "save_state"]
 
 def save_state(
     accelerator: Accelerator,
-    repo: Repo,
+    repo: Repo | str | os.PathLike[str],
     *,
     run: str = "main",
     step: int,
@@ -44,24 +45,27 @@ def save_state(
 ) -> SaveResult:
     """Save all that was prepared or registered, and the random states of each rank; every rank calls this.
 
-    ``fields`` are further ones of :meth:`castore.Repo.save`, whose errors these are. A plain DataLoader's position is
-    not in it: use one with ``use_stateful_dataloader``, or ``accelerator.skip_first_batches``.
+    ``repo`` may be a folder, in which a repository is made if there is none. ``fields`` are further ones of
+    :meth:`castore.Repo.save`, whose errors these are. A plain DataLoader's position is not in it: use one with
+    ``use_stateful_dataloader``, or ``accelerator.skip_first_batches``.
     """
-    ranks = ranks_of()
+    ranks, repo = ranks_of(), repository(repo)
     state = ranks.locally(lambda: _state(accelerator, ranks.may_shard, ranks.rank))
     fields = {"experiment": experiment_of(_flat(state["model"]))} | fields
     flat = ranks.locally(lambda: {name: shards.flatten(part, name) for name, part in state.items()})
     return sharding.save(repo, flat, ranks, run=run, step=step, metrics=finite(metrics or {}), **fields)
 
 
-def load_state(accelerator: Accelerator, repo: Repo, want: str = "latest", *, run: str = "main") -> Resumed:
+def load_state(
+    accelerator: Accelerator, repo: Repo | str | os.PathLike[str], want: str = "latest", *, run: str = "main"
+) -> Resumed:
     """Load a checkpoint into what was prepared, on every rank; return its step, 0 without a change if there is none.
 
     ``want`` is ``latest`` or ``best`` of the ``run``, or any selector. The random states are restored before the first
     forward pass, when the first batch has been drawn. The errors of :meth:`castore.Repo.load`, and UsageError for what
     doesn't fit.
     """
-    ranks = ranks_of()
+    ranks, repo = ranks_of(), repository(repo)
     found = ranks.together(lambda: latest_of(repo, want, run) if ranks.rank == 0 else b"")[0]
     if not found:
         return Resumed(0, why=f"run {run} has no checkpoint yet")

@@ -1,30 +1,34 @@
 """castore in Lightning: a CheckpointIO that leaves pointer files, and the random states that Lightning doesn't keep.
 
-io = CastoreCheckpointIO(repo, run="mine")
-trainer = Trainer(plugins=[io], callbacks=[ModelCheckpoint(monitor="val_loss"), RandomStates()])
-trainer.fit(module, ckpt_path=io.latest())
+trainer = Trainer(
+    plugins=[CastoreCheckpointIO(repo, run="mine")], callbacks=[ModelCheckpoint(monitor="val_loss"), RandomStates()]
+)
+trainer.fit(module, ckpt_path="castore:latest")  # also where there is none yet
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from castore.background import AsyncSaver
-from castore.errors import PackageMissing, UsageError
+from castore.errors import NotFound, PackageMissing, UsageError
 from castore.format.ids import is_object_id
-from castore.format.manifest import Experiment
+from castore.format.manifest import Entry, Experiment
 from castore.format.manifest import decode as decode_manifest
 from castore.ranks import ranks_of
 from castore.restoring import random_state, set_random_state
 from castore.storage import output_file
-from castore.torch import experiment_of, finite, latest_of, with_metrics
+from castore.torch import experiment_of, finite, latest_of, repository, with_metrics
 
 try:
+    from lightning import __version__ as version
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.callbacks import Callback
 except ImportError as error:
@@ -44,21 +48,21 @@ class CastoreCheckpointIO(CheckpointIO):  # type: ignore[misc]
     """Stores Lightning's checkpoints in a repository, and a small file at each path that says which it is.
 
     So ModelCheckpoint's top-k, ``last`` and deletion work as they do; what a deleted file named, `castore gc` decides.
-    Besides the path of such a file, ``ckpt_path`` may be ``castore:`` and a selector: ``castore:latest``.
+    Besides the path of such a file, ``ckpt_path`` may be ``castore:`` and a selector; ``castore:latest`` and
+    ``castore:best`` are those of the ``run``. As long as it has none, a fit with RandomStates among its callbacks
+    starts afresh. ``repo`` may be a folder, in which a repository is made if there is none.
 
     UsageError from strategies that would write past it: those that save each rank's part by themselves.
     """
 
-    def __init__(self, repo: Repo, *, run: str = "main", experiment: Experiment | None = None) -> None:
-        self.repo, self.run = repo, run
+    def __init__(
+        self, repo: Repo | str | os.PathLike[str], *, run: str = "main", experiment: Experiment | None = None
+    ) -> None:
+        self.repo, self.run = repository(repo), run
         self.parent: str | None = None
+        self.may_start_afresh = False
         self._experiment = experiment
-        self._saver = AsyncSaver(repo, alone=True)  # Lightning has one rank save
-
-    def latest(self, want: str = "latest") -> str | None:
-        """Return what ``ckpt_path`` takes to go on with this run; None as long as it has no checkpoint."""
-        found = latest_of(self.repo, want, self.run)
-        return f"{SCHEME}{decode_manifest(found)[0]}" if found else None
+        self._saver = AsyncSaver(self.repo, alone=True)  # Lightning has one rank save
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
         """Store a checkpoint durably, then write the file that names it."""
@@ -86,7 +90,10 @@ class CastoreCheckpointIO(CheckpointIO):  # type: ignore[misc]
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ARG002
         """Load what a file of :meth:`save_checkpoint` names, or a selector after ``castore:``; all bytes verified."""
-        entry = self.repo.find(_selector_at(str(path)))
+        found = latest_of(self.repo, _selector_at(str(path)), self.run)
+        if not found:
+            return self._start_afresh()
+        entry = Entry(*decode_manifest(found))
         loaded = self.repo.load(entry.id)
         if "trainer" not in loaded or "global_step" not in loaded["trainer"]:
             raise UsageError(f"checkpoint {entry.id[:12]} was not saved by CastoreCheckpointIO")
@@ -94,12 +101,25 @@ class CastoreCheckpointIO(CheckpointIO):  # type: ignore[misc]
         checkpoint = {"state_dict": loaded["model"], **loaded["trainer"]}
         return checkpoint | ({"optimizer_states": loaded["optimizer"]} if "optimizer" in loaded else {})
 
+    def _start_afresh(self) -> dict[str, Any]:
+        if not self.may_start_afresh:
+            raise NotFound(f"run {self.run} has no checkpoint yet; to train, put RandomStates() among the callbacks")
+        sys.stderr.write(f"castore: run {self.run} at step 0: it has no checkpoint yet\n")
+        return _Nothing({"pytorch-lightning_version": version})
+
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the file that names a checkpoint; its data stays for as long as the repository keeps it."""
         Path(path).unlink(missing_ok=True)
 
     def teardown(self) -> None:
         self._saver.finish_pushing()
+
+
+class _Nothing(dict[str, Any]):
+    """What Lightning takes for no checkpoint: it asks for the version, and then whether there is anything."""
+
+    def __bool__(self) -> bool:
+        return False
 
 
 def _selector_at(path: str) -> str:
@@ -141,6 +161,12 @@ class RandomStates(Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         _check_strategy(trainer)
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if hasattr(checkpoint_io, "checkpoint_io"):
+            kind = type(checkpoint_io).__name__
+            raise UsageError(f"Lightning lets no {kind} wrap another CheckpointIO: give CastoreCheckpointIO alone")
+        if isinstance(checkpoint_io, CastoreCheckpointIO):
+            checkpoint_io.may_start_afresh = stage == "fit"  # to evaluate what was never trained would be a mistake
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         # by every rank, of which one saves

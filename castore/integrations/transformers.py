@@ -10,18 +10,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from castore.background import AsyncSaver
+from castore.convert import FILES, is_beside_weights
 from castore.errors import PackageMissing, UsageError
 from castore.format.manifest import Entry, Experiment
 from castore.format.manifest import decode as decode_manifest
 from castore.ranks import ranks_of
 from castore.restoring import METADATA, RANDOM, RANKS, for_each_rank, metadata_of, random_state
-from castore.torch import derive_experiment, finite, latest_of, with_metrics
+from castore.torch import derive_experiment, finite, latest_of, repository, with_metrics
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -40,20 +42,28 @@ _STATE = "trainer_state"
 class CastoreCallback(TrainerCallback):  # type: ignore[misc]
     """Saves into a castore repository whenever the Trainer saves, also when it does so for SIGTERM.
 
-    Saved are the weights, the optimizer, the schedule, the scaler, the random states of each rank, and the Trainer's
-    own state. ``eval_loss`` is recorded as ``val_loss``; ``metric_for_best_model`` is scored, too. Every rank makes
-    one, and :meth:`attach` is what starts it. With ``background`` training goes on while a checkpoint is written.
+    Saved are the weights, the optimizer, the schedule, the scaler, the random states of each rank, the Trainer's own
+    state, and what belongs to the model beside its weights: the files of its tokenizer or processor, for exports.
+    ``repo`` may be a folder, in which a repository is made if there is none. ``eval_loss`` is recorded as ``val_loss``;
+    ``metric_for_best_model`` is scored, too. Every rank makes one, and :meth:`attach` is what starts it. With
+    ``background`` training goes on while a checkpoint is written.
     """
 
     def __init__(
-        self, repo: Repo, *, run: str = "main", experiment: Experiment | None = None, background: bool = True
+        self,
+        repo: Repo | str | os.PathLike[str],
+        *,
+        run: str = "main",
+        experiment: Experiment | None = None,
+        background: bool = True,
     ) -> None:
-        self.repo, self.run = repo, run
+        self.repo, self.run = repository(repo), run
         self.parent: str | None = None
         self._experiment, self._background = experiment, background
         self._saver: AsyncSaver | None = None
         self._metrics: tuple[int, dict[str, float]] = (-1, {})
         self._replaces = False
+        self._files: dict[str, torch.Tensor] = {}
 
     def attach(self, trainer: Trainer, *, replace_folders: bool = False) -> Self:
         """Save what this Trainer saves; with ``replace_folders`` instead of its own folders, else beside them."""
@@ -99,6 +109,7 @@ class CastoreCallback(TrainerCallback):  # type: ignore[misc]
         if self._saver is None:
             self._saver = AsyncSaver(self.repo)
             self._experiment = _scored(self._experiment or derive_experiment(model), trainer.args)
+            self._files = _files_beside_weights(trainer)
         self._settle()
         weights = model.state_dict()
         states = {"scheduler": trainer.lr_scheduler.state_dict(), RANDOM: random_state()}
@@ -114,6 +125,7 @@ class CastoreCallback(TrainerCallback):  # type: ignore[misc]
                 "model": weights,
                 "optimizer": trainer.optimizer.state_dict(),
                 "trainer": {**states, METADATA: metadata_of(weights), _STATE: json.dumps(dataclasses.asdict(state))},
+                **({FILES: self._files} if self._files else {}),
             },
             run=self.run,
             step=state.global_step,
@@ -152,6 +164,22 @@ def _recorded(model: Any, args: Any) -> dict[str, Any]:
     return {"model": recorded, "training": {name: getattr(args, name) for name in names}}
 
 
+def _files_beside_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return the bytes of the files that from_pretrained reads beside weights and configuration, by path."""
+    model = trainer.model
+    with tempfile.TemporaryDirectory() as folder:
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
+        if hasattr(model, "can_generate") and model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*"))}
+        return {
+            name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for name, path in files.items()
+            if path.is_file() and path.stat().st_size and is_beside_weights(name)
+        }
+
+
 def _id_at(repo: Repo, run: str, step: int) -> str | None:
     """Return the newest checkpoint of a run at a step."""
     return next(
@@ -163,7 +191,12 @@ def _id_at(repo: Repo, run: str, step: int) -> str | None:
 
 
 def materialize(
-    repo: Repo, want: str = "latest", *, output_dir: str | os.PathLike[str], model: Any, run: str = "main"
+    repo: Repo | str | os.PathLike[str],
+    want: str = "latest",
+    *,
+    output_dir: str | os.PathLike[str],
+    model: Any,
+    run: str = "main",
 ) -> str | None:
     """Write a checkpoint as a folder for ``trainer.train(resume_from_checkpoint=...)``; return its path.
 
@@ -172,7 +205,7 @@ def materialize(
     may load at the end, are written, too. Every rank calls this. NothingAvailable; UsageError for a checkpoint that
     something else saved.
     """
-    ranks = ranks_of()
+    ranks, repo = ranks_of(), repository(repo)
     found = ranks.together(lambda: latest_of(repo, want, run) if ranks.rank == 0 else b"")[0]
     if not found:
         return None

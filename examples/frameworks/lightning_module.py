@@ -7,7 +7,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import castore
 from castore.integrations.lightning import CastoreCheckpointIO, RandomStates
 
 
@@ -45,10 +44,9 @@ def build(io, folder="out", max_epochs=3, callbacks=(), **options):
 
 
 def main():
-    io = CastoreCheckpointIO(castore.Repo.init("."), run="network")
-    trainer = build(io)
+    trainer = build(CastoreCheckpointIO(".", run="network"))
     loaders = torch.utils.data.DataLoader(data(), 8, shuffle=True), torch.utils.data.DataLoader(data(), 32)
-    trainer.fit(Network(), *loaders, ckpt_path=io.latest())
+    trainer.fit(Network(), *loaders, ckpt_path="castore:latest")
 
 
 if __name__ == "__main__":

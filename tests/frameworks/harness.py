@@ -102,15 +102,16 @@ def lightning(root: str, at: int, *, stateful: bool = False, every: int = 0) -> 
     io = CastoreCheckpointIO(castore.Repo.init(root), run="network")
     callbacks = [ModelCheckpoint(dirpath=f"{root}/steps", every_n_train_steps=every, save_top_k=-1)] if every else []
     several = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": "ddp"} if "WORLD_SIZE" in os.environ else {}
+    resumed = any(entry.manifest.run == "network" for entry in io.repo.checkpoints())
     trainer = example.build(io, folder=f"{root}/out", callbacks=[*callbacks, Kill()], default_root_dir=root, **several)
     loader = torch.utils.data.DataLoader
     if stateful:
         from torchdata.stateful_dataloader import StatefulDataLoader as loader
-    module, resumed = example.Network(), io.latest()
+    module = example.Network()
     validation = torch.utils.data.DataLoader(example.data(), 32)
-    trainer.fit(module, loader(example.data(), 8, shuffle=True), validation, ckpt_path=resumed)
+    trainer.fit(module, loader(example.data(), 8, shuffle=True), validation, ckpt_path="castore:latest")
     files = sorted(os.listdir(f"{root}/out"))
-    report(module, trainer.optimizers[0], step=trainer.global_step, files=files, resumed=resumed is not None)
+    report(module, trainer.optimizers[0], step=trainer.global_step, files=files, resumed=resumed)
 
 
 def accelerate(root: str, at: int) -> None:

@@ -109,6 +109,46 @@ def test_an_exported_folder_is_loaded_by_transformers(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
 
 
+TOKENIZED = """
+import pathlib, sys, torch, castore
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer,
+    TrainingArguments,
+)
+from castore.convert import export_folder
+from castore.integrations.transformers import CastoreCallback
+
+words = {"[UNK]": 0, "to": 1, "be": 2, "or": 3, "not": 4}
+made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+made.pre_tokenizer = pre_tokenizers.Whitespace()
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=made, unk_token="[UNK]", pad_token="[UNK]", chat_template="{{ messages }}"
+)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+model.generation_config.top_k = 3
+data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}] * 4
+arguments = TrainingArguments(
+    output_dir=sys.argv[1] + "/out", max_steps=1, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True
+)
+trainer = Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+CastoreCallback(sys.argv[1], run="words").attach(trainer, replace_folders=True)
+trainer.train()
+export_folder(castore.Repo.open(sys.argv[1]), "words:latest", pathlib.Path(sys.argv[1]) / "model")
+loaded = AutoTokenizer.from_pretrained(sys.argv[1] + "/model")
+assert loaded("to be or what")["input_ids"] == tokenizer("to be or what")["input_ids"] == [1, 2, 3, 0]
+assert loaded.chat_template == "{{ messages }}"
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
+assert again.generation_config.top_k == 3
+assert torch.equal(again.state_dict()["transformer.wte.weight"], trainer.model.state_dict()["transformer.wte.weight"])
+"""
+
+
+def test_an_export_has_the_tokenizer_and_the_settings_of_generation(tmp_path: Path) -> None:
+    done = subprocess.run([PYTHON, "-c", TOKENIZED, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # -- lightning ---------------------------------------------------------------------------------------------------------
 
 
