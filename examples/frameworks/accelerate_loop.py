@@ -7,11 +7,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 
-import castore
 from castore.integrations.accelerate import load_state, save_state
 
 
-def train(repo, epochs=3, save_every=6, after_step=None):
+def train(epochs=3, after_step=None):
     set_seed(1)
     accelerator = Accelerator(
         cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True)
@@ -24,8 +23,7 @@ def train(repo, epochs=3, save_every=6, after_step=None):
         torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8, shuffle=True
     )
     model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
-    resumed = load_state(accelerator, repo, run="loop")
-    step = int(resumed)
+    step = load_state(accelerator, ".", run="loop")
     for epoch in range(step // len(loader), epochs):
         loader.set_epoch(epoch)
         for features, target in loader:
@@ -35,16 +33,12 @@ def train(repo, epochs=3, save_every=6, after_step=None):
             schedule.step()
             optimizer.zero_grad()
             step += 1
-            if step % save_every == 0:
-                save_state(accelerator, repo, run="loop", step=step, metrics={"val_loss": float(loss)})
+            if step % 6 == 0:
+                save_state(accelerator, ".", run="loop", step=step, metrics={"val_loss": float(loss)})
             if after_step:
                 after_step(step)
     return model, optimizer
 
 
-def main():
-    train(castore.Repo.init("."))
-
-
 if __name__ == "__main__":
-    main()
+    train()

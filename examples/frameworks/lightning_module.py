@@ -34,19 +34,18 @@ def data():
     return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
 
 
-def build(io, folder="out", max_epochs=3, callbacks=(), **options):
+def build(callbacks=(), **options):
     lightning.seed_everything(3)
-    best = ModelCheckpoint(dirpath=folder, monitor="val_loss", save_top_k=2)
+    best = ModelCheckpoint(dirpath="out", monitor="val_loss", save_top_k=2)
     return lightning.Trainer(
-        max_epochs=max_epochs, plugins=[io], callbacks=[best, RandomStates(), *callbacks], logger=False,
-        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0, **options,
+        plugins=[CastoreCheckpointIO(".", run="network")], callbacks=[best, *callbacks, RandomStates()],
+        max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", **options,
     )  # fmt: skip
 
 
 def main():
-    trainer = build(CastoreCheckpointIO(".", run="network"))
     loaders = torch.utils.data.DataLoader(data(), 8, shuffle=True), torch.utils.data.DataLoader(data(), 32)
-    trainer.fit(Network(), *loaders, ckpt_path="castore:latest")
+    build().fit(Network(), *loaders, ckpt_path="castore:latest")
 
 
 if __name__ == "__main__":

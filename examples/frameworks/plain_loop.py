@@ -5,16 +5,15 @@ pip install castore && python plain_loop.py
 
 import torch
 
-import castore
 from castore.torch import Checkpointer
 
 
-def train(repo, steps=60, after_step=None):
+def train(steps=60, after_step=None):
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with Checkpointer(repo, model, optimizer, schedule=schedule, stop_signals=True) as checkpointer:
+    with Checkpointer(".", model, optimizer, schedule=schedule, stop_signals=True) as checkpointer:
         for step in checkpointer.steps(steps, every="10 steps"):
             x = torch.randn(16, 8)
             loss = (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
@@ -28,9 +27,5 @@ def train(repo, steps=60, after_step=None):
     return model, optimizer
 
 
-def main():
-    train(castore.Repo.init("."))
-
-
 if __name__ == "__main__":
-    main()
+    train()

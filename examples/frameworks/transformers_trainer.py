@@ -6,7 +6,6 @@ pip install 'castore[transformers]' && python transformers_trainer.py
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-import castore
 from castore.integrations.transformers import CastoreCallback, materialize
 
 
@@ -35,11 +34,9 @@ def build(output_dir="out", max_steps=60, **options):
 
 
 def main():
-    repo = castore.Repo.init(".")
     trainer = build()
-    CastoreCallback(repo, run="gpt2").attach(trainer)
-    folder = materialize(repo, run="gpt2", output_dir=trainer.args.output_dir, model=trainer.model)
-    trainer.train(resume_from_checkpoint=folder)
+    CastoreCallback(".", run="gpt2").attach(trainer)
+    trainer.train(resume_from_checkpoint=materialize(".", run="gpt2", output_dir="out", model=trainer.model))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,23 @@ def report(model: Any, optimizer: Any, **more: Any) -> None:
     sys.stdout.write("RESULT " + json.dumps(state | {"random": digest(torch.get_rng_state())} | more) + "\n")
 
 
-def transformers(root: str, at: int, *, replace: bool, terminate: bool = False, **options: Any) -> None:
+class Noisy(torch.utils.data.Dataset[Any]):
+    """Draws a random number for each item, as augmentation does."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        tokens = self.data[i]["input_ids"] + torch.randint(2, (1,))
+        return {"input_ids": tokens % 97, "labels": tokens % 97}
+
+
+def transformers(
+    at: int, *, replace: bool, terminate: bool = False, noisy: bool = False, logging: int = 5, **options: Any
+) -> None:
     from transformers import TrainerCallback
 
     from castore.integrations.transformers import CastoreCallback, materialize
@@ -68,11 +84,12 @@ def transformers(root: str, at: int, *, replace: bool, terminate: bool = False, 
             if terminate and state.global_step >= at:
                 time.sleep(0.5)  # the Trainer saves three seconds after the signal
 
-    repo = castore.Repo.init(root)
-    trainer = example.build(output_dir=f"{root}/out", max_steps=30, use_cpu=True, **options)
+    trainer = example.build(max_steps=30, use_cpu=True, **options)
+    trainer.args.logging_steps = logging
+    trainer.train_dataset = Noisy(trainer.train_dataset) if noisy else trainer.train_dataset
     trainer.add_callback(Kill())
-    CastoreCallback(repo, run="gpt2", background=False).attach(trainer, replace_folders=replace)
-    folder = materialize(repo, run="gpt2", output_dir=trainer.args.output_dir, model=trainer.model)
+    CastoreCallback(".", run="gpt2", background=False).attach(trainer, replace_folders=replace)
+    folder = materialize(".", run="gpt2", output_dir="out", model=trainer.model)
     trainer.train(resume_from_checkpoint=folder)
     names = ("loss", "eval_loss", "grad_norm", "learning_rate", "step")
     log = [
@@ -80,17 +97,15 @@ def transformers(root: str, at: int, *, replace: bool, terminate: bool = False, 
         for one in trainer.state.log_history
         if "train_runtime" not in one
     ]
-    folders = sorted(os.listdir(f"{root}/out")) if os.path.isdir(f"{root}/out") else []
+    folders = sorted(os.listdir("out")) if os.path.isdir("out") else []
     report(
         trainer.model, trainer.optimizer, schedule=digest(trainer.lr_scheduler.state_dict()), log=log,
         best=[trainer.state.best_metric, trainer.state.best_global_step], folders=folders, resumed=folder is not None,
     )  # fmt: skip
 
 
-def lightning(root: str, at: int, *, stateful: bool = False, every: int = 0) -> None:
+def lightning(at: int, *, stateful: bool = False, every: int = 0) -> None:
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-
-    from castore.integrations.lightning import CastoreCheckpointIO
 
     example = importlib.import_module("lightning_module")
 
@@ -99,29 +114,29 @@ def lightning(root: str, at: int, *, stateful: bool = False, every: int = 0) -> 
             if trainer.global_step == at:
                 kill()
 
-    io = CastoreCheckpointIO(castore.Repo.init(root), run="network")
-    callbacks = [ModelCheckpoint(dirpath=f"{root}/steps", every_n_train_steps=every, save_top_k=-1)] if every else []
+    callbacks = [ModelCheckpoint(dirpath="steps", every_n_train_steps=every, save_top_k=-1)] if every else []
     several = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": "ddp"} if "WORLD_SIZE" in os.environ else {}
-    resumed = any(entry.manifest.run == "network" for entry in io.repo.checkpoints())
-    trainer = example.build(io, folder=f"{root}/out", callbacks=[*callbacks, Kill()], default_root_dir=root, **several)
+    trainer = example.build(callbacks=[*callbacks, Kill()], **several)
+    resumed = any(entry.manifest.run == "network" for entry in castore.Repo.open(".").checkpoints())
     loader = torch.utils.data.DataLoader
     if stateful:
         from torchdata.stateful_dataloader import StatefulDataLoader as loader
     module = example.Network()
     validation = torch.utils.data.DataLoader(example.data(), 32)
     trainer.fit(module, loader(example.data(), 8, shuffle=True), validation, ckpt_path="castore:latest")
-    files = sorted(os.listdir(f"{root}/out"))
+    files = sorted(os.listdir("out"))
     report(module, trainer.optimizers[0], step=trainer.global_step, files=files, resumed=resumed)
 
 
-def accelerate(root: str, at: int) -> None:
+def accelerate(at: int) -> None:
     example = importlib.import_module("accelerate_loop")
-    model, optimizer = example.train(castore.Repo.init(root), after_step=lambda step: kill() if step == at else None)
+    model, optimizer = example.train(after_step=lambda step: kill() if step == at else None)
     report(model, optimizer)
 
 
 if __name__ == "__main__":
     name, root, at, options = sys.argv[1:]
+    os.chdir(root)
     {"transformers": transformers, "lightning": lightning, "accelerate": accelerate}[name](
-        root, int(at), **json.loads(options)
+        int(at), **json.loads(options)
     )
