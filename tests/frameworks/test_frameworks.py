@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from castore import Policy, Repo, collect_garbage
+from castore import Repo, collect_garbage
 from castore.convert import export_folder
+from castore.policy.retention import Policy
 
 pytestmark = pytest.mark.peers
 HARNESS = Path(__file__).parent / "harness.py"
@@ -173,6 +174,7 @@ from transformers import (
     TrainingArguments,
 )
 from castore.convert import export_folder
+from castore.policy.retention import Policy
 from castore.integrations.transformers import CastoreCallback
 
 words = {"[UNK]": 0, "to": 1, "be": 2, "or": 3, "not": 4}
