@@ -54,23 +54,7 @@ def report(model: Any, optimizer: Any, **more: Any) -> None:
     sys.stdout.write("RESULT " + json.dumps(state | {"random": digest(torch.get_rng_state())} | more) + "\n")
 
 
-class Noisy(torch.utils.data.Dataset[Any]):
-    """Draws a random number for each item, as augmentation does."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> Any:
-        tokens = self.data[i]["input_ids"] + torch.randint(2, (1,))
-        return {"input_ids": tokens % 97, "labels": tokens % 97}
-
-
-def transformers(
-    at: int, *, replace: bool, terminate: bool = False, noisy: bool = False, logging: int = 5, **options: Any
-) -> None:
+def transformers(at: int, *, replace: bool, terminate: bool = False, logging: int = 5, **options: Any) -> None:
     from transformers import TrainerCallback
 
     from castore.integrations.transformers import CastoreCallback, materialize
@@ -86,7 +70,6 @@ def transformers(
 
     trainer = example.build(max_steps=30, use_cpu=True, **options)
     trainer.args.logging_steps = logging
-    trainer.train_dataset = Noisy(trainer.train_dataset) if noisy else trainer.train_dataset
     trainer.add_callback(Kill())
     CastoreCallback(".", run="gpt2", background=False).attach(trainer, replace_folders=replace)
     folder = materialize(".", run="gpt2", output_dir="out", model=trainer.model)
