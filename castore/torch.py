@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
 import msgspec
@@ -20,11 +21,12 @@ import torch
 from castore import sharding
 from castore.background import AsyncSaver
 from castore.config import parse_duration
-from castore.errors import NotFound, NothingMatches, UsageError
+from castore.errors import ConfigError, NotFound, NothingMatches, RepoNotFound, UsageError
 from castore.format.manifest import Entry, Experiment, Metric
 from castore.format.manifest import decode as decode_manifest
 from castore.format.manifest import encode as encode_manifest
 from castore.ranks import connect
+from castore.repo import FOLDER, Repo
 from castore.restoring import (
     METADATA,
     RANDOM,
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from castore.policy.resolution import Resolution
-    from castore.repo import Repo, SaveResult
+    from castore.repo import SaveResult
 
 __all__ = ["AsyncSaver", "Cadence", "Checkpointer", "Resumed", "WarmStarted", "load_model", "warm_start"]
 
@@ -132,7 +134,7 @@ class Checkpointer:
     ``others`` are whatever else has a state_dict and a load_state_dict: a schedule, a scaler, a data loader. The states
     of the random generators of Python, NumPy and torch are saved, too.
 
-    ``repo`` may be a folder, in which a repository is made if there is none.
+    ``repo`` may be a folder: its repository is used or, as git does, the nearest above it; without one, one is made.
 
     Under torch.distributed every rank makes one and calls it alike; the repository then has what one process would
     save, which any number of ranks resume: see :mod:`castore.dcp`. What DTensors hold is saved from where it is, and
@@ -431,10 +433,17 @@ def experiment_of(state: Mapping[str, Any]) -> Experiment:
 
 
 def repository(given: Repo | str | os.PathLike[str]) -> Repo:
-    """Return a repository, or the one in a folder, which is made if there is none."""
-    from castore.repo import Repo
-
-    return given if isinstance(given, Repo) else Repo.init(given)
+    """Return a repository, or the one in a folder or above it; one is made in the folder if there is none."""
+    if isinstance(given, Repo):
+        return given
+    try:
+        return Repo.open(given)
+    except RepoNotFound:
+        return Repo.init(given)
+    except ConfigError:
+        if not (Path(given) / FOLDER).is_dir():
+            raise
+        return Repo.init(given)  # another rank may be making it
 
 
 def latest_of(repo: Repo, want: str, run: str) -> bytes:

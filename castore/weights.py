@@ -54,10 +54,9 @@ def load_model(model: torch.nn.Module, repo: Repo, want: str = "best", *, part: 
             model.load_state_dict(fit_model(loaded.states[part], None, model, checkpoint))
         return entry
     outline = repo.outline(entry.id, [part])[part]
-    fitted = fit_model(outline, None, model, checkpoint)
+    targets = model_targets(outline, model, checkpoint)
     if can_be_filled(model) and has_types_of(outline, model):
-        own = model.state_dict()
-        repo.load_into(entry.id, {part: {name: own[key] for name, key in zip(outline, fitted, strict=True)}})
+        repo.load_into(entry.id, {part: targets})
     else:
         trainer = repo.load(entry.id, ["trainer"])["trainer"] if "trainer" in entry.manifest.parts else {}
         metadata = trainer.get(METADATA) if isinstance(trainer, dict) else None

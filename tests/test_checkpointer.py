@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from builders import exact
 
 from castore import Experiment, Metric, Repo
-from castore.errors import CorruptObject, NothingAvailable, PushIncomplete, StorageError, UsageError
+from castore.errors import ConfigError, CorruptObject, NothingAvailable, PushIncomplete, StorageError, UsageError
 from castore.restoring import random_state
 from castore.torch import Checkpointer, Resumed
 from castore.transfer import read_manifests
@@ -337,6 +338,20 @@ def test_a_metric_that_is_not_finite_costs_no_weights(repo: Repo, caplog: pytest
     assert saved is not None
     assert saved.manifest.metrics == {"val_loss": 1.0, "lr": 0.1}
     assert "metric grad_norm is nan and was left out" in caplog.text
+
+
+def test_a_folder_stands_for_the_repository_in_it_or_above_it_or_a_new_one(repo: Repo, tmp_path: Path) -> None:
+    below = repo.root.parent / "scripts"
+    below.mkdir()
+    assert Checkpointer(below, linear(0)).repo.root == repo.root
+    outside = Path(tempfile.mkdtemp(dir=tmp_path.parent))
+    made = Checkpointer(str(outside), linear(0)).repo
+    assert made.root == outside / ".castore"
+    (made.root / "config.toml").write_text("[store]\nchunk_size = 7\n")
+    with pytest.raises(ConfigError):
+        Checkpointer(outside, linear(0))
+    (made.root / "config.toml").unlink()  # as while another process makes it
+    assert Checkpointer(outside, linear(0)).repo.root == made.root
 
 
 def test_what_has_no_state_is_told(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:

@@ -45,7 +45,7 @@ def save_state(
 ) -> SaveResult:
     """Save all that was prepared or registered, and the random states of each rank; every rank calls this.
 
-    ``repo`` may be a folder, in which a repository is made if there is none. ``fields`` are further ones of
+    ``repo`` may be a folder, as in :class:`castore.torch.Checkpointer`. ``fields`` are further ones of
     :meth:`castore.Repo.save`, whose errors these are. A plain DataLoader's position is not in it: use one with
     ``use_stateful_dataloader``, or ``accelerator.skip_first_batches``.
     """

@@ -50,7 +50,7 @@ class CastoreCheckpointIO(CheckpointIO):  # type: ignore[misc]
     So ModelCheckpoint's top-k, ``last`` and deletion work as they do; what a deleted file named, `castore gc` decides.
     Besides the path of such a file, ``ckpt_path`` may be ``castore:`` and a selector; ``castore:latest`` and
     ``castore:best`` are those of the ``run``. As long as it has none, a fit with RandomStates among its callbacks
-    starts afresh. ``repo`` may be a folder, in which a repository is made if there is none.
+    starts afresh. ``repo`` may be a folder, as in :class:`castore.torch.Checkpointer`.
 
     UsageError from strategies that would write past it: those that save each rank's part by themselves.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["CastoreCallback", "materialize"]
 
 _STATE = "trainer_state"
+_log = logging.getLogger(__name__)
 
 
 class CastoreCallback(TrainerCallback):  # type: ignore[misc]
@@ -44,7 +46,7 @@ class CastoreCallback(TrainerCallback):  # type: ignore[misc]
 
     Saved are the weights, the optimizer, the schedule, the scaler, the random states of each rank, the Trainer's own
     state, and what belongs to the model beside its weights: the files of its tokenizer or processor, for exports.
-    ``repo`` may be a folder, in which a repository is made if there is none. ``eval_loss`` is recorded as ``val_loss``;
+    ``repo`` may be a folder, as in :class:`castore.torch.Checkpointer`. ``eval_loss`` is recorded as ``val_loss``;
     ``metric_for_best_model`` is scored, too. Every rank makes one, and :meth:`attach` is what starts it. With
     ``background`` training goes on while a checkpoint is written.
     """
@@ -165,13 +167,20 @@ def _recorded(model: Any, args: Any) -> dict[str, Any]:
 
 
 def _files_beside_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Return the bytes of the files that from_pretrained reads beside weights and configuration, by path."""
-    model = trainer.model
+    """Return the bytes of the files that from_pretrained reads beside weights and configuration, by path.
+
+    A tokenizer that can't be written is no reason to lose the weights: that is logged.
+    """
+    generation = getattr(trainer.model, "generation_config", None)
     with tempfile.TemporaryDirectory() as folder:
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(folder)
-        if hasattr(model, "can_generate") and model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
+        try:
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+        except Exception as error:  # whatever the code of a tokenizer raises
+            _log.warning("checkpoints have no files of the tokenizer, which can't be saved: %s", error)
+        if generation is not None:
+            # not save_pretrained, which refuses settings that it thinks unwise
+            generation.to_json_file(Path(folder) / "generation_config.json")
         files = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*"))}
         return {
             name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
