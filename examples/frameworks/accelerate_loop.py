@@ -34,7 +34,7 @@ def train(epochs=3, after_step=None):
             optimizer.zero_grad()
             step += 1
             if step % 6 == 0:
-                save_state(accelerator, ".", run="loop", step=step, metrics={"val_loss": float(loss)})
+                save_state(accelerator, ".", run="loop", step=step, metrics={"val_loss": loss.item()})
             if after_step:
                 after_step(step)
     return model, optimizer

@@ -21,7 +21,7 @@ def train(steps=60, after_step=None):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            checkpointer.log(val_loss=float(loss))
+            checkpointer.log(val_loss=loss.item())
             if after_step:
                 after_step(step + 1)
     return model, optimizer
