@@ -587,6 +587,18 @@ def test_a_folder_has_the_weights_in_shards_and_the_configuration(repo: Repo, tm
         convert.export_folder(repo, "latest", tmp_path / "out")
 
 
+def test_an_exported_folder_is_imported_with_what_its_files_say(repo: Repo, tmp_path: Path) -> None:
+    model = shards(tmp_path, TWO)
+    first = convert.import_file(repo, tmp_path / TWO["a"])
+    config = {"model": {"model_type": "gpt2"}}
+    saved = repo.save({"model": model}, run="hf", step=3, config=config, info=dict(first.manifest.info))
+    convert.export_folder(repo, saved.id, tmp_path / "out", shard_bytes=12)
+    again = convert.import_file(repo, tmp_path / "out" / "model.safetensors.index.json")
+    assert exact(repo.load(again.id)["model"]) == exact(model)
+    assert again.manifest.info["safetensors_metadata"] == {"format": "pt", "by": "a b"}
+    assert again.manifest.parent == saved.id
+
+
 def test_a_checkpoint_without_a_configuration_of_transformers_says_what_to_do(repo: Repo, tmp_path: Path) -> None:
     repo.save({"model": {"w": torch.ones(1)}}, run="plain", step=1)
     with pytest.raises(errors.UsageError, match=r"export to a \.safetensors file instead"):
