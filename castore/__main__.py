@@ -16,7 +16,7 @@ import typer
 import castore
 import nanecho.commands
 from castore import errors
-from castore.commands import check, exchange, github, init, inspect, keep, overview, remotes, report
+from castore.commands import check, exchange, github, init, inspect, keep, log, overview, remotes, report
 from castore.commands.console import fail, say, show_log
 
 EXIT_CODES: tuple[tuple[type[castore.CastoreError], int], ...] = (
@@ -39,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (init, nanecho.commands, inspect, keep, remotes, overview, check, exchange, report):
+for group in (init, nanecho.commands, log, inspect, keep, remotes, overview, check, exchange, report):
     app.add_typer(group.app)
 app.add_typer(github.app, name="ci")
 

@@ -70,8 +70,13 @@ class Project:
         ).stdout
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.root} | options
-        return subprocess.Popen([PROGRAM, *arguments], text=True, env=self.environment, **options)
+        options = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "cwd": self.root,
+            "env": self.environment,
+        } | options
+        return subprocess.Popen([PROGRAM, *arguments], text=True, **options)
 
     def run(self, *arguments: str, code: int = 0, **options: Any) -> str:
         """What the program prints on standard output, or on standard error when it is to fail. In a process."""

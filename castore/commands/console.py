@@ -38,6 +38,7 @@ Selector = Annotated[
 TagsOption = Annotated[list[str] | None, typer.Option("--tag", help="Tag; may be repeated.")]
 NoteOption = Annotated[str, typer.Option(help="Note.", show_default=False)]
 
+_LAST_COLUMN = 12  # characters of the last column of a table that are wanted at least
 DELAY = 2.0  # seconds of work before progress is shown: what is shorter needs none
 
 # -- text ------------------------------------------------------------------------------------------------------------
@@ -66,10 +67,66 @@ def print_raw(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns as wide as their widest cell."""
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in [heads, *rows]))
+@dataclasses.dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table. Those with the least ``need`` are left out where a terminal is too narrow for all."""
+
+    head: str
+    right: bool = False  # as numbers are aligned
+    need: int = 9
+
+
+class _Coloured(str):
+    code = ""
+
+
+_CODES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33"}
+
+
+def coloured(text: str, colour: str) -> str:
+    """Return a cell for :func:`print_table` that has a colour on a terminal that shows any."""
+    cell = _Coloured(text)
+    cell.code = _CODES[colour]
+    return cell
+
+
+def has_colour() -> bool:
+    """Whether standard output is a terminal whose user wants colour: see no-color.org."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def print_table(heads: Sequence[str | Column], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns as wide as their widest cell; on a terminal those that fit into its width."""
+    columns = [head if isinstance(head, Column) else Column(head) for head in heads]
+    cells = [[printable(cell) for cell in row] for row in ([column.head for column in columns], *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    shown = _columns_that_fit(columns, widths, room)
+    codes = [["1"] * len(columns), *([getattr(cell, "code", "") for cell in row] for row in rows)]
+    is_coloured = has_colour()
+    for row, row_codes in zip(cells, codes, strict=True):
+        line = ""
+        left = room
+        for i in shown:
+            text = row[i].rjust(widths[i]) if columns[i].right else row[i].ljust(widths[i])
+            if left is not None and len(text) > left:
+                text = text[: max(0, left - 1)] + "…" if text[left:].strip() else text[:left]
+            left = left - len(text) - 2 if left is not None else None
+            text = text.rstrip() if i == shown[-1] else text
+            line += f"\x1b[{row_codes[i]}m{text}\x1b[0m" if is_coloured and row_codes[i] and text.strip() else text
+            line += "" if i == shown[-1] else "  "
+        print_raw(f"{line.rstrip()}\n")
+
+
+def _columns_that_fit(columns: Sequence[Column], widths: Sequence[int], room: int | None) -> list[int]:
+    """Return the numbers of the columns to show; the last one may be cut."""
+    shown = list(range(len(columns)))
+    while room is not None and len(shown) > 1:
+        needed = sum(widths[i] + 2 for i in shown[:-1]) + min(widths[shown[-1]], _LAST_COLUMN)
+        if needed <= room:
+            break
+        shown.remove(min(shown, key=lambda i: columns[i].need))
+    return shown
 
 
 def outline(value: Any, indent: str = "  ") -> Iterator[str]:
@@ -107,7 +164,7 @@ def print_curves(curves: Sequence[Curve], *, x_label: str, y_label: str) -> None
         height=max(12, min(terminal.lines - 4, 24)),
         x_label=x_label,
         y_label=y_label,
-        colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
+        colour=has_colour(),
     )
     print_raw("".join(f"{line}\n" for line in lines))
 

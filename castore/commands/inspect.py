@@ -1,198 +1,25 @@
-"""What looks at checkpoints and changes nothing: `castore log`, `show`, `resolve`, `diff` and `stats`."""
+"""What looks at checkpoints and changes nothing: `castore show`, `resolve`, `diff` and `stats`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 import castore
-from castore import errors
-from castore.commands.console import (
-    JsonOption,
-    Selector,
-    outline,
-    print_curves,
-    print_json,
-    print_table,
-    say,
-    warn,
-)
-from castore.text import format_age, format_number, format_size
+from castore.commands.console import JsonOption, Selector, outline, print_json, print_table, say, warn
+from castore.commands.log import Tags, entry_json
+from castore.text import format_size
 
 if TYPE_CHECKING:
-    from castore.format.ids import ObjectId
     from castore.format.manifest import Entry
-    from castore.policy.resolution import PartState
-    from castore.report.curves import Curve
     from castore.stats import Stats, Usage
 
 app = typer.Typer()
-
-_ROWS = 100
-
-Kind = Literal["checkpoint", "dataset", "files", "all"]
-
-# -- log -------------------------------------------------------------------------------------------------------------
-
-
-@app.command(epilog="Example: castore log --run main -n 5")
-def log(
-    run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
-    tag: Annotated[str | None, typer.Option(help="Only what has this tag.", show_default=False)] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("-n", "--limit", min=0, help="At most this many, 0 for all.", show_default="100, or all as JSON"),
-    ] = None,
-    graph: Annotated[bool, typer.Option("--graph", help="Draw which checkpoint was resumed from which.")] = False,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw the validation loss of each run.")] = False,
-    kind: Annotated[Kind, typer.Option(help="dataset is prepared data; files are what `castore add` added.")] = (
-        "checkpoint"
-    ),
-    as_json: JsonOption = False,
-) -> None:
-    """List checkpoints, newest first.
-
-    With --graph, children stand above what they were resumed from.
-    """
-    if graph and plot:
-        raise errors.UsageError("--graph and --plot are two drawings: choose one")
-    repo = castore.Repo.open()
-    listing = repo.catalog.listing()
-    warn(*(f"{broken.path}: {broken.reason}" for broken in listing.broken))
-    tags = _Tags(repo)
-    entries = [
-        entry
-        for entry in listing.entries
-        if run in (None, entry.manifest.run)
-        and kind in ("all", entry.manifest.kind)
-        and (tag is None or tag in tags.of(entry))
-    ]
-    most = (0 if as_json or plot else _ROWS) if limit is None else limit
-    older = max(0, len(entries) - most) if most else 0
-    entries = entries[: len(entries) - older]
-    if as_json:
-        states = repo.part_states_of(entries)
-        print_json([_entry_json(entry, states[entry.id], tags) for entry in entries])
-    elif not entries:
-        say(_describe_absence(run, kind, tag))
-    elif graph:
-        say(*_graph_lines(repo, entries, tags))
-    elif plot:
-        print_curves(_loss_curves(entries), x_label="step", y_label="validation loss")
-    else:
-        now = datetime.now(UTC)
-        states = repo.part_states_of(entries)
-        heads = ("id", "run", "step", "score", "val loss", "data", "size", "age", "tags")
-        print_table(heads, [_log_row(entry, states[entry.id], tags, now) for entry in entries])
-    if older and limit is None:
-        say(f"and {older:,} older: `castore log -n 0` lists all")
-
-
-class _Tags:
-    """What checkpoints are called: the tags that name them now, and those that they were saved with."""
-
-    def __init__(self, repo: castore.Repo) -> None:
-        named, broken = repo.catalog.tags()
-        warn(*(f"{file.path}: {file.reason}" for file in broken))
-        self._names: dict[str, list[str]] = {}
-        for name, checkpoint_id in named.items():
-            self._names.setdefault(checkpoint_id, []).append(name)
-
-    def of(self, entry: Entry) -> list[str]:
-        return list(dict.fromkeys([*self._names.get(entry.id, ()), *entry.manifest.tags]))
-
-
-def _describe_absence(run: str | None, kind: Kind, tag: str | None) -> str:
-    if tag is not None:
-        return f"nothing here has the tag {tag}: `castore tag` lists those that name something"
-    if kind != "checkpoint":
-        return f"no manifest of kind {kind}{f' of run {run}' if run else ''} yet"
-    return f"no checkpoint of run {run}" if run else "no checkpoint yet: `castore train` makes the first one"
-
-
-def _log_row(entry: Entry, states: Mapping[str, PartState], tags: _Tags, now: datetime) -> tuple[str, ...]:
-    from castore.policy.resolution import availability
-
-    manifest = entry.manifest
-    return (
-        entry.id[:12],
-        manifest.run,
-        f"{manifest.step:,}",
-        format_number(castore.score(manifest)),
-        format_number(manifest.metrics.get("val_loss")),
-        availability(states),
-        format_size(sum(part.stored_bytes for part in manifest.parts.values())),
-        format_age(now - datetime.fromisoformat(manifest.created)),
-        " ".join(tags.of(entry)),
-    )
-
-
-def _graph_lines(repo: castore.Repo, entries: Sequence[Entry], tags: _Tags) -> Iterator[str]:
-    from castore.policy import lineage
-
-    states = repo.part_states_of(entries)
-    for lines, entry in lineage.draw(entries):
-        yield f"{lines} {_graph_text(entry, states, tags)}" if entry else lines
-
-
-def _graph_text(entry: Entry, listed: Mapping[ObjectId, Mapping[str, PartState]], tags: _Tags) -> str:
-    from castore.policy.resolution import availability
-
-    manifest = entry.manifest
-    loss = f"val loss {format_number(manifest.metrics['val_loss'])}" if "val_loss" in manifest.metrics else ""
-    is_parent_shown = manifest.parent is None or manifest.parent in listed
-    parent = "" if is_parent_shown else f"from {manifest.parent[:12]}, which isn't listed"  # type: ignore[index]
-    columns = (
-        f"{manifest.run}, step {manifest.step:,}",
-        loss,
-        availability(listed[entry.id]),
-        " ".join(tags.of(entry)),
-        parent,
-    )
-    return "  ".join((entry.id[:12], *filter(None, columns)))
-
-
-def _loss_curves(entries: Sequence[Entry]) -> list[Curve]:
-    """Return the validation loss of each run; the run with the newest checkpoint comes first."""
-    from castore.report.curves import Curve
-
-    runs: dict[str, dict[int, float]] = {}
-    for entry in entries:
-        manifest = entry.manifest
-        if "val_loss" in manifest.metrics:
-            # entries are newest first, and of several at one step the newest counts
-            runs.setdefault(manifest.run, {}).setdefault(manifest.step, manifest.metrics["val_loss"])
-    if not runs:
-        raise errors.NotFound("no checkpoint here has a validation loss")
-    return [Curve(run, sorted(points), [points[step] for step in sorted(points)]) for run, points in runs.items()]
-
-
-def _entry_json(entry: Entry, states: Mapping[str, PartState], tags: _Tags) -> dict[str, Any]:
-    from castore.policy.resolution import availability
-
-    manifest = entry.manifest
-    return {
-        "id": entry.id,
-        "kind": manifest.kind,
-        "run": manifest.run,
-        "step": manifest.step,
-        "created": manifest.created,
-        "parent": manifest.parent,
-        "score": castore.score(manifest),
-        "metrics": manifest.metrics,
-        "availability": availability(states),
-        "tags": tags.of(entry),
-        "note": manifest.note,
-        "parts": {
-            name: {**msgspec.to_builtins(part), "where": states[name].where} for name, part in manifest.parts.items()
-        },
-    }
-
 
 # -- show and resolve ------------------------------------------------------------------------------------------------
 
@@ -209,7 +36,7 @@ def show(selector: Selector, as_json: JsonOption = False) -> None:
         "info": manifest.info,
     }
     if as_json:
-        print_json({**_entry_json(entry, repo.part_states(entry), _Tags(repo)), **sections})
+        print_json({**entry_json(entry, repo.part_states(entry), Tags(repo)), **sections})
         return
     say(*_describe_entry(repo, entry))
     for name, section in sections.items():
@@ -225,7 +52,7 @@ def _describe_entry(repo: castore.Repo, entry: Entry) -> Iterator[str]:
     yield f"score      {'none' if score is None else f'{score:.6f}'}"
     for name, value in manifest.metrics.items():
         yield f"           {name} {value:.6g}"
-    tags = _Tags(repo).of(entry)
+    tags = Tags(repo).of(entry)
     if tags or manifest.note:
         yield f"tags       {' '.join(tags)}  {manifest.note}"
     states = repo.part_states(entry)

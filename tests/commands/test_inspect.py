@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from project import Project
+from project import Project, read_terminal
 from stores import by_step, chunks_of, flip, repo_of, set_remote
 
 from castore import Repo
@@ -55,7 +59,7 @@ def test_a_broken_manifest_is_told_and_hides_no_other(trained_copy: Project) -> 
 
 
 def test_log_shows_the_newest_and_says_how_many_are_older(eight: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("castore.commands.inspect._ROWS", 3)
+    monkeypatch.setattr("castore.commands.log._ROWS", 3)
     ids = [entry["id"] for entry in eight.json("log")]  # programs get all
     *rows, last = eight.call("log").splitlines()
     assert [row[:12] for row in rows[1:]] == [checkpoint_id[:12] for checkpoint_id in ids[:3]]
@@ -69,6 +73,67 @@ def test_log_of_another_kind_is_empty_in_words(empty: Project) -> None:
     assert empty.call("log", "--kind", "files") == "no manifest of kind files yet\n"
     assert empty.json("log", "--kind", "dataset") == []
     assert "--kind" in empty.call("log", "--kind", "nonsense", code=2)
+
+
+def test_log_marks_the_best_and_what_is_pinned(history_copy: Project) -> None:
+    history_copy.call("pin", by_step(history_copy, 3))
+    rows = {row.split()[2]: row for row in history_copy.call("log").splitlines()[1:]}
+    assert rows["4"].endswith("  (best)")
+    assert rows["3"].endswith("  (pinned) nice")
+    assert "(" not in rows["1"] + rows["2"]
+
+
+def test_log_shows_sorts_and_filters_by_any_name(history: Project) -> None:
+    head, *rows = history.call("log", "--columns", "step,rate, val_loss,parent", "--sort", "-rate").splitlines()
+    assert head.split() == ["step", "rate", "val", "loss", "parent"]
+    assert [row.split()[:3] for row in rows] == [
+        ["4", "0.4000", "1.0000"], ["3", "0.3000", "1.3333"], ["2", "0.2000", "2.0000"], ["1", "0.1000", "4.0000"],
+    ]  # fmt: skip
+    assert rows[0].split()[3] == by_step(history, 1)[:12]
+    found = history.json("log", "--filter", "run=main and val_loss<3", "--sort", "step")
+    assert [one["step"] for one in found] == [2, 3]
+    assert history.call("log", "--filter", "run=x*") == "nothing for which run=x* holds\n"
+    for arguments in (["--filter", "los<3"], ["--columns", "id,los"], ["--sort", "los"]):
+        assert "nothing here has a 'los'" in history.call("log", *arguments, code=2)
+
+
+def test_what_has_no_data_is_one_line_of_the_log(history_copy: Project) -> None:
+    history_copy.call("gc", "--keep", "1", "--keep-latest", "0", "--keep-optimizer", "0")
+    gone = [one for one in history_copy.json("log") if one["availability"] == "history"]
+    assert len(gone) >= 2
+    *rows, last = history_copy.call("log").splitlines()
+    assert len(rows) == 1 + 4 - len(gone)
+    assert last.startswith(f"history  {len(gone)} checkpoints of run main whose data isn't available, best val loss ")
+    whole = history_copy.call("log", "--history").splitlines()
+    assert len(whole) == 5
+    assert sum(" history " in row for row in whole) == len(gone)
+    shutil.rmtree(history_copy.root / ".castore" / "objects")
+    assert history_copy.call("log").startswith("history  4 checkpoints of 2 runs whose data")
+
+
+@pytest.mark.parametrize(
+    ("columns", "heads"),
+    [(100, "id run step score val loss data size age tags"), (60, "id run step val loss data age tags"),
+     (40, "id step val loss tags"), (15, "id")],
+)  # fmt: skip
+def test_log_fits_the_terminal_and_has_colours_if_wanted(history: Project, columns: int, heads: str) -> None:
+    def shown(**environment: str) -> str:
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        values = {name: value for name, value in history.environment.items() if name not in ("COLUMNS", "NO_COLOR")}
+        process = history.start("log", stdout=theirs, stderr=theirs, env={**values, "TERM": "xterm", **environment})
+        os.close(theirs)
+        text = read_terminal(ours).replace("\r\n", "\n")
+        assert process.wait() == 0
+        return text
+
+    coloured, plain = shown(), shown(NO_COLOR="1")
+    ages = r" +\d+ (s|min)"
+    assert re.sub(ages, "", re.sub(r"\x1b\[\d+m", "", coloured)) == re.sub(ages, "", plain)
+    assert "\x1b[1mid" in coloured
+    assert "\x1b" not in plain
+    assert plain.splitlines()[0].split() == heads.split()
+    assert all(len(line) <= columns for line in plain.splitlines())
 
 
 def test_log_draws_which_was_resumed_from_which(history: Project) -> None:
