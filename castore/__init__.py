@@ -7,6 +7,13 @@
     >>> repo.load(repo.resolve("best").require().id) == state
     True
 
+    >>> repo.checkpoints(run="ci")[0].id == repo.find("latest").id == saved.id
+    True
+
+In a training loop, :class:`castore.torch.Checkpointer` does all of it: it saves in the background, resumes, and stops
+well. :mod:`castore.integrations` fits castore into transformers, Lightning and Accelerate, :mod:`castore.dcp` into
+torch.distributed. On the command line ``castore --help`` lists what there is.
+
 Importing castore imports neither torch nor NumPy; saving and loading tensors does.
 """
 

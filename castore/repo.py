@@ -30,10 +30,12 @@ from castore.errors import (
     RepoNotFound,
     StorageError,
     UsageError,
+    printable,
 )
 from castore.format import manifest
 from castore.format.ids import ObjectId, is_object_id
-from castore.format.manifest import Entry, Experiment, Kind, Manifest
+from castore.format.manifest import Entry, Experiment, Kind, Manifest, describe
+from castore.notebook import Checkpoints
 from castore.parallel import processors
 from castore.policy import lineage
 from castore.policy.resolution import Damaged, PartState, Requirement, Resolution, resolve
@@ -50,6 +52,7 @@ from castore.storage import fs, git
 from castore.storage.catalog import Catalog, Listing
 from castore.storage.location import claim, locate, share
 from castore.storage.object_store import ObjectStore
+from castore.text import format_size
 from castore.transfer import Pulled, Pushed
 
 _log = logging.getLogger(__name__)
@@ -79,6 +82,12 @@ class SaveResult:
     new_bytes: int
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        added = f"{format_size(self.new_bytes)} new"
+        return (
+            f"<SaveResult {describe(Entry(self.id, self.manifest))}, {added}{', with warnings' * bool(self.warnings)}>"
+        )
+
 
 class Repo:
     """An open repository; ``root`` is its ``.castore`` folder. Every error derives from :class:`castore.CastoreError`.
@@ -105,6 +114,13 @@ class Repo:
         self.catalog = Catalog(root, durable=config.store.fsync)
         self.remotes: list[Remote] = open_configured(config.locations, root)
         self._unscored_runs: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Repo {printable(str(self.root))}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the checkpoints."""
+        return self.checkpoints()._repr_html_()
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
@@ -528,9 +544,22 @@ class Repo:
         permission = "--allow-fresh" if allow_fresh else 'on_missing = "fresh" in config.toml'
         return f"no checkpoint can be resumed, and {permission} allows that"
 
-    def checkpoints(self) -> list[Entry]:
-        """Return every checkpoint of the work tree, newest first."""
-        return Selector.parse("latest").candidates(self.catalog.listing().entries)
+    def checkpoints(self, *, run: str | None = None, tag: str | None = None) -> Checkpoints:
+        """Return every checkpoint of the work tree, newest first: a list. ``run`` and ``tag`` choose among them.
+
+        >>> import tempfile
+        >>> repo = Repo.init(tempfile.mkdtemp())
+        >>> for run in ("a", "b"):
+        ...     saved = repo.save({"model": {"w": 1}}, run=run, step=500, metrics={"val_loss": 2.5})
+        >>> [entry.manifest.run for entry in repo.checkpoints(run="a")]
+        ['a']
+        """
+        named = self.catalog.tags()[0].get(tag) if tag is not None else None
+        return Checkpoints(
+            entry
+            for entry in Selector.parse("latest").candidates(self.catalog.listing().entries)
+            if run in (None, entry.manifest.run) and (tag is None or entry.id == named or tag in entry.manifest.tags)
+        )
 
     def datasets(self, config: Mapping[str, Any]) -> list[Entry]:
         """Return the prepared data of the work tree that was saved with exactly this ``config``, newest first."""

@@ -21,7 +21,7 @@ import torch
 from castore import sharding
 from castore.background import AsyncSaver
 from castore.config import parse_duration
-from castore.errors import ConfigError, NotFound, NothingMatches, RepoNotFound, UsageError
+from castore.errors import ConfigError, NotFound, NothingMatches, RepoNotFound, UsageError, printable
 from castore.format.manifest import Entry, Experiment, Metric
 from castore.format.manifest import decode as decode_manifest
 from castore.format.manifest import encode as encode_manifest
@@ -186,6 +186,11 @@ class Checkpointer:
         self._saved_at: int | None = None
         self._signals = contextlib.ExitStack()
         self._has_signals = stop_signals
+
+    def __repr__(self) -> str:
+        saved = "nothing saved yet" if self._saved_at is None else f"last saved at step {self._saved_at:,}"
+        model = type(self._model).__name__
+        return printable(f"<Checkpointer of {model} in {self.repo.root}, run {self._run}: {saved}>")
 
     def __enter__(self) -> Self:
         if self._has_signals:

@@ -26,7 +26,7 @@ LAYERS = [
     ["castore.storage"],
     ["castore.remotes"],
     ["castore.state"],
-    ["castore.transfer"],
+    ["castore.transfer", "castore.notebook"],
     ["castore.repo"],
     ["castore.ranks"],
     ["castore.sharding"],

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from castore.errors import CorruptManifest, InvalidManifest, UnsupportedVersion
+from castore.errors import CorruptManifest, InvalidManifest, UnsupportedVersion, printable
 from castore.format.ids import ObjectId, hash_bytes, is_object_id
 
 VERSION = 1
@@ -118,6 +118,21 @@ class Entry(NamedTuple):
 
     id: ObjectId
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return f"<Entry {describe(self)}>"
+
+
+def describe(entry: Entry) -> str:
+    """Return the short line that tells a person which checkpoint this is.
+
+    >>> describe(Entry("ab" * 32, Manifest(run="ci", step=5000, created="", parts={}, metrics={"val_loss": 2.5})))
+    'abababababab: step 5,000 of run ci, val_loss 2.5'
+    """
+    manifest = entry.manifest
+    metrics = "".join(f", {name} {value:.6g}" for name, value in list(manifest.metrics.items())[:3])
+    kind = "" if manifest.kind == "checkpoint" else f"{manifest.kind}, "
+    return printable(f"{entry.id[:12]}: {kind}step {manifest.step:,} of run {manifest.run}{metrics}")
 
 
 def encode(manifest: Manifest) -> bytes:

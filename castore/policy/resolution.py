@@ -124,6 +124,15 @@ class Resolution:
     damaged: tuple[Damaged, ...] = ()
     note: str = ""
 
+    def __repr__(self) -> str:
+        match, others = self.match, f"{len(self.rejected)} rejected"
+        found = "no match"
+        if match:
+            score = "no score" if match.score is None else f"score {match.score:.4f}"
+            found = f"{match.id[:12]}, step {match.step:,} of run {match.run}, {score}, {match.availability}"
+        damaged = f", {len(self.damaged)} damaged" if self.damaged else ""
+        return printable(f"<Resolution {self.selector}: {found}; {others}{damaged}>")
+
     @property
     def unavailable(self) -> tuple[Rejected, ...]:
         """The rejected checkpoints that only lack their data."""
