@@ -6,7 +6,7 @@ at a time, and only then is torch needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,8 +79,10 @@ class Difference:
     parts: tuple[Part, ...]
 
 
-def diff(repo: Repo, before: Entry, after: Entry) -> Difference:
-    """Return how ``after`` differs from ``before``. Parts whose data was dropped are not compared, and say so.
+def diff(repo: Repo, before: Entry, after: Entry, *, parts: Collection[str] | None = None) -> Difference:
+    """Return how ``after`` differs from ``before``: in all parts, or in those of these names.
+
+    Parts whose data was dropped are not compared, and say so.
 
     At most a batch of tensors is in memory. Raise ObjectMissing, CorruptObject or CorruptIndex for damaged data.
 
@@ -95,13 +97,14 @@ def diff(repo: Repo, before: Entry, after: Entry) -> Difference:
     """
     a, b = before.manifest, after.manifest
     with repo.lock():
-        parts = tuple(_diff_part(repo, name, before, after) for name in {**a.parts, **b.parts})
+        names = [name for name in {**a.parts, **b.parts} if parts is None or name in parts]
+        compared = tuple(_diff_part(repo, name, before, after) for name in names)
     return Difference(
         identity=tuple(_differing(_identity(a), _identity(b))),
         config=tuple(_differing(a.config, b.config)),
         experiment=tuple(_differing(_experiment(a), _experiment(b))),
         metrics=tuple(_differing({"score": score(a), **a.metrics}, {"score": score(b), **b.metrics})),
-        parts=parts,
+        parts=compared,
     )
 
 

@@ -7,22 +7,32 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from castore.diff import Absent, Difference, Part, Value
+from castore.diff import Absent, Difference, Part, Tensor, Value
 
 _LONGEST = 80  # characters of a value shown to people
+MOST = 5  # tensors and values of a part that are shown unless all are asked for
 _LONGEST_JSON = 1000
 
 
-def describe(difference: Difference) -> Iterator[str]:
-    """Yield what differs, section by section."""
-    for section in ("identity", "config", "experiment", "metrics"):
-        prefix = "" if section == "identity" else f"{section}."
-        yield from (prefix + _describe_value(value) for value in getattr(difference, section))
+def describe(difference: Difference, *, most: int | None = MOST) -> Iterator[str]:
+    """Yield what differs, section by section; of each part ``most`` tensors, those that moved most, and values."""
+    yield from describe_settings(difference)
     for part in difference.parts:
-        yield from _describe_part(part)
+        yield from _describe_part(part, most)
 
 
-def _describe_part(part: Part) -> Iterator[str]:
+def describe_settings(difference: Difference) -> Iterator[str]:
+    """Yield what differs beside the data: identity, configuration, experiment and metrics."""
+    for value in difference.identity:
+        if value.key == "parent":
+            yield f"parent: {' -> '.join((side or 'none')[:12] for side in (value.before, value.after))}"
+        else:
+            yield _describe_value(value)
+    for section in ("config", "experiment", "metrics"):
+        yield from (f"{section}.{_describe_value(value)}" for value in getattr(difference, section))
+
+
+def _describe_part(part: Part, most: int | None) -> Iterator[str]:
     if part.problem:
         yield f"{part.name}: can't be compared: {part.problem}"
         return
@@ -30,13 +40,24 @@ def _describe_part(part: Part) -> Iterator[str]:
     counts = [(state, states.count(state)) for state in ("equal", "changed", "added", "removed")]
     told = ", ".join(f"{count} {state}" for state, count in counts if count)
     yield f"{part.name}: {part.state}{f' (tensors: {told})' if told else ''}"
-    for tensor in part.tensors:
+    differing = [tensor for tensor in part.tensors if tensor.state != "equal"]
+    if most is not None and len(differing) > most:
+        differing.sort(key=_moved, reverse=True)
+    for tensor in differing[:most]:
         if tensor.state == "changed" and tensor.before == tensor.after:
             yield f"  changed {tensor.key}  {tensor.before}  {_describe_change(tensor.change)}"
-        elif tensor.state != "equal":
+        else:
             yield f"  {tensor.state:7} {tensor.key}  {' -> '.join(filter(None, (tensor.before, tensor.after)))}"
-    for value in part.values:
+    for value in part.values[:most]:
         yield f"  {_describe_value(value)}"
+    shown = len(differing[:most]) + len(part.values[:most])
+    if more := len(differing) + len(part.values) - shown:
+        yield f"  and {more:,} more: --all shows them"
+
+
+def _moved(tensor: Tensor) -> float:
+    """How much is to be told of a tensor: one that came, went or holds what can't be compared is told first."""
+    return math.inf if tensor.state != "changed" or tensor.change is None else tensor.change
 
 
 def _describe_change(change: float | None) -> str:

@@ -11,7 +11,8 @@ import msgspec
 import typer
 
 import castore
-from castore.commands.console import JsonOption, Selector, outline, print_json, print_table, say, warn
+from castore import errors
+from castore.commands.console import JsonOption, Selector, outline, plural, print_json, print_table, say, warn
 from castore.commands.log import Tags, entry_json
 from castore.text import format_size
 
@@ -25,8 +26,13 @@ app = typer.Typer()
 
 
 @app.command(epilog="Example: castore show 3f2a91")
-def show(selector: Selector, as_json: JsonOption = False) -> None:
-    """Show everything that is known about a checkpoint."""
+def show(
+    selector: Selector,
+    show_all: Annotated[bool, typer.Option("--all", help="Everything: also settings and what the run noted.")] = False,
+    config: Annotated[bool, typer.Option("--config", help="Only the settings that it was trained with.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint is: metrics, data, experiment; everything with --all."""
     repo = castore.Repo.open()
     entry = repo.find(selector)
     manifest = entry.manifest
@@ -38,7 +44,16 @@ def show(selector: Selector, as_json: JsonOption = False) -> None:
     if as_json:
         print_json({**entry_json(entry, repo.part_states(entry), Tags(repo)), **sections})
         return
+    if config:
+        say(*outline(manifest.config, indent=""))
+        return
     say(*_describe_entry(repo, entry))
+    if not show_all:
+        counts = [
+            plural(sum(1 for _ in outline(sections[name])), "line") + f" of {name}" for name in ("config", "info")
+        ]
+        say("experiment", *outline(sections["experiment"]), f"and {' and '.join(counts)}: --all shows them")
+        return
     for name, section in sections.items():
         say(name, *outline(section))
 
@@ -48,7 +63,7 @@ def _describe_entry(repo: castore.Repo, entry: Entry) -> Iterator[str]:
     score = castore.score(manifest)
     yield f"{manifest.kind:10} {entry.id}"
     yield f"run        {manifest.run}, step {manifest.step:,}, {manifest.created}"
-    yield f"parent     {manifest.parent or 'none'}"
+    yield f"parent     {(manifest.parent or 'none')[:12]}"
     yield f"score      {'none' if score is None else f'{score:.6f}'}"
     for name, value in manifest.metrics.items():
         yield f"           {name} {value:.6g}"
@@ -100,9 +115,14 @@ def describe_match(match: castore.Match) -> str:
 def diff(
     before: Annotated[str, typer.Argument(metavar="A", help="An id or name, as `castore show` takes it.")],
     after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    show_all: Annotated[bool, typer.Option("--all", help="Every tensor and value that differs.")] = False,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Only this part, with all that differs; may be repeated.")
+    ] = None,
+    config: Annotated[bool, typer.Option("--config", help="Only settings and metrics; reads no data.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints: settings, metrics, tensors.
+    """Compare two checkpoints: settings, metrics, and of each part the five tensors that moved most.
 
     The change of a tensor is the largest difference between two elements, relative to the largest magnitude in either.
     Tensors in equal chunks are equal without reading them. Parts whose data was deleted can't be compared; that is
@@ -112,11 +132,19 @@ def diff(
     from castore.diff import diff
 
     repo = castore.Repo.open()
-    difference = diff(repo, repo.find(before), repo.find(after))
+    if config and part:
+        raise errors.UsageError("--config and --part say different things: choose one")
+    entries = [repo.find(before), repo.find(after)]
+    known = {name for entry in entries for name in entry.manifest.parts}
+    if unknown := set(part or ()) - known:
+        raise errors.NotFound(f"neither has a part {min(unknown)!r}; parts: {', '.join(sorted(known))}")
+    difference = diff(repo, *entries, parts=[] if config else part or None)
     if as_json:
         print_json(differences.as_json(difference))
+    elif not (lines := list(differences.describe(difference, most=None if show_all or part else differences.MOST))):
+        say("nothing differs")
     else:
-        say(*differences.describe(difference))
+        say(*lines)
 
 
 # -- stats -----------------------------------------------------------------------------------------------------------

@@ -103,9 +103,9 @@ def log(
         print_curves(_loss_curves(chosen), x_label="step", y_label="validation loss")
     else:
         if chosen:
-            names = [name.strip() for name in columns.split(",")]
-            marks = _marks(repo, listing.entries) if "tags" in names else {}
-            _print_rows(_facts(repo, chosen, tags, now), names, marks)
+            facts = _facts(repo, chosen, tags, now)
+            names = _column_names(columns, facts)
+            _print_rows(facts, names, _marks(repo, listing.entries) if "tags" in names else {})
         say(*_describe_folded(folded))
     if older and limit is None:
         say(f"and {older:,} {'more' if sort else 'older'}: `castore log -n 0` lists all")
@@ -174,11 +174,19 @@ _HEADS = {
 }
 
 
-def _print_rows(facts: Sequence[Facts], names: Sequence[str], marks: Mapping[ObjectId, Sequence[str]]) -> None:
+def _column_names(columns: str, facts: Sequence[Facts]) -> list[str]:
+    """Return the columns that the user asked for, each of which means something here; by default those that do."""
     from castore.policy.fields import check_name
 
+    names = [name.strip() for name in columns.split(",")]
+    if columns == _COLUMNS:
+        return [name for name in names if name != "val_loss" or any(one.value(name) is not None for one in facts)]
     for name in names:
         check_name(name, facts)
+    return names
+
+
+def _print_rows(facts: Sequence[Facts], names: Sequence[str], marks: Mapping[ObjectId, Sequence[str]]) -> None:
     heads = [_HEADS.get(name) or Column(name, right=_is_number(name, facts), need=4) for name in names]
     print_table(heads, [[_cell(one, name, marks.get(one.entry.id, ())) for name in names] for one in facts])
 

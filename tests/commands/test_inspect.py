@@ -97,6 +97,12 @@ def test_log_shows_sorts_and_filters_by_any_name(history: Project) -> None:
         assert "nothing here has a 'los'" in history.call("log", *arguments, code=2)
 
 
+def test_log_of_checkpoints_without_a_validation_loss(empty: Project) -> None:
+    repo_of(empty).save({"model": {"x": 1}}, run="r", step=1)
+    assert empty.call("log").split("\n")[0].split() == ["id", "run", "step", "score", "data", "size", "age", "tags"]
+    assert "nothing here has a 'val_loss'" in empty.call("log", "--columns", "id,val_loss", code=2)
+
+
 def test_what_has_no_data_is_one_line_of_the_log(history_copy: Project) -> None:
     history_copy.call("gc", "--keep", "1", "--keep-latest", "0", "--keep-optimizer", "0")
     gone = [one for one in history_copy.json("log") if one["availability"] == "history"]
@@ -172,7 +178,12 @@ def test_data_in_a_remote_is_available_and_fetched_when_it_is_loaded(history_cop
 
 def test_show_prints_the_whole_manifest(trained: Project) -> None:
     checkpoint_id = trained.json("log")[0]["id"]
-    out = trained.call("show", checkpoint_id[:10])
+    short = trained.call("show", checkpoint_id[:10])
+    assert "n_embd: 16" in short
+    assert "learning_rate" not in short
+    assert re.search(r"^and \d+ lines of config and \d+ lines of info: --all shows them$", short, re.MULTILINE)
+    assert "learning_rate: 0.002" in trained.call("show", checkpoint_id, "--config").splitlines()
+    out = trained.call("show", checkpoint_id[:10], "--all")
     for text in (
         checkpoint_id,
         "a first try",
@@ -262,6 +273,31 @@ def test_diff_says_what_changed(history: Project) -> None:
     assert any(re.fullmatch(r"  changed big  float32 \[50000\]  by at most [01]\.\d+", line) for line in lines)
     assert "  seed: 2 -> 3" in lines
     assert history.call("diff", "main:best", "main:best") == "model: equal\noptimizer: equal\ntrainer: equal\n"
+
+
+def test_diff_shows_what_moved_most_and_all_on_request(empty: Project) -> None:
+    repo = repo_of(empty)
+    for i in range(2):
+        model = {f"layer.{n}": torch.tensor([1.0, 1.0 + i * n / 100]) for n in range(9)}
+        repo.save({"model": model, "trainer": {"seed": i}}, run="r", step=i, config={"rate": i})
+    first, last = (by_step(empty, i) for i in range(2))
+    changes = [line for line in empty.call("diff", first, last).splitlines() if line.startswith("  ")]
+    assert [line.split()[:2] for line in changes[:5]] == [["changed", f"layer.{n}"] for n in (8, 7, 6, 5, 4)]
+    assert changes[5:] == ["  and 3 more: --all shows them", "  seed: 0 -> 1"]
+    whole = empty.call("diff", first, last, "--all")
+    assert all(f"  changed layer.{n}  " in whole for n in range(1, 9))
+    assert "more" not in whole
+    one = empty.call("diff", first, last, "--part", "model")
+    assert one.count("  changed layer.") == 8
+    assert "trainer" not in one
+    assert "neither has a part 'modle'; parts: model, trainer" in empty.call(
+        "diff", first, last, "--part", "modle", code=3
+    )
+    settings = empty.call("diff", first, last, "--config").splitlines()
+    assert {"config.rate: 0 -> 1", "step: 0 -> 1"} <= {*settings}
+    assert not any(line.startswith(("model", "trainer", " ")) for line in settings)
+    assert empty.call("diff", first, first, "--config") == "nothing differs\n"
+    assert "choose one" in empty.call("diff", first, last, "--config", "--part", "model", code=2)
 
 
 def test_diff_prints_data(history: Project) -> None:
