@@ -84,4 +84,7 @@ def describe_summary(summary: events.Summary) -> list[str]:
     lines = [f"done    {steps}{loss}; {speed}; {summary.connection_density:.1%} connected; {summary.stopped}"]
     if summary.stopped == "session-iters":
         lines.append("        run the same command again to continue from the best checkpoint")
+        lines.append(
+            "next    castore report draws all of it, castore log lists it, castore export best FILE.safetensors"
+        )
     return lines

@@ -218,10 +218,12 @@ def _judge_experiment(
     for place, entry in enumerate(ranked):
         draft = drafts[entry.id]
         draft.place = min(draft.place, place)
-        draft.why_not = draft.why_not or f"number {place + 1} of its experiment, {policy.keep} are kept"
+        draft.why_not = (
+            draft.why_not or f"number {place + 1} by score in its experiment, of which {policy.keep} are kept"
+        )
         if place < policy.keep:
             best = place == 0
-            reason = "the best" if best else f"number {place + 1}"
+            reason = "the best" if best else f"number {place + 1} by score"
             draft.hold(reason + where, every_part=best, protect=best and not where)
     for entry in newest[: policy.keep_latest]:
         drafts[entry.id].hold("the newest" + where, protect=not where)

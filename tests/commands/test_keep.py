@@ -42,8 +42,8 @@ def test_gc_says_what_goes_what_stays_and_why_and_does_it(eight: Project) -> Non
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
     assert sorted(kind for kind, _ in lines) == ["drop"] * 4 + ["gc"] + ["keep"] * 4
     assert "step 6 of a, model optimizer trainer: the best" in out
-    assert "step 4 of a, model: number 3; without its optimizer and trainer" in out
-    assert "step 1 of a: number 8 of its experiment, 3 are kept" in out
+    assert "step 4 of a, model: number 3 by score; without its optimizer and trainer" in out
+    assert "step 1 of a: number 8 by score in its experiment, of which 3 are kept" in out
     found = availability(eight)
     assert {name for name, state in found.items() if state == "full"} == {"a6", "b2"}
     assert {name for name, state in found.items() if state == "weights-only"} == {"a5", "a4"}
@@ -130,7 +130,9 @@ def test_gc_says_what_goes_and_why_and_a_dry_run_touches_nothing(history_copy: P
     assert (
         len(
             re.findall(
-                r"^drop    [0-9a-f]{12}, step [123] of main: number [234] of its experiment, 1 are kept$", told, re.M
+                r"^drop    \w{12}, step [123] of main: number [234] by score in its experiment, of which 1 are kept$",
+                told,
+                re.M,
             )
         )
         == 3

@@ -55,9 +55,9 @@ def test_the_best_and_the_newest_stay_and_their_optimizers_for_fewer_still() -> 
     decisions = decided(RUN, keep=3, keep_latest=1, keep_optimizer=1)
     assert kept(decisions) == {2: "m", 3: "mot", 4: "m", 5: "mot"}
     assert decisions[3].reasons == ("the best",)
-    assert decisions[4].reasons == ("number 2",)
+    assert decisions[4].reasons == ("number 2 by score",)
     assert decisions[5].reasons == ("the newest",)
-    assert decisions[1].reasons == ("number 5 of its experiment, 3 are kept",)
+    assert decisions[1].reasons == ("number 5 by score in its experiment, of which 3 are kept",)
 
 
 @pytest.mark.parametrize(
