@@ -16,12 +16,12 @@ _LONGEST_JSON = 1000
 
 def describe(difference: Difference, *, most: int | None = MOST) -> Iterator[str]:
     """Yield what differs, section by section; of each part ``most`` tensors, those that moved most, and values."""
-    yield from describe_settings(difference)
+    yield from _describe_settings(difference)
     for part in difference.parts:
         yield from _describe_part(part, most)
 
 
-def describe_settings(difference: Difference) -> Iterator[str]:
+def _describe_settings(difference: Difference) -> Iterator[str]:
     """Yield what differs beside the data: identity, configuration, experiment and metrics."""
     for value in difference.identity:
         if value.key == "parent":
