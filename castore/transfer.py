@@ -22,7 +22,7 @@ from castore.format.manifest import Entry, Experiment
 from castore.format.part_index import ChunkRef
 from castore.parallel import map_ahead, map_all
 from castore.policy.resolution import PartState, Requirement, resolve
-from castore.policy.selector import Selector
+from castore.policy.selector import Selector, check_digits
 from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback, marks
 from castore.remotes.base import PublishingRemote, Remote, is_publishing
@@ -123,6 +123,7 @@ def find_manifest(remote: Remote, selector: str) -> Entry:
         raise UsageError(f"{remote.name} has no list of its checkpoints: give all 64 digits of an id, not {selector!r}")
     if not wanted or not set(wanted) <= set("0123456789abcdef"):
         raise UsageError(f"{selector!r} is not an id: `castore ls {remote.name}` lists those in the remote")
+    check_digits(wanted)
     matches = [name_id for name_id in _listed_ids(remote) if name_id.startswith(wanted[:12])]
     entries = [entry for entry in read_manifests(remote, matches) if entry.id.startswith(wanted)]
     if len({entry.id for entry in entries}) > 1:

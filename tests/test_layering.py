@@ -52,7 +52,7 @@ OWNERS = {
     "zstandard": ["castore.format.codecs"],
     "subprocess": ["castore.storage.git_process"],
     "safetensors": ["castore.convert"],
-    "fastcdc": ["castore.trees.add"],
+    "pyfastcdc": ["castore.trees.add"],
     "obstore": ["castore.remotes.bucket"],
     "tomlkit": ["castore.commands.remotes"],
     "urllib3": ["castore.remotes.github_service"],

@@ -55,6 +55,8 @@ def export(
     from castore import convert
 
     repo = castore.Repo.open()
+    if force and layout == "transformers":
+        raise errors.UsageError("--force replaces a file, never a folder: name a new folder, or delete this one")
     with Display("exporting", "spinner"):
         if layout == "transformers":
             exported = convert.export_folder(repo, selector, out, part=part)

@@ -14,7 +14,7 @@ import castore
 from castore import errors
 from castore.commands.console import JsonOption, Selector, outline, plural, print_json, print_table, say, warn
 from castore.commands.log import Tags, entry_json
-from castore.text import format_size
+from castore.text import format_number, format_size
 
 if TYPE_CHECKING:
     from castore.format.manifest import Entry
@@ -64,9 +64,9 @@ def _describe_entry(repo: castore.Repo, entry: Entry) -> Iterator[str]:
     yield f"{manifest.kind:10} {entry.id}"
     yield f"run        {manifest.run}, step {manifest.step:,}, {manifest.created}"
     yield f"parent     {(manifest.parent or 'none')[:12]}"
-    yield f"score      {'none' if score is None else f'{score:.6f}'}"
+    yield f"score      {'none' if score is None else format_number(score)}"
     for name, value in manifest.metrics.items():
-        yield f"           {name} {value:.6g}"
+        yield f"           {name} {format_number(value)}"
     tags = Tags(repo).of(entry)
     if tags or manifest.note:
         yield f"tags       {' '.join(tags)}  {manifest.note}"

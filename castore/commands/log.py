@@ -17,7 +17,7 @@ from castore.text import format_age, format_number, format_size
 if TYPE_CHECKING:
     from castore.format.ids import ObjectId
     from castore.format.manifest import Entry
-    from castore.policy.fields import Facts
+    from castore.policy.fields import Facts, Filter
     from castore.policy.resolution import PartState
     from castore.report.curves import Curve
 
@@ -68,6 +68,8 @@ def log(
     With --graph, children stand above what they were resumed from. Columns, filters and orders take the name of any
     metric, and of any setting of the run, such as learning_rate.
     """
+    from castore.policy.fields import Filter
+
     if graph and plot:
         raise errors.UsageError("--graph and --plot are two drawings: choose one")
     repo = castore.Repo.open()
@@ -84,7 +86,9 @@ def log(
     now = datetime.now(UTC)
     is_table = not (as_json or graph or plot)
     if filter_text or sort:
-        entries = _arranged(repo, entries, tags, filter_text, sort, now)
+        wanted = Filter.parse(filter_text) if filter_text else None
+        history = history or (wanted is not None and "data" in wanted.names)  # a filter for it asks for it
+        entries = _arranged(repo, entries, tags, wanted, sort, now)
     most = (0 if as_json or plot else _ROWS) if limit is None else limit
     folded: list[Entry] = []
     if is_table and not history and kind == "checkpoint":
@@ -123,13 +127,13 @@ def _facts(repo: castore.Repo, entries: Sequence[Entry], tags: Tags, now: dateti
 
 
 def _arranged(
-    repo: castore.Repo, entries: Sequence[Entry], tags: Tags, filter_text: str, sort: str, now: datetime
+    repo: castore.Repo, entries: Sequence[Entry], tags: Tags, wanted: Filter | None, sort: str, now: datetime
 ) -> list[Entry]:
-    from castore.policy.fields import Filter, sort_by
+    from castore.policy.fields import sort_by
 
     facts = _facts(repo, entries, tags, now)
-    if filter_text:
-        facts = Filter.parse(filter_text).choose(facts)
+    if wanted:
+        facts = wanted.choose(facts)
     return [one.entry for one in (sort_by(facts, sort) if sort else facts)]
 
 

@@ -56,6 +56,8 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _settings(value, f"{prefix}{name}.")
+        elif value is None:
+            continue  # as good as no such setting
         elif isinstance(value, bool) or not isinstance(value, int | float):
             yield f"{prefix}{name}", str(value).lower() if isinstance(value, bool) else str(value)
         else:
@@ -164,9 +166,14 @@ class Filter:
         shown = text[at:].strip() or text.strip()
         raise UsageError(f"--filter can't be read at {shown!r}: write 'val_loss<2 and run=ci', with = != < <= > or >=")
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What it looks at."""
+        return frozenset(term.name for terms in self.alternatives for term in terms)
+
     def choose(self, facts: Iterable[Facts]) -> list[Facts]:
         """Return the checkpoints for which it holds. UsageError for a name that none of them has."""
         given = list(facts)
-        for term in (term for terms in self.alternatives for term in terms):
-            check_name(term.name, given)
+        for name in sorted(self.names):
+            check_name(name, given)
         return [one for one in given if any(all(term.holds(one) for term in terms) for terms in self.alternatives)]

@@ -11,9 +11,12 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from castore.errors import AmbiguousId, NotFound, UnknownId
+from castore.errors import AmbiguousId, NotFound, UnknownId, UsageError
 from castore.format.manifest import Entry, Kind
 from castore.format.tag import is_tag_name
+
+MIN_DIGITS = 4
+"""Fewer digits than this name nothing, even where only one id begins with them: the next one saved may, too."""
 
 _SUGGESTED = 3
 _SUGGESTED_DIGITS = 8  # at least: fewer are hard to compare by eye
@@ -25,6 +28,12 @@ _REMEDY = {
     "dataset": "`castore train` prepares some",
     "files": "`castore add PATH` adds some",
 }
+
+
+def check_digits(text: str) -> None:
+    """Raise UsageError if ``text`` is the beginning of an id, but too short to name one."""
+    if 0 < len(text) < MIN_DIGITS and set(text.lower()) <= set("0123456789abcdef"):
+        raise UsageError(f"{text!r} is too short for an id: give at least {MIN_DIGITS} digits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +86,11 @@ class Selector:
     def choose(self, matches: Sequence[Entry], known: Iterable[str]) -> Entry:
         """Return the one entry of ``matches``, which are those whose id begins with :attr:`name`.
 
-        ``known`` are tags, and ids or their first digits, from which to suggest one when there is no match. UnknownId,
-        AmbiguousId; NotFound when the match is of another kind than the wanted one.
+        ``known`` are tags, and ids or their first digits, from which to suggest one when there is no match. UsageError
+        for fewer than :data:`MIN_DIGITS` digits, UnknownId, AmbiguousId; NotFound when the match is of another kind
+        than the wanted one.
         """
+        check_digits(self.name)
         if len(matches) > 1:
             raise AmbiguousId(self.name, sorted(entry.id for entry in matches))
         if not matches:

@@ -1,7 +1,7 @@
 """Any file or folder -> a manifest of kind ``files``; :mod:`castore.trees.checkout` is the way back.
 
 The part ``files`` is one stream: the files, sorted by path, back to back. Its content decides where it is cut (FastCDC:
-Xia et al. 2016), so that an edit changes the chunks around it and no others. Its tree maps each path, beginning
+Xia et al. 2020), so that an edit changes the chunks around it and no others. Its tree maps each path, beginning
 with the name that was added, to ``{"mode", "data"}`` for a file, ``{"link"}`` for a link, ``{"mode"}`` for a folder.
 
 A few chunks are in memory at a time, whatever the size of the files.
@@ -13,8 +13,7 @@ import contextlib
 import os
 import re
 import stat
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from castore.errors import FileChanged, PackageMissing, StorageError, UnsupportedFile
+from castore.errors import FileChanged, StorageError, UnsupportedFile
 from castore.format import manifest, part_index
 from castore.format.ids import ObjectId
 from castore.format.manifest import Manifest, Part
@@ -38,11 +37,7 @@ KIND: manifest.Kind = "files"
 
 # Other bounds would share no chunks with what is stored. An edit costs the chunk it is in, at times the next one too.
 _SMALLEST, _AVERAGE, _LARGEST = 256 << 10, 1 << 20, 4 << 20
-_BUFFER = 16 << 20  # of the stream in memory; FastCDC has to see _LARGEST bytes to cut
 MODE = 0o777  # without set-user-id, set-group-id and sticky: data must not give itself rights
-
-Cut = Callable[[memoryview, int, int, int], Iterable[Any]]
-"""``fastcdc.fastcdc``: (data, smallest, average, largest chunk in bytes) -> objects with ``offset`` and ``length``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +75,15 @@ def add_tree(
     """Store a file, or a folder with everything in it, under run ``name``, by default the name of the path.
 
     When this returns, the data survives a power cut. Raise UnsupportedFile naming what could not be checked out exactly
-    as it is, FileChanged if a file is written to while it is read, StorageError if one can't be read, PackageMissing
-    without fastcdc. Then nothing became visible.
+    as it is, FileChanged if a file is written to while it is read, StorageError if one can't be read. Then
+    nothing became visible.
     """
-    cut = _cutter()
     tree = _scan(path)
     draft = _draft(tree, name, tags, note, created or datetime.now(UTC))
     repo.catalog.check_run(draft.run)
     manifest.encode(draft)  # what can't be recorded fails before gigabytes are read
     with repo.lock():
-        part, written = _store(repo, tree, cut, progress)
+        part, written = _store(repo, tree, progress)
         final = msgspec.structs.replace(draft, parts={PART: part})
         manifest_id, manifest_path = repo.catalog.add(final)
     return Added(
@@ -197,10 +191,10 @@ def _draft(tree: _Tree, name: str | None, tags: Sequence[str], note: str, create
     )
 
 
-def _store(repo: Repo, tree: _Tree, cut: Cut, progress: Progress) -> tuple[Part, Written]:
+def _store(repo: Repo, tree: _Tree, progress: Progress) -> tuple[Part, Written]:
     """Store the files and their index; the caller holds the lock."""
     with repo.store.writer() as writer, contextlib.closing(_Stream(tree.files)) as stream:
-        chunks = _put(writer, _cut(stream.readinto, cut), repo.threads, tree.bytes, progress)
+        chunks = _put(writer, _cut(stream), repo.threads, tree.bytes, progress)
         index = Index(chunks, tuple(stream.tensors), _describe(tree, stream.modes))
         index_id = writer.put(part_index.encode(index, PART))
         written = writer.commit()
@@ -272,39 +266,12 @@ class _Stream:
             raise StorageError("read", str(self._path), error) from error
 
 
-def _cutter() -> Cut:
-    """Return the function that cuts. Raise PackageMissing."""
-    try:
-        # without its compiled half the package says on standard output that it is slow, where programs read JSON
-        with contextlib.redirect_stdout(sys.stderr):
-            from fastcdc import fastcdc
-    except ImportError:
-        raise PackageMissing("adding files", "fastcdc", "files") from None
-    cut: Cut = fastcdc
-    return cut
+def _cut(stream: _Stream) -> Iterator[bytes]:
+    """Yield the stream in chunks."""
+    from pyfastcdc import FastCDC
 
-
-def _cut(readinto: Callable[[memoryview], int], cut: Cut) -> Iterator[bytes]:
-    """Yield the stream in chunks.
-
-    The package itself would map whole files into memory, one at a time, so it is given a buffer here. A cut depends on
-    the bytes after the cut before it, _LARGEST at most: all of them, or the end of the stream, must be in the buffer.
-    """
-    buffer = memoryview(bytearray(_BUFFER))
-    filled, ended = 0, False
-    while filled or not ended:
-        while filled < _BUFFER and not ended:
-            count = readinto(buffer[filled:])
-            filled += count
-            ended = not count
-        done = 0
-        for chunk in cut(buffer[:filled], _SMALLEST, _AVERAGE, _LARGEST):
-            if not ended and filled - chunk.offset < _LARGEST:
-                break
-            done = chunk.offset + chunk.length
-            yield bytes(buffer[chunk.offset : done])
-        buffer[: filled - done] = buffer[done:filled]
-        filled -= done
+    for chunk in FastCDC(_AVERAGE, min_size=_SMALLEST, max_size=_LARGEST).cut_stream(stream):
+        yield bytes(chunk.data)  # its memory is used again for the next chunk
 
 
 def _put(writer: Writer, chunks: Iterable[bytes], threads: int, total: int, progress: Progress) -> tuple[ChunkRef, ...]:

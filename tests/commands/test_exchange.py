@@ -109,6 +109,7 @@ def test_a_session_goes_on_from_imported_weights(tmp_path: Path) -> None:
         (["checkout", "latest"], 3, "no files yet: `castore add PATH` adds some"),
         (["checkout", "best"], 3, "no files 'best'; `castore log --kind files` lists them"),
         (["export", "best", "odd/pipe", "--force"], 2, "it is not a regular file"),
+        (["export", "best", "texts", "--format", "transformers", "--force"], 2, "replaces a file, never a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

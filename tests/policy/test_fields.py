@@ -19,7 +19,7 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 def facts(step: int = 0, tags: tuple[str, ...] = (), **fields: Any) -> Facts:
     """A checkpoint of a day ago with a metric, or several, and nested settings."""
-    config = {"train": {"learning_rate": 0.5, "fused": True}, "name": "a b"}
+    config = {"train": {"learning_rate": 0.5, "fused": True, "warmup": None}, "name": "a b"}
     fields = {"created": "2026-01-01T00:00:00.000000Z", "config": config, "metrics": {}, **fields}
     return Facts(entry=entry(step, **fields), data="full", now=NOW, tags=tags)
 
@@ -29,6 +29,7 @@ def test_values_are_found_by_name() -> None:
     expected = {
         "run": "r", "step": 7, "val_loss": 2.0, "learning_rate": 0.5, "train.learning_rate": 0.5, "fused": "true",
         "name": "a b", "data": "full", "tags": ("v1",), "age": 86400.0, "rate": None, "parent": None,
+        "warmup": None,
     }  # fmt: skip
     assert {name: one.value(name) for name in expected} == expected
 

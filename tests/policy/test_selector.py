@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from builders import manifest
 
-from castore.errors import AmbiguousId, NotFound, UnknownId
+from castore.errors import AmbiguousId, NotFound, UnknownId, UsageError
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Kind
 from castore.policy.selector import Selector
@@ -86,11 +86,11 @@ def test_the_newest_is_the_first_candidate_and_none_says_how_to_make_one() -> No
 
 
 def test_one_match_is_chosen_and_several_are_named() -> None:
-    match = entry("3f")
-    assert Selector.parse("3f").choose([match], ()) is match
+    match = entry("3f2a")
+    assert Selector.parse("3f2a").choose([match], ()) is match
     with pytest.raises(AmbiguousId) as caught:
-        Selector.parse("3").choose([entry("3f"), entry("3a")], ())
-    assert [digits[:2] for digits in caught.value.matches] == ["3a", "3f"]
+        Selector.parse("3f2a").choose([entry("3f2a1"), entry("3f2a0")], ())
+    assert [digits[:5] for digits in caught.value.matches] == ["3f2a0", "3f2a1"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,13 @@ def test_one_match_is_chosen_and_several_are_named() -> None:
 )
 def test_a_match_of_another_kind_is_told(kind: Kind, other: Kind, reason: str) -> None:
     with pytest.raises(NotFound, match=f"^3f0000000000 is {reason}"):
-        Selector.parse("3f", kind).choose([entry("3f", kind=other)], ())
+        Selector.parse("3f00", kind).choose([entry("3f", kind=other)], ())
+
+
+@pytest.mark.parametrize("text", ["3", "3f", "3F2"])
+def test_fewer_than_four_digits_name_nothing_even_if_only_one_id_begins_with_them(text: str) -> None:
+    with pytest.raises(UsageError, match=f"'{text}' is too short for an id: give at least 4 digits"):
+        Selector.parse(text).choose([entry("3f2a")], ())
 
 
 def test_what_matches_nothing_suggests_what_looks_alike() -> None:

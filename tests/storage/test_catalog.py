@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from builders import manifest, tree
+from builders import entry, manifest, tree
 from project import Project
 
 from castore import Repo, errors
 from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId
-from castore.format.manifest import Entry
+from castore.format.manifest import Entry, Manifest
 from castore.policy.selector import Selector
 from castore.storage.catalog import Catalog
 from castore.trees.add import add_tree
@@ -122,14 +122,16 @@ def test_a_prefix_finds_its_one_checkpoint_in_either_case(catalog: Catalog) -> N
 
 
 def test_a_prefix_that_fits_several_names_them(catalog: Catalog) -> None:
-    added = [catalog.add(manifest(step))[0] for step in range(40)]
-    digits = [checkpoint_id[0] for checkpoint_id in added]  # more than there are: some two are alike
-    digit = max(digits, key=digits.count)
+    by_digits: dict[str, list[Manifest]] = {}
+    for one in map(entry, range(5000)):  # two of 300 share four digits in one case of two
+        alike = by_digits.setdefault(one.id[:4], [])
+        alike.append(one.manifest)
+        if len(alike) == 2:
+            break
+    added = [catalog.add(one)[0] for one in [*alike, manifest(9999)]]
     with pytest.raises(AmbiguousId, match="give more digits") as caught:
-        find(catalog, digit)
-    assert sorted(caught.value.matches) == sorted(
-        checkpoint_id for checkpoint_id in added if checkpoint_id.startswith(digit)
-    )
+        find(catalog, added[0][:4])
+    assert sorted(caught.value.matches) == sorted(added[:2])
 
 
 def test_an_unknown_id_suggests_those_that_look_alike(catalog: Catalog) -> None:
