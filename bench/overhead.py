@@ -4,7 +4,8 @@
 
 Blocks of 50 steps of a small GPT on all processors, alternately with a save at their end and without; a block with a
 save lasts until the checkpoint is stored durably. The medians of the blocks, and of the ratios of neighbours. A busy
-machine moves those by more than a save costs: the last line is the processor time of a save alone, beside that of steps.
+machine moves those by more than a save costs, so the last line is the processor time of a save alone, beside that of
+steps.
 """
 
 from __future__ import annotations
