@@ -25,7 +25,7 @@ from castore.commands.console import (
 from castore.text import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from castore.format.manifest import Entry
     from castore.trees.add import Added
@@ -206,20 +206,47 @@ def checkout(
         typer.Argument(metavar="ID", help="First digits of the id of what was added, or latest, or NAME:latest."),
     ],
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put it.", show_default="here")] = Path(),
-    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite and delete even what no added version holds.")
+    ] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what this version lacks from its folders.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write added files back, every byte verified."""
+    """Write added files back, every byte verified.
+
+    Files that are the same already are left alone; those of another version are replaced. What no added version holds,
+    such as an edit, is only overwritten or deleted with --force.
+    """
     from castore.trees.checkout import check_out
 
     repo = castore.Repo.open()
     with Display("checkout", "bytes") as display:
-        written = check_out(repo, selector, folder, force=force, progress=display)
+        written = check_out(repo, selector, folder, force=force, delete=delete, progress=display)
     if as_json:
         print_json({**fields_of(written), "paths": [str(path) for path in written.paths]})
     else:
-        paths = ", ".join(map(str, written.paths)) or "nothing, as the tree is empty"
-        say(f"wrote   {paths}: {_describe_tree(written)}, of {written.id[:12]}")
+        say(*_describe_checkout(written))
+
+
+def _describe_checkout(written: CheckedOut) -> Iterator[str]:
+    paths = ", ".join(map(str, written.paths)) or "nothing, as the tree is empty"
+    whole = f"{paths}: {_describe_tree(written)}, of {written.id[:12]}"
+    yield from _list_paths("overwrote", "which no version holds", set(written.overwritten) & set(written.lost))
+    yield from _list_paths("deleted", "which no version holds", set(written.deleted) & set(written.lost))
+    yield from _list_paths("deleted", "which another version holds", set(written.deleted) - set(written.lost))
+    if written.paths and not written.written:
+        yield f"same    {whole}"
+    elif written.written == written.files + written.links:
+        yield f"wrote   {whole}"
+    else:
+        yield f"wrote   {plural(written.written, 'file')} that differed, in {whole}"
+
+
+def _list_paths(verb: str, which: str, paths: Iterable[str]) -> Iterator[str]:
+    listed = sorted(paths)
+    yield from (f"{verb} {path}, {which}" for path in listed[:20])
+    if len(listed) > 20:
+        yield f"{verb} {len(listed) - 20:,} more"
 
 
 def _describe_tree(tree: Added | CheckedOut) -> str:

@@ -190,6 +190,11 @@ def marking(folders: Iterable[Path]) -> Iterator[None]:
             _discard(path)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether ``name`` is that of a temporary file, of a process at work or of one that was killed."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def remove_leftovers(folder: Path) -> bool:
     """Remove the temporary files that killed processes left in ``folder``, and return whether there were any.
 

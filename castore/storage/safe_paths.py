@@ -102,6 +102,11 @@ def is_replaceable(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
 
 
+def is_file(status: os.stat_result) -> bool:
+    """Return whether it is a regular file."""
+    return stat.S_ISREG(status.st_mode)
+
+
 def is_folder(status: os.stat_result | None) -> bool:
     """Return whether the result of :func:`status` is a folder, not a link to one."""
     return status is not None and stat.S_ISDIR(status.st_mode)

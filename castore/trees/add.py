@@ -31,13 +31,10 @@ from castore.progress import Progress, ignore_progress
 from castore.repo import Repo
 from castore.storage import safe_paths
 from castore.storage.object_store import Writer, Written
-
-PART = "files"
-KIND: manifest.Kind = "files"
+from castore.trees.tree import KIND, MODE, PART
 
 # Other bounds would share no chunks with what is stored. An edit costs the chunk it is in, at times the next one too.
 _SMALLEST, _AVERAGE, _LARGEST = 256 << 10, 1 << 20, 4 << 20
-MODE = 0o777  # without set-user-id, set-group-id and sticky: data must not give itself rights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,42 +1,51 @@
 """A manifest of kind ``files`` -> files and folders on the disk.
 
-The tree comes from an index, which is as hostile as the author of its manifest. All of it is checked before anything is
-written (:mod:`castore.storage.safe_paths`): no path leads out of the folder, through a link, or into ``.git`` or
-``.castore``; no link leads out of the tree. A few chunks are in memory at a time, whatever the size of the files.
+The tree comes from an index, which is as hostile as the author of its manifest: :mod:`castore.trees.tree` checks all of
+it before anything is written. What is there already as it should be is left alone. What was added once can be had
+again, so it may be replaced; what no version holds is somebody's work, and stays unless ``force`` says otherwise.
+
+A few chunks are in memory at a time, whatever the size of the files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import stat
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-from castore.errors import CorruptIndex, NotFound, RefusedPath, StorageError, UnsafePath
+from castore.errors import CastoreError, NotFound, RefusedPath, StorageError
 from castore.format import chunking, part_index
 from castore.format.ids import ObjectId
-from castore.format.part_index import ChunkRef, Index, TensorRef, TensorSpec
+from castore.format.manifest import Entry
+from castore.format.part_index import ChunkRef, Index
 from castore.parallel import map_ahead
+from castore.policy.order import newest_first
 from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback
 from castore.repo import Repo
 from castore.state.parts import locate_errors
 from castore.storage import fs, output_file, safe_paths
 from castore.storage.output_file import OutputFile
-from castore.trees.add import KIND, MODE, PART
+from castore.trees.compare import matching
+from castore.trees.tree import KIND, PART, File, Tree, read_tree
 
 _FINISHERS = 8  # a thread that syncs waits for the disk, not for the processor
 _IN_FLIGHT = 64
-_NO_TREE = "the index does not describe a tree of files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedOut:
-    """What :func:`check_out` wrote. ``paths`` are the topmost files, folders and links; ``bytes`` is over all files."""
+    """What :func:`check_out` did.
+
+    ``paths`` are the topmost files, folders and links; ``files``, ``folders``, ``links`` and ``bytes`` are those of the
+    whole tree. ``written`` counts the files and links that were not as they should be. ``overwritten`` and ``deleted``
+    are what was there and isn't any more, of which no version that was added holds ``lost``.
+    """
 
     id: ObjectId
     paths: tuple[Path, ...]
@@ -44,6 +53,10 @@ class CheckedOut:
     folders: int
     links: int
     bytes: int
+    written: int
+    overwritten: tuple[str, ...]
+    deleted: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 def check_out(
@@ -52,14 +65,18 @@ def check_out(
     folder: Path,
     *,
     force: bool = False,
+    delete: bool = False,
     progress: Progress = ignore_progress,
 ) -> CheckedOut:
     """Write the files that ``selector`` names into ``folder``, under the name they were added by, and verify each byte.
 
-    Each file appears complete or not at all, with the permissions it had. Raise UnsafePath or CorruptIndex for a tree
-    that could write elsewhere, and RefusedPath if ``folder`` may not be written to or something is in the way
-    (``force`` replaces files and links, never folders): then nothing was written. Raise ObjectMissing or CorruptObject
-    for data that is missing or damaged.
+    What is there already, byte for byte, is not written again. With ``delete``, what the tree lacks is deleted from its
+    folders; other files in ``folder`` are not touched. Each file appears complete or not at all, with the permissions
+    it had.
+
+    Raise UnsafePath or CorruptIndex for a tree that could write elsewhere, and RefusedPath if ``folder`` may not be
+    written to or something is in the way that no added version holds (``force`` replaces such files and links, never
+    folders): then nothing was written. Raise ObjectMissing or CorruptObject for data that is missing or damaged.
     """
     safe_paths.check_target(folder)
     entry = repo.find(selector, kind=KIND)
@@ -69,11 +86,11 @@ def check_out(
     with repo.lock(), locate_errors(PART, entry.id):
         data, frame = fallback.read(repo.store, repo.remotes, index_id)
         index = part_index.decode(data)
-        tree = _read_tree(index)
-        _check_disk(tree, folder, force)
-        _Checkout(repo, folder, tree, force).run(index, progress)
-        # last: an index without its chunks would be taken for damage
-        if frame is not None:
+        tree = read_tree(index)
+        plan = _plan(repo, entry, index, tree, folder, force, delete, progress)
+        _Checkout(repo, folder, tree, plan).run(index, progress)
+        # last, and only with all of its chunks: without them it would be taken for damage
+        if frame is not None and all(repo.store.has(chunk.id) for chunk in index.chunks):
             repo.store.adopt(index_id, frame, memoryview(bytearray(len(data))))
     return CheckedOut(
         id=entry.id,
@@ -82,88 +99,86 @@ def check_out(
         folders=len(tree.folders),
         links=len(tree.links),
         bytes=tree.bytes,
+        written=len(plan.files) + len(plan.links),
+        overwritten=tuple(sorted(plan.replaced)),
+        deleted=tuple(sorted(plan.deleted)),
+        lost=tuple(sorted(plan.lost)),
     )
 
 
+# -- what to do ------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
-class _File:
-    path: str
-    mode: int
-    size: int
+class _Plan:
+    """What differs between a tree and the disk: ``files`` by the number of their tensor, and paths.
 
-
-@dataclass(slots=True)
-class _Tree:
-    """A tree that is safe to write: each folder comes before what is in it, each file is a tensor of its own.
-
-    ``files`` are by the number of their tensor, ``folders`` have their permissions, ``links`` the text they hold.
+    ``replaced`` are those of files and links that exist, ``deleted`` what the tree lacks, ``lost`` those of both that
+    no other version holds. ``modes`` are of files whose content is right and whose permissions are not.
     """
 
-    files: dict[int, _File] = field(default_factory=dict)
-    folders: dict[str, int] = field(default_factory=dict)
-    links: dict[str, str] = field(default_factory=dict)
-    bytes: int = 0
+    files: dict[int, File]
+    links: dict[str, str]
+    modes: dict[str, int]
+    replaced: set[str]
+    deleted: set[str]
+    lost: set[str]
 
-    def paths(self) -> list[str]:
-        return sorted([*self.folders, *self.links, *(file.path for file in self.files.values())])
-
-
-def _read_tree(index: Index) -> _Tree:
-    """Return the tree that the index describes. Raise CorruptIndex or UnsafePath if it could do any harm."""
-    if type(index.tree) is not dict:
-        raise CorruptIndex(_NO_TREE)
-    tree = _Tree()
-    for path in sorted(index.tree, key=str):
-        if type(path) is not str:
-            raise CorruptIndex(f"{_NO_TREE}: a path is a number")
-        if reason := safe_paths.why_not_member(path):
-            raise UnsafePath(path, reason)
-        parent = path.rpartition("/")[0]
-        if parent and parent not in tree.folders:
-            raise UnsafePath(path, "which is not in a folder of the tree")
-        _read_node(tree, path, index.tree[path], index.tensors)
-    return tree
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files.values())
 
 
-def _read_node(tree: _Tree, path: str, node: Any, tensors: Sequence[TensorSpec]) -> None:
-    match node:
-        case {"link": str(target), **rest} if not rest:
-            if reason := safe_paths.why_not_link(path, target):
-                raise UnsafePath(path, reason)
-            tree.links[path] = target
-        case {"mode": int(mode), **rest} if not rest and mode >= 0:
-            tree.folders[path] = mode & MODE
-        case {"mode": int(mode), "data": TensorRef(number), **rest} if not rest and mode >= 0:
-            spec = tensors[number]
-            # a file twice would let a small index fill any disk
-            if spec.dtype != "uint8" or len(spec.shape) != 1 or number in tree.files:
-                raise CorruptIndex(f"{_NO_TREE}: {path[:200]!r} has no data of its own")
-            tree.files[number] = _File(path, mode & MODE, spec.nbytes)
-            tree.bytes += spec.nbytes
-        case _:
-            raise CorruptIndex(f"{_NO_TREE}: {path[:200]!r} is neither file, folder nor link")
-
-
-def _check_disk(tree: _Tree, folder: Path, force: bool) -> None:
-    """Create ``folder``. Raise RefusedPath or StorageError if something there, or too little space, is in the way."""
+def _plan(
+    repo: Repo, entry: Entry, index: Index, tree: Tree, folder: Path, force: bool, delete: bool, progress: Progress
+) -> _Plan:
+    """Create ``folder`` and look what is there. Raise RefusedPath or StorageError if that, or space, is in the way."""
     fs.make_directory(folder, 0o777)  # less what the umask takes away
     if not safe_paths.is_folder(safe_paths.status(folder)):
         raise RefusedPath(str(folder), "it is not a folder")
     occupied = _occupied(tree, folder)
-    if occupied and not force:
-        more = f" and {len(occupied) - 1} more" if len(occupied) > 1 else ""
-        raise RefusedPath(str(folder / occupied[0]), f"it exists{more}: --force replaces files")
+    right = matching(
+        index,
+        tree,
+        folder,
+        set(occupied),
+        read=lambda chunk: _read_chunk(repo, chunk),
+        threads=repo.threads,
+        progress=progress,
+    )
+    replaced = set(occupied) - right
+    deleted = _surplus(tree, folder) if delete else set()
+    lost = _held_by_none(repo, entry, folder, replaced | deleted)
+    if lost and not force:
+        first, more = min(lost), f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        action = "--force overwrites it" if first in replaced else "--force deletes it"
+        raise RefusedPath(
+            str(folder / first), f"it exists{more} as no version that was added: `castore add` keeps it, {action}"
+        )
     if pairs := safe_paths.colliding(tree.paths()):
         _check_collisions(folder, pairs)
+    plan = _Plan(
+        files={number: file for number, file in tree.files.items() if file.path not in right},
+        links={path: text for path, text in tree.links.items() if path not in right},
+        modes={
+            file.path: file.mode
+            for file in tree.files.values()
+            if file.path in right and stat.S_IMODE(occupied[file.path].st_mode) != file.mode
+        },
+        replaced=replaced,
+        deleted=deleted,
+        lost=lost,
+    )
     free = shutil.disk_usage(folder).free
-    if tree.bytes > free:
-        error = OSError(errno.ENOSPC, f"it takes {tree.bytes} bytes and {free} are free")
+    if plan.bytes > free:
+        error = OSError(errno.ENOSPC, f"it takes {plan.bytes} bytes and {free} are free")
         raise StorageError("check out to", str(folder), error)
+    return plan
 
 
-def _occupied(tree: _Tree, folder: Path) -> list[str]:
-    """Return the paths where files or links would be replaced. Raise RefusedPath for what is never replaced."""
-    occupied = []
+def _occupied(tree: Tree, folder: Path) -> dict[str, os.stat_result]:
+    """Return what exists where files and links belong. Raise RefusedPath for what is never replaced."""
+    occupied = {}
     for path in _reachable(tree, folder):
         status = safe_paths.status(folder / path)
         if path in tree.folders:
@@ -174,11 +189,11 @@ def _occupied(tree: _Tree, folder: Path) -> list[str]:
         elif status is not None and not safe_paths.is_replaceable(status):
             raise RefusedPath(str(folder / path), "it is neither a file nor a link there")
         elif status is not None:
-            occupied.append(path)
+            occupied[path] = status
     return occupied
 
 
-def _reachable(tree: _Tree, folder: Path) -> Iterator[str]:
+def _reachable(tree: Tree, folder: Path) -> Iterator[str]:
     """Yield the paths whose parent folders exist and are not links: nothing can be in the way of the others."""
     absent: set[str] = set()
     for path in tree.paths():
@@ -188,6 +203,59 @@ def _reachable(tree: _Tree, folder: Path) -> Iterator[str]:
         yield path
         if path in tree.folders and not safe_paths.is_folder(safe_paths.status(folder / path)):
             absent.add(path)
+
+
+def _surplus(tree: Tree, folder: Path) -> set[str]:
+    """Return the files and links in the tree's folders that the tree lacks. Raise RefusedPath for a device or pipe.
+
+    Folders named .git and .castore are passed over, as they are never added.
+    """
+    known = set(tree.paths())
+    surplus = set()
+    pending = [path for path in tree.folders if "/" not in path]
+    while pending:
+        parent = pending.pop()
+        for item in fs.scan(folder / parent):
+            path = f"{parent}/{item.name}"
+            status = safe_paths.status(folder / path)
+            if status is None or safe_paths.is_reserved(item.name) or output_file.is_leftover(item.name):
+                continue
+            if safe_paths.is_folder(status):
+                pending.append(path)
+            elif path not in known and not safe_paths.is_replaceable(status):
+                raise RefusedPath(str(folder / path), "it is neither a file nor a link: delete it yourself")
+            elif path not in known:
+                surplus.add(path)
+    return surplus
+
+
+def _held_by_none(repo: Repo, entry: Entry, folder: Path, paths: set[str]) -> set[str]:
+    """Return those of ``paths`` whose content is that of no version whose data is in the store."""
+    lost = set(paths)
+    names = {path.partition("/")[0] for path in paths}
+    for other in newest_first(repo.catalog.listing().entries):
+        if not lost:
+            break
+        if other.id == entry.id or other.manifest.kind != KIND or other.manifest.info.get("name") not in names:
+            continue
+        with contextlib.suppress(CastoreError):  # one that is damaged or gone holds nothing
+            index = part_index.decode(repo.store.read(other.manifest.parts[PART].index))
+            lost -= matching(
+                index,
+                read_tree(index),
+                folder,
+                lost,
+                holds=lambda chunk: repo.store.has(chunk.id),
+                read=lambda chunk: memoryview(repo.store.read(chunk.id)),
+                threads=repo.threads,
+            )
+    return lost
+
+
+def _read_chunk(repo: Repo, chunk: ChunkRef) -> memoryview:
+    data = memoryview(bytearray(chunk.length))
+    fallback.read_into(repo.store, repo.remotes, chunk.id, data)
+    return data
 
 
 def _check_collisions(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
@@ -200,16 +268,20 @@ def _check_collisions(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
             raise RefusedPath(str(folder / second), f"here it is the same file as {first}")
 
 
-class _Checkout:
-    """One checkout in progress: folders, then the files in them, then links, and the folders' permissions last."""
+# -- doing it --------------------------------------------------------------------------------------------------------
 
-    def __init__(self, repo: Repo, folder: Path, tree: _Tree, force: bool) -> None:
+
+class _Checkout:
+    """One checkout in progress: folders, the files in them, links, what is deleted; the folders' permissions last."""
+
+    def __init__(self, repo: Repo, folder: Path, tree: Tree, plan: _Plan) -> None:
         self._repo = repo
         self._folder = folder
         self._tree = tree
-        self._force = force
+        self._plan = plan
         self._durable = repo.config.store.fsync
-        self._unfinished: set[OutputFile] = set()
+        self._unfinished: dict[OutputFile, bool] = {}
+        """Files in the making, with whether each may replace one."""
 
     def run(self, index: Index, progress: Progress) -> None:
         new_folders = self._make_folders()
@@ -228,11 +300,22 @@ class _Checkout:
         finally:
             for output in self._unfinished:
                 output.discard()
-        for path, target in self._tree.links.items():
-            output_file.write_link(self._folder / path, target, replace=self._force)
-        if self._durable:
+        for path, target in self._plan.links.items():
+            output_file.write_link(self._folder / path, target, replace=path in self._plan.replaced)
+        for path, mode in self._plan.modes.items():
+            fs.set_mode(self._folder / path, mode)
+        self._delete()
+        if self._durable and (self._plan.files or self._plan.links or self._plan.deleted):
             for name in ("", *self._tree.folders):
                 fs.sync_directory(self._folder / name)
+
+    def _delete(self) -> None:
+        """Delete what the tree lacks, and the folders that are empty then."""
+        for path in self._plan.deleted:
+            fs.unlink(self._folder / path)
+        emptied = {str(parent) for path in self._plan.deleted for parent in PurePosixPath(path).parents[:-1]}
+        for path in sorted(emptied - set(self._tree.folders), reverse=True):
+            fs.remove_directory(self._folder / path)
 
     def _make_folders(self) -> dict[Path, int]:
         """Create the folders of the tree; return those that were not there, or unfinished, with their permissions."""
@@ -251,14 +334,14 @@ class _Checkout:
 
     def _written_files(self, index: Index, progress: Progress) -> Generator[OutputFile, None, None]:
         """Yield each file once all of its bytes are written; it has no name yet."""
-        for file in self._tree.files.values():
+        for file in self._plan.files.values():
             if not file.size:
                 yield self._create(file)
         outputs: dict[int, OutputFile] = {}
         done = 0
         for data, pieces in self._read_chunks(index):
             for piece in pieces:
-                file = self._tree.files[piece.tensor]
+                file = self._plan.files[piece.tensor]
                 if piece.start == 0:
                     outputs[piece.tensor] = self._create(file)
                 length = piece.stop - piece.start
@@ -266,29 +349,26 @@ class _Checkout:
                 if piece.stop == file.size:
                     yield outputs.pop(piece.tensor)
                 done += length
-            progress(done, self._tree.bytes)
+            progress(done, self._plan.bytes)
 
     def _read_chunks(self, index: Index) -> Iterator[tuple[memoryview, list[chunking.Piece]]]:
-        """Yield the chunks that hold bytes of files, in order. A tensor that is not a file of the tree isn't read."""
+        """Yield the chunks that hold bytes of files, in order. Those of no file to write aren't read."""
         extents = [
-            (spec.offset, spec.nbytes if number in self._tree.files else 0) for number, spec in enumerate(index.tensors)
+            (spec.offset, spec.nbytes if number in self._plan.files else 0) for number, spec in enumerate(index.tensors)
         ]
         covered = chunking.pieces_by_chunk(extents, [chunk.length for chunk in index.chunks])
 
         def read(item: tuple[ChunkRef, list[chunking.Piece]]) -> tuple[memoryview, list[chunking.Piece]]:
             chunk, pieces = item
-            data = memoryview(bytearray(chunk.length))
-            fallback.read_into(self._repo.store, self._repo.remotes, chunk.id, data)
-            return data, pieces
+            return _read_chunk(self._repo, chunk), pieces
 
         needed = [(chunk, pieces) for chunk, pieces in zip(index.chunks, covered, strict=True) if pieces]
         return map_ahead(read, needed, self._repo.threads)
 
-    def _create(self, file: _File) -> OutputFile:
+    def _create(self, file: File) -> OutputFile:
         output = OutputFile(self._folder / file.path, file.mode)
-        self._unfinished.add(output)
+        self._unfinished[output] = file.path in self._plan.replaced
         return output
 
     def _finish(self, output: OutputFile) -> None:
-        self._unfinished.remove(output)
-        output.finish(replace=self._force, durable=self._durable)
+        output.finish(replace=self._unfinished.pop(output), durable=self._durable)

@@ -187,10 +187,32 @@ def test_checkout_overwrites_only_when_told_to(empty: Project) -> None:
     empty.call("add", "texts")
     (empty.root / "texts" / "0.txt").write_text("mine")
     err = empty.call("checkout", "latest", code=2)
-    assert "won't write texts/0.txt: it exists and 5 more: --force replaces files" in err
+    assert "won't write texts/0.txt: it exists as no version that was added: `castore add` keeps it, --force" in err
     assert (empty.root / "texts" / "0.txt").read_text() == "mine"
-    empty.call("checkout", "latest", "--force")
+    out = empty.call("checkout", "latest", "--force").splitlines()
+    assert out[0] == "overwrote texts/0.txt, which no version holds"
+    assert out[1].startswith("wrote   1 file that differed, in texts: 6 files")
     assert "bottles" in (empty.root / "texts" / "0.txt").read_text()
+    assert empty.call("checkout", "latest").startswith("same    texts: 6 files")
+
+
+def test_checkout_goes_from_version_to_version_and_deletes_when_told_to(empty: Project) -> None:
+    first = empty.json("add", "texts")["id"]
+    (empty.root / "texts" / "0.txt").write_text("edited")
+    (empty.root / "texts" / "new.txt").write_text("new")
+    second = empty.json("add", "texts")["id"]
+    empty.call("checkout", first)
+    assert "bottles" in (empty.root / "texts" / "0.txt").read_text()
+    assert (empty.root / "texts" / "new.txt").exists()
+    out = empty.call("checkout", first, "--delete").splitlines()
+    assert out[0] == "deleted texts/new.txt, which another version holds"
+    assert not (empty.root / "texts" / "new.txt").exists()
+    empty.call("checkout", second)
+    assert (empty.root / "texts" / "0.txt").read_text() == "edited"
+    (empty.root / "texts" / "mine").write_text("mine")
+    assert "--force deletes it" in empty.call("checkout", second, "--delete", code=2)
+    shown = empty.json("checkout", second, "--delete", "--force")
+    assert (shown["written"], shown["deleted"], shown["lost"]) == (0, ["texts/mine"], ["texts/mine"])
 
 
 def test_checkout_never_replaces_a_pipe(empty: Project) -> None:
@@ -259,4 +281,6 @@ def test_names_from_a_manifest_reach_the_terminal_as_text(empty: Project) -> Non
     out = empty.call("checkout", "latest", "out")
     assert "\x1b" not in out
     assert "a\\x1b[2Jb\\n" in out
+    (empty.root / "out" / evil).write_text("mine")
     assert "\x1b" not in empty.call("checkout", "latest", "out", code=2)
+    assert "overwrote a\\x1b[2Jb\\n" in empty.call("checkout", "latest", "out", "--force")

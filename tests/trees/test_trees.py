@@ -310,7 +310,10 @@ def test_nothing_is_overwritten_unless_asked_for(repo: Repo, source: Path, tmp_p
     (out / "stuff" / "deep" / "other").write_text("also mine")
     (out / "stuff" / "run.sh").symlink_to(tmp_path / "elsewhere")
     before = look(out)
-    with pytest.raises(errors.RefusedPath, match=r"deep/secret: it exists and 1 more: --force"):
+    with pytest.raises(
+        errors.RefusedPath,
+        match=r"deep/secret: it exists and 1 more as no version .*--force overwrites it",
+    ):
         checkout.check_out(repo, added.id, out)
     assert look(out) == before
     checkout.check_out(repo, added.id, out, force=True)
@@ -318,6 +321,109 @@ def test_nothing_is_overwritten_unless_asked_for(repo: Repo, source: Path, tmp_p
         "deep": ("folder", 0o755)
     }
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_is_there_already_is_left_alone(repo: Repo, source: Path, tmp_path: Path) -> None:
+    added = add_tree(repo, source)
+    checkout.check_out(repo, added.id, tmp_path / "out")
+    before = {path: path.lstat().st_ino for path in (tmp_path / "out").rglob("*")}
+    for chunk in part_index.decode(repo.store.read(added.manifest.parts["files"].index)).chunks:
+        repo.store.path(chunk.id).unlink(missing_ok=True)  # nothing is read either
+    same = checkout.check_out(repo, added.id, tmp_path / "out")
+    assert {path: path.lstat().st_ino for path in (tmp_path / "out").rglob("*")} == before
+    assert (same.written, same.overwritten, same.deleted) == (0, (), ())
+    (tmp_path / "out" / "stuff" / "run.sh").chmod(0o600)
+    checkout.check_out(repo, added.id, tmp_path / "out")
+    assert look(tmp_path / "out" / "stuff") == look(source)
+
+
+def test_a_neighbour_in_the_same_chunk_is_no_edit(repo: Repo, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in "abc":
+        (tmp_path / "d" / name).write_text(name)
+    added = add_tree(repo, tmp_path / "d")
+    (tmp_path / "d" / "b").write_text("B")
+    with pytest.raises(errors.RefusedPath, match=r"d/b: it exists as no"):
+        checkout.check_out(repo, added.id, tmp_path)
+    done = checkout.check_out(repo, added.id, tmp_path, force=True)
+    assert (done.written, done.overwritten, done.lost) == (1, ("d/b",), ("d/b",))
+
+
+def test_a_version_whose_data_is_gone_holds_nothing(repo: Repo, tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_text("old")
+    old = add_tree(repo, file)
+    file.write_text("new")
+    new = add_tree(repo, file)
+    checkout.check_out(repo, old.id, tmp_path)
+    (chunk,) = part_index.decode(repo.store.read(old.manifest.parts["files"].index)).chunks
+    repo.store.path(chunk.id).unlink()
+    with pytest.raises(errors.RefusedPath, match="as no version"):
+        checkout.check_out(repo, new.id, tmp_path)
+    assert file.read_text() == "old"
+
+
+def test_delete_spares_git_pipes_and_what_is_beside_the_tree(repo: Repo, tmp_path: Path) -> None:
+    (tmp_path / "d" / "kept").mkdir(parents=True)
+    added = add_tree(repo, tmp_path / "d")
+    (tmp_path / "d" / ".git").mkdir()
+    (tmp_path / "d" / ".git" / "config").write_text("x")
+    (tmp_path / "d" / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "d" / "more" / "deep" / "link").symlink_to("nowhere")
+    (tmp_path / "beside").write_text("x")
+    os.mkfifo(tmp_path / "d" / "pipe")
+    with pytest.raises(errors.RefusedPath, match="neither a file nor a link"):
+        checkout.check_out(repo, added.id, tmp_path, force=True, delete=True)
+    (tmp_path / "d" / "pipe").unlink()
+    done = checkout.check_out(repo, added.id, tmp_path, force=True, delete=True)
+    assert done.deleted == done.lost == ("d/more/deep/link",)
+    assert set(look(tmp_path / "d")) == {".git", ".git/config", "kept"}
+    assert (tmp_path / "beside").exists()
+
+
+contents = st.sampled_from([b"", b"1", b"2", b"33"])
+edits = st.dictionaries(st.sampled_from(["a", "b", "s/a", "s/b"]), st.none() | contents, max_size=4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(versions=st.lists(edits, min_size=1, max_size=3), edit=edits, chosen=st.integers(0, 2), delete=st.booleans())
+def test_what_no_version_holds_is_never_lost(
+    repo: Repo,
+    tmp_path: Path,
+    versions: list[dict[str, bytes | None]],
+    edit: dict[str, bytes | None],
+    chosen: int,
+    delete: bool,
+) -> None:
+    """Against a model: (path, content) pairs that were added once may go, others may not."""
+
+    def apply(changes: dict[str, bytes | None]) -> dict[str, bytes]:
+        for path, content in changes.items():
+            (root / path).unlink(missing_ok=True)
+            if content is not None:
+                (root / path).write_bytes(content)
+        return {name: entry[2] for name, entry in look(root).items() if entry[0] == "file"}
+
+    serial = len(list(tmp_path.iterdir()))
+    root = tmp_path / str(serial) / f"tree{serial}"
+    (root / "s").mkdir(parents=True)
+    added = [(apply(changes), add_tree(repo, root).id) for changes in versions]
+    held = {pair for state, _ in added for pair in state.items()}
+    before = apply(edit)
+    wanted, selected = added[min(chosen, len(added) - 1)]
+    lost = {
+        path
+        for path, content in before.items()
+        if (path, content) not in held and (path in wanted or delete)
+    }  # fmt: skip
+    after = wanted if delete else before | wanted
+    if lost:
+        with pytest.raises(errors.RefusedPath):
+            checkout.check_out(repo, selected, root.parent, delete=delete)
+        assert apply({}) == before
+    done = checkout.check_out(repo, selected, root.parent, delete=delete, force=bool(lost))
+    assert {path.partition("/")[2] for path in done.lost} == lost
+    assert apply({}) == after
 
 
 @pytest.mark.parametrize("force", [False, True])
