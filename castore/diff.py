@@ -16,9 +16,8 @@ from castore.format.ids import ObjectId
 from castore.format.manifest import Entry, Manifest
 from castore.format.part_index import Index, Object, TensorRef, TensorSpec
 from castore.policy.scoring import score
-from castore.remotes import fallback
 from castore.repo import Repo
-from castore.state.parts import load_tensors, locate_errors
+from castore.state.parts import load_tensors, locate_errors, read_index
 
 State = Literal["equal", "changed", "added", "removed"]
 
@@ -175,9 +174,9 @@ def _diff_part(repo: Repo, name: str, before: Entry, after: Entry) -> Part:
     if part_before.index == part_after.index:
         return Part(name, "equal")
     sides = []
-    for entry, index_id in ((before, part_before.index), (after, part_after.index)):
+    for entry in (before, after):
         try:
-            sides.append(_Side.open(repo, entry.id, name, index_id))
+            sides.append(_Side.open(repo, entry, name))
         except ObjectMissing:
             return Part(name, "unknown", problem=f"the data of {entry.id[:12]} is not in the store")
     side_before, side_after = sides
@@ -197,10 +196,9 @@ class _Side:
     index: Index
 
     @classmethod
-    def open(cls, repo: Repo, checkpoint_id: ObjectId, part: str, index_id: ObjectId) -> _Side:
-        with locate_errors(part, checkpoint_id):
-            data, _ = fallback.read(repo.store, repo.remotes, index_id)
-            return cls(repo, checkpoint_id, part, part_index.decode(data))
+    def open(cls, repo: Repo, entry: Entry, part: str) -> _Side:
+        index = read_index(repo.store, repo.remotes, entry.id, entry.manifest, part)
+        return cls(repo, entry.id, part, index)
 
     def load(self, numbers: Iterable[int]) -> dict[int, Any]:
         """Return the tensors of these numbers in the index."""

@@ -20,6 +20,7 @@ from castore.remotes.folder import Folder
 from castore.repo import FOLDER, Repo
 from castore.stats import folder_usage
 from castore.storage import fs, git
+from castore.text import format_size
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -201,7 +202,7 @@ def _space(repo: Repo) -> Iterator[Check]:
     free = shutil.disk_usage(repo.root).free
     manifests = [entry.manifest for entry in repo.checkpoints()]
     largest = max((sum(part.stored_bytes for part in manifest.parts.values()) for manifest in manifests), default=0)
-    text = f"{_megabytes(free)} free, the largest checkpoint takes {_megabytes(largest)}"
+    text = f"{format_size(free)} free, the largest checkpoint takes {format_size(largest)}"
     advice = "free some, or run `castore gc` with a lower --max-size"
     if free < largest:
         yield Check("space", "problem", text, advice)
@@ -255,7 +256,7 @@ def _leftovers(repo: Repo) -> Iterator[Check]:
     usages = {name: folder_usage(repo.location.data / name) for name in advices}
     for name, files in usages.items():
         if files.files:
-            text = f"{_count(files.files, 'file')}, {_megabytes(files.bytes)}"
+            text = f"{_count(files.files, 'file')}, {format_size(files.bytes)}"
             yield Check(f"{name}/", "warning", text, advices[name])
     if not any(files.files for files in usages.values()):
         yield Check("leftovers", "ok", "none in tmp/, trash/ and quarantine/")
@@ -340,7 +341,7 @@ def _gc(repo: Repo) -> Iterator[Check]:
         advice = "repair that, in the work tree or the branch, tag or stash it is in: until then gc deletes nothing"
         yield Check("gc", "problem", f"gc would refuse: {reason}", advice)
     else:
-        yield Check("gc", "ok", f"knows what is needed and would free {_megabytes(plan.freed_bytes)}")
+        yield Check("gc", "ok", f"knows what is needed and would free {format_size(plan.freed_bytes)}")
 
 
 def _tags(repo: Repo) -> Iterator[Check]:
@@ -363,10 +364,6 @@ def _bundles(repo: Repo) -> Iterator[Check]:
         yield Check("bundles", "problem", f"{record.path}: {record.reason}", advice)
     if records and not broken:
         yield Check("bundles", "ok", f"{_count(len(records), 'record')} of bundles in GitHub's cache")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 def _count(number: int, thing: str) -> str:

@@ -481,8 +481,9 @@ class Repo:
         """Return the manifest that a selector names: the first digits of its id, a tag, ``best``, ``run:latest`` ...
 
         ``kind`` is what it must be, anything when None. ``best`` and ``latest`` are those of checkpoints that
-        :meth:`resolve` finds available; ``latest`` of another kind is the newest manifest of that kind. UnknownId,
-        AmbiguousId, NotFound, NothingMatches or NothingAvailable.
+        :meth:`resolve` finds available; ``latest`` of another kind is the newest manifest of that kind, and so is
+        ``books:latest`` where all that has the name ``books`` is of another kind. UnknownId, AmbiguousId, NotFound,
+        NothingMatches or NothingAvailable.
         """
         parsed = Selector.parse(selector, kind)
         if not parsed.is_relative:
@@ -491,9 +492,12 @@ class Repo:
             if tagged and not matches:
                 raise NotFound(f"tag {parsed.name} names {tagged[:12]}, whose manifest isn't here: restore it from git")
             return parsed.choose(matches, itertools.chain(self.catalog.tags()[0], self.catalog.known_ids()))
+        entries = self.catalog.listing().entries
+        if kind is None:
+            parsed = parsed.widened(entries)
         if parsed.kind == "checkpoint":
             return self.find(self.resolve(selector).require().id)
-        return parsed.newest(self.catalog.listing().entries)
+        return parsed.newest(entries)
 
     def resolve(
         self,

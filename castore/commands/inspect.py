@@ -48,6 +48,9 @@ def show(
         say(*outline(manifest.config, indent=""))
         return
     say(*_describe_entry(repo, entry))
+    if manifest.kind == "files":
+        say("info", *outline(manifest.info), f"what is in it: `castore ls {entry.id[:12]}`")
+        return
     if not show_all:
         counts = [
             plural(sum(1 for _ in outline(sections[name])), "line") + f" of {name}" for name in ("config", "info")
@@ -60,11 +63,14 @@ def show(
 
 def _describe_entry(repo: castore.Repo, entry: Entry) -> Iterator[str]:
     manifest = entry.manifest
-    score = castore.score(manifest)
     yield f"{manifest.kind:10} {entry.id}"
-    yield f"run        {manifest.run}, step {manifest.step:,}, {manifest.created}"
-    yield f"parent     {(manifest.parent or 'none')[:12]}"
-    yield f"score      {'none' if score is None else format_number(score)}"
+    if manifest.kind == "checkpoint":
+        score = castore.score(manifest)
+        yield f"run        {manifest.run}, step {manifest.step:,}, {manifest.created}"
+        yield f"parent     {(manifest.parent or 'none')[:12]}"
+        yield f"score      {'none' if score is None else format_number(score)}"
+    else:
+        yield f"name       {manifest.run}, {manifest.created}"
     for name, value in manifest.metrics.items():
         yield f"           {name} {format_number(value)}"
     tags = Tags(repo).of(entry)
@@ -74,7 +80,8 @@ def _describe_entry(repo: castore.Repo, entry: Entry) -> Iterator[str]:
     for name, part in manifest.parts.items():
         state = states[name]
         where = state.where if state.where != "missing" else f"missing: {state.reason}"
-        yield f"part       {name}: {format_size(part.bytes)}, {format_size(part.stored_bytes)} stored, {where}"
+        size = format_size(part.bytes) if part.bytes else "no tensors" if manifest.kind == "checkpoint" else "empty"
+        yield f"part       {name}: {size}, {format_size(part.stored_bytes)} stored, {where}"
 
 
 @app.command(epilog="Example: castore resolve best --json")

@@ -1,7 +1,8 @@
-"""What says where data is: `castore status` and `ls`."""
+"""What says where data is: `castore status`, `ls` and `find`."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,13 +10,14 @@ import typer
 
 import castore
 from castore import errors
-from castore.commands.console import JsonOption, plural, print_json, print_table, say, warn
+from castore.commands.console import Column, JsonOption, fields_of, plural, print_json, print_table, say, warn
 from castore.commands.remotes import RemoteOption, open_source
 from castore.text import format_number, format_size
 
 if TYPE_CHECKING:
     from castore.format.manifest import Entry
     from castore.remotes.base import PublishingRemote
+    from castore.trees.listing import Node
 
 app = typer.Typer()
 
@@ -97,25 +99,132 @@ def _status_lines(rows: Sequence[_StatusRow]) -> Iterator[str]:
         yield f"  and {len(rows) - 20:,} more"
 
 
-@app.command(epilog="Example: castore ls bucket")
+# -- ls and find -----------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: castore ls books:latest books/poems")
 def ls(
     what: Annotated[
         str, typer.Argument(metavar="ID|REMOTE", help="A checkpoint or added files; or a remote's name or URL.")
     ],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="[PATH]", help="A path in the files; PART or PART/TENSOR*.", show_default=False),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """List what a checkpoint consists of, or the checkpoints in a remote."""
+    """List what a checkpoint or added files consist of, or the checkpoints in a remote."""
     from castore.remotes.base import is_publishing
 
     if "/" not in what:
         repo = castore.Repo.open()
         if what not in repo.config.locations:
-            _list_parts(repo, repo.find(what), as_json)
+            _list_entry(repo, repo.find(what), path, as_json)
             return
+    if path:
+        raise errors.UsageError(f"a path is looked up in a checkpoint or added files, and {what} is a remote")
     remote = open_source(what)
     if not is_publishing(remote):
         raise errors.UsageError(f"{what} is a website, which has no list: the manifests in git say what there is")
     _list_remote(remote, as_json)
+
+
+def _list_entry(repo: castore.Repo, entry: Entry, path: str, as_json: bool) -> None:
+    if entry.manifest.kind == "files":
+        _list_files(repo, entry, path, as_json)
+    elif path:
+        _list_tensors(repo, entry, path, as_json)
+    else:
+        _list_parts(repo, entry, as_json)
+
+
+def _list_files(repo: castore.Repo, entry: Entry, path: str, as_json: bool) -> None:
+    from castore.trees.listing import list_tree, open_tree
+
+    nodes = list_tree(open_tree(repo, entry), path)
+    if as_json:
+        print_json([fields_of(node) for node in nodes])
+        return
+    print_table(("path", Column("size", right=True)), [(_describe_node(node), _size_of(node)) for node in nodes])
+
+
+def _describe_node(node: Node) -> str:
+    match node.kind:
+        case "folder":
+            return f"{node.path}/"
+        case "link":
+            return f"{node.path} -> {node.target}"
+        case "file":
+            return node.path
+
+
+def _size_of(node: Node) -> str:
+    return "-" if node.kind == "link" else format_size(node.bytes)
+
+
+def _list_tensors(repo: castore.Repo, entry: Entry, path: str, as_json: bool) -> None:
+    from castore.format import part_index
+    from castore.state.parts import read_index
+
+    part, _, pattern = path.partition("/")
+    if part not in entry.manifest.parts:
+        known = ", ".join(entry.manifest.parts)
+        raise errors.NotFound(f"{entry.id[:12]} has no part {part!r}; parts: {known}")
+    index = read_index(repo.store, repo.remotes, entry.id, entry.manifest, part)
+    tensors = {
+        name: index.tensors[value.number]
+        for name, value in part_index.leaves(index.tree)
+        if type(value) is part_index.TensorRef and fnmatch.fnmatchcase(name, pattern or "*")
+    }
+    if pattern and not tensors:
+        raise errors.NotFound(f"part {part} has no tensor {pattern!r}; `castore ls {entry.id[:12]} {part}` lists them")
+    if as_json:
+        print_json(
+            [
+                {"tensor": name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
+                for name, spec in tensors.items()
+            ]
+        )
+        return
+    print_table(
+        ("tensor", "dtype", "shape", Column("size", right=True)),
+        [
+            (name, spec.dtype, " x ".join(map(str, spec.shape)) or "scalar", format_size(spec.nbytes))
+            for name, spec in tensors.items()
+        ],
+    )
+
+
+@app.command(epilog="Example: castore find '*.txt'")
+def find(
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="A name, or a path if it has a /; * and ? match as in a shell.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Say which added files hold a path, and in which versions. Exits with 3 if none does."""
+    from castore.trees.listing import find as search
+
+    found = search(castore.Repo.open(), pattern)
+    warn(*(f"{entry_id[:12]} was not looked into: {reason}" for entry_id, reason in found.unread.items()))
+    if not found.found:
+        raise errors.NotFound(f"no added files hold {pattern!r}; `castore log --kind files` lists what was added")
+    if as_json:
+        print_json([{**fields_of(hit.node), "versions": [entry.id for entry in hit.versions]} for hit in found.found])
+        return
+    print_table(
+        ("path", Column("size", right=True), "newest", "of", Column("versions", right=True)),
+        [
+            (
+                _describe_node(hit.node),
+                _size_of(hit.node),
+                hit.versions[0].id[:12],
+                hit.versions[0].manifest.run,
+                str(len(hit.versions)),
+            )
+            for hit in found.found
+        ],
+    )
 
 
 def _list_remote(remote: PublishingRemote, as_json: bool) -> None:

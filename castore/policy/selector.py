@@ -7,6 +7,7 @@ such a text reads it here.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ class Selector:
     def is_relative(self) -> bool:
         """Whether this names a place in an order (``best``, ``latest``), not one manifest by its id."""
         return self.name == "latest" or (self.name == "best" and self.kind == "checkpoint")
+
+    def widened(self, entries: Iterable[Entry]) -> Selector:
+        """Return what ``RUN:latest`` means where any kind will do: of anything, if that run has no checkpoint."""
+        kinds = {entry.manifest.kind for entry in entries if self.run and entry.manifest.run == self.run}
+        if self.name != "latest" or not kinds or "checkpoint" in kinds:
+            return self
+        return dataclasses.replace(self, kind=None)
 
     def candidates(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return the entries of the wanted kind and run, in the order given. NotFound for a run that has none."""

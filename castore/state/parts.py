@@ -223,6 +223,14 @@ def _open_part(
         store.adopt(index_id, frame, memoryview(bytearray(len(data))))
 
 
+def read_index(
+    store: ObjectStore, remotes: Sequence[Remote], checkpoint_id: ObjectId, manifest: Manifest, name: str
+) -> Index:
+    """Return the index of a part, from the store or a remote, and none of its data. ObjectMissing, CorruptObject."""
+    with locate_errors(name, checkpoint_id):
+        return part_index.decode(fallback.read(store, remotes, manifest.parts[name].index)[0])
+
+
 def load_tensors(
     store: ObjectStore,
     index: Index,

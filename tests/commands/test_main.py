@@ -26,7 +26,7 @@ COMMANDS = (
     "init", "train", "demo",
     "log", "show", "resolve", "diff", "stats",
     "gc", "pin", "unpin", "tag", "untag", "forget",
-    "push", "fetch", "pull", "status", "ls",
+    "push", "fetch", "pull", "status", "ls", "find",
     "verify", "doctor",
     "export", "import", "average", "add", "checkout",
     "report",
@@ -121,6 +121,7 @@ def test_looking_imports_neither_torch_nor_numpy(trained: Project, arguments: li
     [
         ["status"],
         ["ls", "best"],
+        ["ls", "best", "model"],
         ["remote", "list"],
         ["remote", "add", "x", "s3://y/z", "--help"],
         ["stats"],
