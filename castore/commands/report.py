@@ -50,8 +50,6 @@ def report(
     repo = castore.Repo.open()
     if out != "-":
         collect.check_target(Path(out))
-    if form == "html":
-        html.charts_script()  # what can go wrong before anything is read
     with Display("making the report", "spinner"):
         collected = collect.collect_report(repo, datetime.now(UTC), run)
         text = (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import os
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from project import Project
 
 import castore
-from castore import Repo, errors, gc, stats
+from castore import Repo, gc, stats
 from castore.report import html
 from castore.report.as_json import report_as_json
 from castore.report.collect import SessionRecord, collect_report, compare_environments
@@ -273,7 +274,7 @@ def test_the_page_loads_nothing_and_only_its_own_scripts_may_run(told: Repo) -> 
 
 def test_nothing_inlined_ends_its_element() -> None:
     files = importlib.resources.files("castore.report")
-    for text in (html.charts_script(), (files / "page.js").read_text(encoding="utf-8")):
+    for text in ((files / name).read_text(encoding="utf-8") for name in (html.CHARTS, "page.js")):
         assert not re.search("</script|<!--", text, re.IGNORECASE)
     assert "</style" not in (files / "page.css").read_text(encoding="utf-8")
 
@@ -297,13 +298,10 @@ def test_the_page_has_every_field_of_every_manifest(told: Repo) -> None:
         assert made == whole
 
 
-def test_without_plotly_the_package_is_named(told: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    report = collect_report(told, NOW)
-    with pytest.raises(errors.PackageMissing, match=r"pip install 'castore\[report\]'"):
-        html.report_as_html(report)
-    assert report_as_markdown(report)
-    assert report_as_json(report)
+def test_the_charts_are_drawn_by_what_its_makers_published() -> None:
+    charts = (importlib.resources.files("castore.report") / html.CHARTS).read_bytes()
+    assert hashlib.sha256(charts).hexdigest() == "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba"
+    assert charts.startswith(b"/**\n* plotly.js (basic - minified) v4.1.1\n")
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
