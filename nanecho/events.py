@@ -96,8 +96,19 @@ class Skipped:
     reason: str
 
 
+class TrainLosses(msgspec.Struct, frozen=True):
+    """The training loss: ``means`` over spans of ``every`` steps from step ``first`` on, with spaces between."""
+
+    first: int
+    every: int
+    means: str
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a session did, as written to its JSON file. Losses are validation losses; seconds count training alone."""
+    """What a session did, as written to its JSON file.
+
+    Losses are validation losses but for ``train_losses``; seconds count training alone.
+    """
 
     run: str
     started: str
@@ -112,6 +123,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     start_loss: float | None
     final_loss: float | None
     best_loss: float | None
+    train_losses: TrainLosses
     checkpoints: list[str]
     skipped: list[str]
     tokens: int

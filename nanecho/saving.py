@@ -10,7 +10,7 @@ from castore import errors
 from castore.torch import AsyncSaver
 from nanecho import config as configs
 from nanecho.config import Config
-from nanecho.events import Began, Collected, Event, NotCollected, Pushing, Saved, Summary
+from nanecho.events import Began, Collected, Event, NotCollected, Pushing, Saved, Summary, TrainLosses
 from nanecho.session import TrainingSession
 
 _SAVES_PER_GC = 10
@@ -113,6 +113,11 @@ def summarise(session: TrainingSession, stopped: str) -> Summary:
         start_loss=began.val_loss,
         final_loss=session.final_loss,
         best_loss=session.best_loss,
+        train_losses=TrainLosses(
+            first=began.step,
+            every=session.train_losses.every,
+            means=" ".join(f"{mean:.5g}" for mean in session.train_losses.means),
+        ),
         checkpoints=session.checkpoints,
         skipped=session.skipped,
         tokens=session.tokens,

@@ -22,6 +22,7 @@ from nanecho import config as configs
 from nanecho import data
 from nanecho.config import Config
 from nanecho.events import Began
+from nanecho.losses import LossCurve
 from nanecho.model import GPT, Connections
 from nanecho.ranks import is_launched, local_rank, local_size, replicate, shard
 from nanecho.resume import RESUMED, ResumeChoice, choose, last_step
@@ -52,6 +53,7 @@ class TrainingSession:
     step: int = 0
     best_loss: float | None = None
     final_loss: float | None = None
+    train_losses: LossCurve = field(default_factory=LossCurve)
     parent: str | None = None
     tokens: int = 0
     seconds: float = 0.0

@@ -140,6 +140,7 @@ def _training_loop(
             yield Grew(session.step, session.connections.density)
         loss, stopping = train_step(session, training_forward, stop)
         session.seconds += clock() - step_began
+        session.train_losses.add(loss)
         yield from saving.landed()
         if session.step % config.run.log_every == 0:
             yield Stepped(session.step, loss, session.optimizer.param_groups[0]["lr"], session.tokens_per_second)

@@ -46,6 +46,12 @@ class Story:
         self.rng = random.Random(seed)
         self.now = START
 
+    def train_losses(self, first: int, steps: int, worse: float) -> dict[str, Any]:
+        means = [
+            1.28 + worse + 3.9 * math.exp(-(first + at) / 900) + self.rng.gauss(0, 0.06) for at in range(0, steps, 4)
+        ]
+        return {"first": first, "every": 4, "means": " ".join(f"{mean:.5g}" for mean in means)}
+
     def session(
         self,
         run: str,
@@ -140,6 +146,7 @@ class Story:
                 "start_loss": resumed.metrics["val_loss"] if resumed else None,
                 "final_loss": losses[-1],
                 "best_loss": min(losses),
+                **({"train_losses": self.train_losses(step, steps, worse)} if run == "main" else {}),
                 "checkpoints": made,
                 "skipped": ["step 150: the disk is full"] if rejected else [],
                 "tokens": steps * 2048,

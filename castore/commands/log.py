@@ -292,18 +292,26 @@ def _graph_text(entry: Entry, listed: Mapping[ObjectId, Mapping[str, PartState]]
 
 
 def _loss_curves(entries: Sequence[Entry]) -> list[Curve]:
-    """Return the validation loss of each run; the run with the newest checkpoint comes first."""
+    """Return the validation loss of each run; the run with the newest checkpoint comes first.
+
+    A run that went back to an earlier checkpoint has a curve for each branch, the newest one first.
+    """
+    from castore.policy.lineage import branches
     from castore.report.curves import Curve
 
-    runs: dict[str, dict[int, float]] = {}
+    runs: dict[str, list[Entry]] = {}
     for entry in entries:
-        manifest = entry.manifest
-        if "val_loss" in manifest.metrics:
-            # entries are newest first, and of several at one step the newest counts
-            runs.setdefault(manifest.run, {}).setdefault(manifest.step, manifest.metrics["val_loss"])
-    if not runs:
+        runs.setdefault(entry.manifest.run, []).append(entry)
+    curves = []
+    for run, its in runs.items():
+        measured = [[entry for entry in branch if "val_loss" in entry.manifest.metrics] for branch in branches(its)]
+        for number, branch in enumerate(filter(None, measured)):
+            name = f"{run}, branch {number + 1}" if number else run
+            losses = [entry.manifest.metrics["val_loss"] for entry in branch]
+            curves.append(Curve(name, [entry.manifest.step for entry in branch], losses))
+    if not curves:
         raise errors.NotFound("no checkpoint here has a validation loss")
-    return [Curve(run, sorted(points), [points[step] for step in sorted(points)]) for run, points in runs.items()]
+    return curves
 
 
 def entry_json(entry: Entry, states: Mapping[str, PartState], tags: Tags) -> dict[str, Any]:

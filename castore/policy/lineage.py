@@ -37,6 +37,32 @@ def draw(entries: Sequence[Entry]) -> Iterator[tuple[str, Entry | None]]:
                 open_parents.append(parent)
 
 
+def branches(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Return paths from parent to child, oldest first, that hold each entry of a run, that of the newest entry first.
+
+    ``entries`` are given newest first. A path that leaves another one begins with the entry where it leaves it. An
+    entry without a parent follows the one saved before it if its step is later: a loop may save without saying what
+    follows what.
+    """
+    known = {entry.id: entry for entry in entries}
+    by_time = sorted(entries, key=lambda entry: (entry.manifest.created, entry.manifest.step, entry.id), reverse=True)
+    before = dict(itertools.pairwise(entry.id for entry in by_time))
+    seen: set[ObjectId] = set()
+    paths = []
+    for entry in entries:
+        path: list[Entry] = []
+        following: Entry | None = entry
+        while following is not None and following.id not in seen:
+            seen.add(following.id)
+            path.append(following)
+            following = known.get(following.manifest.parent or before.get(following.id, following.id))
+            if following is not None and following.manifest.step >= path[-1].manifest.step:
+                following = None
+        if path:
+            paths.append([*([following] if following is not None else []), *path[::-1]])
+    return paths
+
+
 def _weights(children: dict[ObjectId | None, list[Entry]]) -> dict[ObjectId, int]:
     """Return the number of descendants of each checkpoint, itself included."""
     downwards = list(children.get(None, ()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from castore.report.collect import Report, ReportedCheckpoint
+from castore.report.collect import Report, ReportedCheckpoint, SessionRecord
 from castore.stats import stats_as_json
 
 
@@ -25,7 +25,7 @@ def report_as_json(report: Report) -> dict[str, Any]:
         "passed_over": [asdict(rejected) for rejected in report.resolution.rejected],
         "checkpoints": [_checkpoint(checkpoint) for checkpoint in report.checkpoints],
         "experiments": [msgspec.to_builtins(experiment) for experiment in report.experiments],
-        "sessions": [msgspec.to_builtins(session) for session in report.sessions],
+        "sessions": [_session(session) for session in report.sessions],
         "environment": {
             "differences": [
                 {
@@ -44,6 +44,15 @@ def report_as_json(report: Report) -> dict[str, Any]:
         },
         "store": stats_as_json(report.store),
         "broken": [asdict(file) for file in report.broken],
+    }
+
+
+def _session(session: SessionRecord) -> dict[str, Any]:
+    losses = session.train_losses
+    values = [float(mean) for mean in losses.means.split()] if losses else []
+    return {
+        **msgspec.to_builtins(session),
+        "train_losses": {"first": losses.first, "every": losses.every, "means": values} if losses else None,
     }
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections import Counter
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -53,6 +54,19 @@ class RecordedResolution(msgspec.Struct, frozen=True, kw_only=True):
     instead_of: str | None = None
 
 
+class RecordedLosses(msgspec.Struct, frozen=True):
+    """The training loss of a session: ``means`` over spans of ``every`` steps from step ``first`` on, as text."""
+
+    first: Annotated[int, msgspec.Meta(ge=0)]
+    every: Annotated[int, msgspec.Meta(ge=1)]
+    means: str
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the means are numbers with spaces between."""
+        if not all(math.isfinite(float(mean)) for mean in self.means.split()):
+            raise ValueError("a training loss is not finite")
+
+
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A training session, read from its summary.
 
@@ -71,6 +85,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     start_loss: float | None = None
     final_loss: float | None = None
     best_loss: float | None = None
+    train_losses: RecordedLosses | None = None
     checkpoints: list[str] = msgspec.field(default_factory=list)
     skipped: list[str] = msgspec.field(default_factory=list)
     tokens: int | None = None

@@ -151,19 +151,28 @@
   const axis = (more) => ({ zeroline: false, showline: false, ticks: "", automargin: true, nticks: 8, ...more });
   const steps = () => axis({ separatethousands: true, tickformat: ",d", showgrid: false, ticklabelstandoff: 4, rangemode: "tozero" });
 
+  // a loop may save without saying what follows what: then that is the checkpoint before, if its step is earlier
+  const followed = new Map(), lastOf = new Map();
+  for (const checkpoint of [...oldestFirst].sort((a, b) => (a.created < b.created ? -1 : Number(a.created > b.created)))) {
+    const before = lastOf.get(checkpoint.run);
+    if (checkpoint.parent !== null) followed.set(checkpoint, byId.get(checkpoint.parent));
+    else if (before && before.step < checkpoint.step) followed.set(checkpoint, before);
+    lastOf.set(checkpoint.run, checkpoint);
+  }
+
   /** The points of a group's curves: consecutive checkpoints along the lineage, each branch from where it left its parent. */
   function strands(points, value) {
     const x = [], y = [];
     const inGroup = new Set(points);
     const next = new Map();
     for (const checkpoint of points) {
-      const parent = byId.get(checkpoint.parent);
+      const parent = followed.get(checkpoint);
       if (inGroup.has(parent) && !next.has(parent) && value(checkpoint) !== null) next.set(parent, checkpoint);
     }
-    const followed = new Set(next.values());
+    const continued = new Set(next.values());
     for (const start of points) {
-      if (followed.has(start)) continue;
-      const parent = byId.get(start.parent);
+      if (continued.has(start)) continue;
+      const parent = followed.get(start);
       if (parent && value(parent) !== null) push(parent);
       for (let checkpoint = start; checkpoint; checkpoint = next.get(checkpoint)) push(checkpoint);
       x.push(null), y.push(null);
@@ -192,9 +201,22 @@
     if (!best || value(best) === null || hidden[colourBy].has(groupOf(best))) return [];
     return [{ ...dots([best], value, { symbol: "star", size: 17, color: "#e0a100", line: { width: 1.5, color: "#5c4200" } }), name: "best" }];
   }
+  /** The training loss of a group's sessions, as each recorded it over spans of its steps. */
+  function trained(group) {
+    const x = [], y = [];
+    data.sessions.forEach((session, i) => {
+      const name = colourBy === "run" ? session.run : `session ${i + 1}`;
+      if (!session.train_losses || name !== group.name) return;
+      const { first, every, means } = session.train_losses;
+      means.forEach((mean, at) => (x.push(Math.min(first + (at + 0.5) * every, session.final_step ?? Infinity)), y.push(mean)));
+      x.push(null), y.push(null);
+    });
+    return { type: "scatter", mode: "lines", hoverinfo: "skip", opacity: 0.45, x, y, line: { color: group.colour, width: 1 } };
+  }
   function overSteps(value, { dotted, shape } = {}) {
     const traces = [];
     for (const group of shown()) {
+      if (dotted) traces.push(trained(group));
       if (dotted && group.points.some((checkpoint) => dotted(checkpoint) !== null))
         traces.push(lines(group, dotted, { dash: "dot", width: 1.3 }, 0.75));
       if (group.points.some((checkpoint) => value(checkpoint) !== null)) {
@@ -285,6 +307,7 @@
   function qualitySection() {
     const names = [...new Set(data.checkpoints.flatMap((checkpoint) => Object.keys(checkpoint.metrics)))].sort();
     const hasTraining = names.includes("train_loss");
+    const hasSteps = data.sessions.some((session) => session.train_losses);
     const by = h("div.group", { role: "group", "aria-label": "Colour by" }, ["run", "session"].map((what) => {
       const choose = () => {
         colourBy = what;
@@ -297,8 +320,10 @@
       log.setAttribute("aria-pressed", String(log.getAttribute("aria-pressed") === "false"));
       redraw();
     } }, "Log scale");
+    // where a session recorded all of its steps, the loss of single ones adds nothing
+    const unrecorded = (checkpoint) => (data.sessions[checkpoint.session]?.train_losses ? null : metric("train_loss")(checkpoint));
     const loss = chart("chart-loss", "Loss over steps", 340, () => ({
-      traces: overSteps(metric("val_loss"), { dotted: hasTraining ? metric("train_loss") : null }),
+      traces: overSteps(metric("val_loss"), { dotted: hasTraining ? unrecorded : null }),
       layout: { xaxis: steps(), yaxis: axis({ type: log.getAttribute("aria-pressed") === "true" ? "log" : "linear" }) },
     }));
     // values are positions in a list, since a metric's name may be anything
@@ -320,7 +345,7 @@
       h("div.card", null,
         h("div.cardhead", null, h("h3", null, "Loss"), h("div.tools", null, log, by)),
         loss,
-        key([stroke("0"), "validation"], hasTraining && [stroke("3 3", 1.5), "training"], data.best && [starIcon(), "the best"]),
+        key([stroke("0"), "validation"], hasSteps && [stroke("0", 1), "training, every step"], hasTraining && data.checkpoints.some((checkpoint) => unrecorded(checkpoint) !== null) && [stroke("3 3", 1.5), "training"], data.best && [starIcon(), "the best"]),
         legend()),
       h("div.pair", { id: "pair" },
         h("div.card", null, h("div.cardhead", null, h("h3", null, "Score and metrics"), h("div.tools", null, choose)), score),
@@ -396,6 +421,47 @@
     document.getElementById("path-title")?.style.setProperty("margin-top", "0.9rem");
   }
 
+  // -- settings -------------------------------------------------------------------------------------------------------
+
+  const configs = new Map(data.checkpoints.map((checkpoint, i) => [checkpoint, data.values[data.manifests[i][1]]]));
+  function flat(config, prefix = "", into = new Map()) {
+    for (const [name, value] of Object.entries(config ?? {})) {
+      if (value !== null && typeof value === "object" && !Array.isArray(value) && Object.keys(value).length) flat(value, `${prefix}${name}.`, into);
+      else into.set(prefix + name, value);
+    }
+    return into;
+  }
+  const flatByConfig = new Map();
+  const settingsOf = (checkpoint) => {
+    const config = configs.get(checkpoint);
+    if (!flatByConfig.has(config)) flatByConfig.set(config, flat(config));
+    return flatByConfig.get(config);
+  };
+  const shownValue = (value) => (value === undefined ? "–" : typeof value === "string" ? value : JSON.stringify(value));
+  /** The settings that checkpoints differ in, those with the fewest values first. */
+  function differing(checkpoints) {
+    const distinct = [...new Set(checkpoints.map(settingsOf))];
+    const names = [...new Set(distinct.flatMap((settings) => [...settings.keys()]))];
+    const kinds = (name) => new Set(distinct.map((settings) => JSON.stringify(settings.get(name)))).size;
+    return names.map((name) => [name, kinds(name)]).filter(([, many]) => many > 1).sort((a, b) => a[1] - b[1] || (a[0] < b[0] ? -1 : 1)).map(([name]) => name);
+  }
+
+  /** The settings of the newest checkpoint of each run, side by side. */
+  function settingsSection() {
+    const newest = new Map();
+    for (const checkpoint of data.checkpoints) if (!newest.has(checkpoint.run)) newest.set(checkpoint.run, checkpoint);
+    const columns = [...newest.values()];
+    const names = differing(columns), all = new Set(columns.flatMap((checkpoint) => [...settingsOf(checkpoint).keys()]));
+    if (!all.size) return;
+    const same = Object.fromEntries([...all].filter((name) => !names.includes(name)).sort().map((name) => [name, settingsOf(columns[0]).get(name)]));
+    const rows = names.map((name) => h("tr", null, h("th.words", { scope: "row" }, foreign(name)), columns.map((checkpoint) => h("td.words", null, foreign(shownValue(settingsOf(checkpoint).get(name)))))));
+    const heads = columns.map((checkpoint) => h("th", { scope: "col" }, checkpoint.run, h("div.soft.small", null, link(checkpoint.id))));
+    section("settings", "Settings", columns.length > 1 ? (names.length ? "Where runs differ, as of the newest checkpoint of each." : "The same in all runs.") : "Of the newest checkpoint.",
+      h("div.card.flow", null,
+        names.length > 0 && h("div.wide", null, h("table.settings", null, h("caption.skip", null, "Settings that differ between runs"), h("thead", null, h("tr", null, h("th", { scope: "col" }, "Setting"), heads)), h("tbody", null, rows))),
+        Object.keys(same).length > 0 && h("details", { open: !names.length && columns.length === 1 }, h("summary", null, columns.length > 1 ? `${plural(Object.keys(same).length, "setting")} the same in all runs` : plural(Object.keys(same).length, "setting")), fields(same))));
+  }
+
   // -- the table of checkpoints ---------------------------------------------------------------------------------------
 
   function table(columns, rows, { first = 25, caption, sortBy = null, downwards = true, rowClass } = {}) {
@@ -451,6 +517,11 @@
   function checkpointsSection() {
     const latest = new Map(data.checkpoints.map((checkpoint, i) => [checkpoint, data.checkpoints.length - i]));
     const bytes = (checkpoint) => Object.values(checkpoint.parts).reduce((sum, part) => sum + part.stored_bytes, 0);
+    const hyper = differing(data.checkpoints).filter((name) => data.checkpoints.every((checkpoint) => typeof settingsOf(checkpoint).get(name) !== "object"));
+    const setting = (name) => ({
+      name: name.split(".").at(-1).slice(0, 24), css: ".num.phone.less",
+      sort: (checkpoint) => settingsOf(checkpoint).get(name) ?? null, cell: (checkpoint) => foreign(shownValue(settingsOf(checkpoint).get(name))),
+    });
     const columns = [
       { name: "Checkpoint", sort: (checkpoint) => latest.get(checkpoint), cell: (checkpoint) => [link(checkpoint.id), checkpoint.id === data.best && [" ", h("span.badge.gold", null, "best")], checkpoint.id === data.next?.id && checkpoint.id !== data.best && [" ", h("span.badge", null, "next")]] },
       { name: "Run", css: ".run.phone", sort: (checkpoint) => checkpoint.run, cell: (checkpoint) => checkpoint.run },
@@ -458,6 +529,7 @@
       { name: "Val loss", css: ".num", sort: (checkpoint) => checkpoint.metrics.val_loss ?? null, cell: (checkpoint) => number(checkpoint.metrics.val_loss) },
       { name: "Score", css: ".num.phone", sort: (checkpoint) => checkpoint.score, cell: (checkpoint) => number(checkpoint.score) },
       { name: "Data", sort: (checkpoint) => checkpoint.availability, cell: (checkpoint) => pill(checkpoint.availability) },
+      ...hyper.slice(0, 3).map(setting),
       { name: "Size", css: ".num.phone.less", sort: bytes, cell: (checkpoint) => size(bytes(checkpoint)) },
       { name: "Created", css: ".num.less", sort: (checkpoint) => checkpoint.created, cell: (checkpoint) => time(checkpoint.created).slice(0, -4) },
       { name: "Tags and note", css: ".tags.phone", cell: (checkpoint) => h("div.clip", null, checkpoint.tags.map((tag) => [h("span.badge", null, foreign(tag)), " "]), foreign(checkpoint.note)) },
@@ -703,8 +775,8 @@
     const saved = data.store.total.raw ? Math.round(100 * (1 - data.store.total.stored / data.store.total.raw)) : 0;
     const fact = (name, value, ...more) => h("div", null, h("dt", null, name), h("dd", null, value, h("div.more", null, more)));
     main.append(h("dl.facts", null,
-      fact("Best validation loss", number(best.metrics.val_loss), link(best.id), h("br"), `step ${count(best.step)} of ${best.run}`),
-      fact("Best score", number(best.score), data.experiments.length > 1 ? `in the newest of ${data.experiments.length} experiments` : "from 0 to 1, higher is better"),
+      best.metrics.val_loss !== undefined && fact("Best validation loss", number(best.metrics.val_loss), link(best.id), h("br"), `step ${count(best.step)} of ${best.run}`),
+      best.score !== null && fact("Best score", number(best.score), data.experiments.length > 1 ? `in the newest of ${data.experiments.length} experiments` : "from 0 to 1, higher is better"),
       fact("Newest checkpoint", `${count(newest.step)}`, "step of ", newest.run, h("br"), time(newest.created)),
       fact("Next session from step", next ? count(next.step) : "–", next ? ["resumes ", link(next.id), h("br"), next.availability === "full" ? "in full" : next.availability] : "has no data to resume from"),
       tokens > 0 && fact("Tokens trained", tokens >= 1e6 ? `${(tokens / 1e6).toFixed(1)} M` : count(tokens), plural(data.sessions.length, "session")),
@@ -748,6 +820,7 @@
     problems();
     qualitySection();
     lineageSection();
+    settingsSection();
     checkpointsSection();
     sessionsSection();
     retentionSection();

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
-from castore.policy.lineage import ancestors, draw, lanes
+from castore.policy.lineage import ancestors, branches, draw, lanes
 from castore.policy.order import newest_first
 
 
@@ -24,6 +25,32 @@ def grown(parents: list[int | None]) -> list[Entry]:
     for step, parent in enumerate(parents):
         entries.append(entry(step, parent=None if parent is None else entries[parent].id))
     return entries
+
+
+def steps(entries: list[Entry]) -> list[list[int]]:
+    return [[entry.manifest.step for entry in path] for path in branches(newest_first(entries))]
+
+
+def test_a_run_that_went_back_has_a_path_for_each_branch() -> None:
+    first = [entry(step, created=f"2026-01-0{step}T00:00:00.000000Z") for step in (1,)]
+    for step, back, day in ((2, 0, 2), (3, 1, 3), (2, 0, 4), (3, 3, 5)):
+        first.append(entry(step, parent=first[back].id, created=f"2026-01-0{day}T00:00:00.000000Z"))
+    assert steps(first) == [[1, 2, 3], [1, 2, 3]]
+    assert branches(newest_first(first))[0][1:] == first[3:]
+
+
+def test_entries_without_a_parent_follow_each_other_until_a_fresh_start() -> None:
+    days = [entry(step, created=f"2026-01-0{day}T00:00:00.000000Z") for day, step in enumerate((1, 2, 3, 1, 2), 1)]
+    assert steps(days) == [[1, 2, 3], [1, 2]]
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=25))
+def test_every_entry_is_on_one_path_and_steps_rise(choices: list[int]) -> None:
+    entries = grown([None, *(min(choice, i) for i, choice in enumerate(choices))])
+    paths = branches(newest_first(entries))
+    assert all(a.manifest.step < b.manifest.step for path in paths for a, b in itertools.pairwise(path))
+    own = [entry.id for number, path in enumerate(paths) for entry in (path if not number else path[1:])]
+    assert sorted(own) == sorted(entry.id for entry in entries)
 
 
 def test_a_chain_is_one_column() -> None:
