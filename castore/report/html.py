@@ -25,8 +25,8 @@ CHARTS = "plotly-basic.min.js"
 _MAX_EXACT = 1 << 53  # a browser's numbers hold every integer up to this one
 
 
-def report_as_html(report: Report) -> str:
-    """Return the report as an HTML page."""
+def report_as_html(report: Report, stamp: str = "") -> str:
+    """Return the report as an HTML page. One that is served with a ``stamp`` reloads itself when that has changed."""
     style, script, charts = map(_resource, ("page.css", "page.js", CHARTS))
     # The policy forbids the charts' code to make styles of its own. It first looks for elements with these ids: it puts
     # its rules into the first one, and takes the others, which are for maps, as already made.
@@ -38,6 +38,7 @@ def report_as_html(report: Report) -> str:
                 f"script-src {_hash(charts)} {_hash(script)}",
                 f"style-src {_hash(style)} {_hash('')}",
                 "img-src data:",
+                *(["connect-src 'self'"] if stamp else []),
                 "base-uri 'none'",
                 "form-action 'none'",
             )
@@ -46,7 +47,7 @@ def report_as_html(report: Report) -> str:
         "styles": "".join(f'<style id="{style_id}"></style>' for style_id in style_ids),
         "charts": charts,
         "script": script,
-        "data": embedded(page_data(report)),
+        "data": embedded({**page_data(report), "stamp": stamp}),
     }
     # in one pass, so that what was put in is not searched for placeholders
     return re.sub(r"\{\{(\w+)\}\}", lambda placeholder: pieces[placeholder[1]], _resource("page.html"))

@@ -833,7 +833,19 @@
       h("pre", null, `castore train${data.run ? ` --run ${data.run}` : ""}`)));
     problems();
   }
-  document.getElementById("foot").append(h("p", null, "Made by castore report. This file is complete in itself: it loads nothing."));
+  const words = h("p", null, data.stamp ? "Made by castore report --serve. It follows what is saved." : "Made by castore report. This file is complete in itself: it loads nothing.");
+  document.getElementById("foot").append(words);
+  if (data.stamp) {
+    const follow = setInterval(async () => {
+      try {
+        const now = await (await fetch("/stamp", { cache: "no-store" })).text();
+        if (now !== data.stamp && !panel.open) location.reload();
+      } catch {
+        clearInterval(follow);
+        words.textContent = "castore report --serve has ended: this page stays as it is.";
+      }
+    }, 2000);
+  }
   addEventListener("beforeprint", () => chartsDrawn.forEach((chart) => chart.draw()));
   addEventListener("scroll", hideTip, { passive: true });
   document.documentElement.dataset.ready = String(Math.round(performance.now()));

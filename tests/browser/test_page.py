@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -291,4 +292,44 @@ def test_it_is_readable_at_any_size(
     assert page.locator("#panel").evaluate("panel => panel.scrollWidth <= panel.clientWidth")
     page.screenshot(path=folder / f"panel-{size[0]}-{scheme}.png")
     assert watched.complaints == []
+    context.close()
+
+
+def test_settings_of_runs_stand_side_by_side(page: Page) -> None:
+    table = page.locator("table.settings")
+    assert table.locator("thead th").all_inner_texts()[0] == "Setting"
+    rows_ = [row.locator("th, td").all_inner_texts() for row in table.locator("tbody tr").all()]
+    assert [row[0] for row in rows_] == ["batch_size", "learning_rate"]
+    assert rows_[0][1:] == ["16", "16", "16", "64"]
+    heads = page.locator("#checkpoints thead th").all_inner_texts()
+    assert [head for head in heads if head in ("batch_size", "learning_rate")] == ["batch_size", "learning_rate"]
+
+
+def test_a_served_page_follows_what_is_saved(browser: Browser, tmp_path: Path) -> None:
+    from castore.report import html, serve
+    from castore.report.collect import collect_report
+
+    repo = Repo.init(tmp_path)
+    story = report_data.Story(repo)
+    story.session("main", None, 100, 50)
+    now = story.now
+    made = serve.Server(0, lambda: serve.stamp(repo), lambda mark: html.report_as_html(
+        collect_report(repo, now), mark).encode())  # fmt: skip
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(made.url)
+        expect(page.locator(".title .soft")).to_contain_text("2 checkpoints")
+        story.session("main", repo.find("latest").id, 100, 50)
+        expect(page.locator(".title .soft")).to_contain_text("4 checkpoints", timeout=10_000)
+        assert complaints == []
+    finally:
+        made.shutdown()
+        thread.join()
+        made.server_close()
+    expect(page.locator("#foot")).to_contain_text("has ended", timeout=10_000)
     context.close()

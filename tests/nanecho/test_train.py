@@ -62,6 +62,9 @@ def test_a_session_learns_saves_and_the_next_goes_on_from_there(repo: Repo, sess
     assert (first.start_step, first.final_step, first.steps, first.resumed_from) == (0, 4, 4, None)
     assert (second.start_step, second.final_step, second.resumed_from) == (4, 8, first.checkpoints[-1])
     assert second.start_loss == first.final_loss
+    losses = [(made.train_losses.first, made.train_losses.every, made.train_losses.means) for made in (first, second)]
+    assert [(start, every, len(means.split())) for start, every, means in losses] == [(0, 1, 4), (4, 1, 4)]
+    assert float(losses[0][2].split()[0]) > float(losses[1][2].split()[-1]) > 0
     assert second.final_loss is not None
     assert first.final_loss is not None
     assert second.final_loss < first.final_loss

@@ -5,9 +5,12 @@ import importlib.resources
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -399,3 +402,48 @@ def test_making_a_report_loads_neither_torch_nor_numpy(project: Project) -> None
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=project.root, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# -- served ------------------------------------------------------------------------------------------------------------
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_served_report_follows_what_is_saved(project: Project) -> None:
+    process = project.start("report", "--serve", "--port", "0")
+    try:
+        assert process.stdout is not None
+        url = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]  # type: ignore[index]
+        _, before = get(url)
+        assert json.loads(Elements(before).scripts[0])["checkpoints"] == []
+        stamped = json.loads(Elements(before).scripts[0])["stamp"]
+        assert get(f"{url}stamp") == (200, stamped)
+        report_data.Story(Repo.open(project.root)).session("main", None, 100, 50)
+        assert get(f"{url}stamp")[1] != stamped
+        after = json.loads(Elements(get(url)[1]).scripts[0])
+        assert (len(after["checkpoints"]), after["stamp"]) == (2, get(f"{url}stamp")[1])
+        assert get(url, Host="evil.example")[0] == 403
+        assert get(f"{url}.castore/config.toml")[0] == 404
+        assert "connect-src 'self'" in before
+        assert "--port 0 takes a free one" in project.call("report", "--serve", "--port", url[17:-1], code=2)
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    assert "writes no file" in project.call("report", "--serve", "-o", "x.html", code=2)
+    assert "connect-src" not in project.call("report", "-o", "-")
+
+
+def test_the_training_loss_of_every_step_is_in_the_report(told: Repo) -> None:
+    report = report_as_json(collect_report(told, NOW))
+    losses = [session["train_losses"] for session in report["sessions"] if session["run"] == "main"]
+    assert [(loss["first"], loss["every"], len(loss["means"])) for loss in losses[:2]] == [(0, 4, 125), (500, 4, 125)]
+    for means, every in (("1.0 nan", 1), ("1,2", 1), ("1.0", 0), ("1e999", 1)):
+        told.add_session("odd", NOW, {"started": "x", "train_losses": {"first": 0, "every": every, "means": means}})
+        assert "not a session's summary" in collect_report(told, NOW).broken[-1].reason
