@@ -12,6 +12,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import Display, JsonOption, plural, print_json, say
 from castore.text import format_size
 
@@ -25,7 +26,12 @@ app = typer.Typer()
 def verify(
     selectors: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ID]...", help="Only what these need, all of it.", show_default="everything"),
+        typer.Argument(
+            metavar="[ID]...",
+            help="Only what these need, all of it.",
+            show_default="everything",
+            autocompletion=completion.anything,
+        ),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Quarantine what is damaged and fetch it again from a remote.")

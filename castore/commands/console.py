@@ -23,6 +23,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.text import printable
 
 if TYPE_CHECKING:
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Selector = Annotated[
-    str, typer.Argument(metavar="ID", help="First digits of an id, a tag, or best, latest, run:best or run:latest.")
+    str,
+    typer.Argument(
+        metavar="ID",
+        help="First digits of an id, a tag, or best, latest, run:best or run:latest.",
+        autocompletion=completion.checkpoints,
+    ),
 ]
 TagsOption = Annotated[list[str] | None, typer.Option("--tag", help="Tag; may be repeated.")]
 NoteOption = Annotated[str, typer.Option(help="Note.", show_default=False)]

@@ -10,6 +10,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import (
     Display,
     JsonOption,
@@ -114,7 +115,11 @@ def import_file(
 def average(
     which: Annotated[
         list[str],
-        typer.Argument(metavar="WHICH...", help="best:5 or main:latest:3, or two ids and more."),
+        typer.Argument(
+            metavar="WHICH...",
+            help="best:5 or main:latest:3, or two ids and more.",
+            autocompletion=completion.checkpoints,
+        ),
     ],
     run: Annotated[str, typer.Option("-o", "--run", metavar="RUN", help="Run that the mean is saved in.")],
     decay: Annotated[
@@ -203,7 +208,11 @@ def add(
 def checkout(
     selector: Annotated[
         str,
-        typer.Argument(metavar="ID", help="First digits of the id of what was added, or latest, or NAME:latest."),
+        typer.Argument(
+            metavar="ID",
+            help="First digits of the id of what was added, or latest, or NAME:latest.",
+            autocompletion=completion.files,
+        ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put it.", show_default="here")] = Path(),
     force: Annotated[

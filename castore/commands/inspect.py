@@ -12,6 +12,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import JsonOption, Selector, outline, plural, print_json, print_table, say, warn
 from castore.commands.log import Tags, entry_json
 from castore.text import format_number, format_size
@@ -86,7 +87,10 @@ def _describe_entry(repo: castore.Repo, entry: Entry) -> Iterator[str]:
 
 @app.command(epilog="Example: castore resolve best --json")
 def resolve(
-    selector: Annotated[str, typer.Argument(metavar="[ID]", help="best, latest, run:best or an id.")] = "best",
+    selector: Annotated[
+        str,
+        typer.Argument(metavar="[ID]", help="best, latest, run:best or an id.", autocompletion=completion.checkpoints),
+    ] = "best",
     parts: Annotated[
         list[str] | None, typer.Option("--part", help="Only this part must be available; may be repeated.")
     ] = None,
@@ -120,8 +124,13 @@ def describe_match(match: castore.Match) -> str:
 
 @app.command(epilog="Example: castore diff main:best main:latest")
 def diff(
-    before: Annotated[str, typer.Argument(metavar="A", help="An id or name, as `castore show` takes it.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    before: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="An id or name, as `castore show` takes it.", autocompletion=completion.checkpoints
+        ),
+    ],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another one.", autocompletion=completion.checkpoints)],
     show_all: Annotated[bool, typer.Option("--all", help="Every tensor and value that differs.")] = False,
     part: Annotated[
         list[str] | None, typer.Option(help="Only this part, with all that differs; may be repeated.")

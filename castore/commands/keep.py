@@ -13,6 +13,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import Display, JsonOption, Selector, plural, print_json, print_table, say, warn
 from castore.text import format_size
 
@@ -237,7 +238,10 @@ def _warn_of_missing(checkpoint_id: ObjectId, states: Mapping[str, PartState]) -
 @app.command(epilog="Example: castore tag best release")
 def tag(
     selector: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="What to tag; without it, tags are listed.")
+        str | None,
+        typer.Argument(
+            metavar="[ID]", help="What to tag; without it, tags are listed.", autocompletion=completion.checkpoints
+        ),
     ] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="What to call it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Move a tag that names another checkpoint.")] = False,
@@ -287,7 +291,8 @@ def _list_tags(repo: castore.Repo, as_json: bool) -> None:
 
 @app.command(epilog="Example: castore untag release")
 def untag(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The tag to remove.")], as_json: JsonOption = False
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tag to remove.", autocompletion=completion.tags)],
+    as_json: JsonOption = False,
 ) -> None:
     """Remove a tag; the checkpoint stays for as long as the policy keeps it. A tag in another branch still counts."""
     castore.Repo.open().untag(name)

@@ -11,6 +11,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import Column, JsonOption, coloured, print_curves, print_json, print_table, say, warn
 from castore.text import format_age, format_number, format_size
 
@@ -31,8 +32,12 @@ Kind = Literal["checkpoint", "dataset", "files", "all"]
 
 @app.command(epilog="Example: castore log --filter 'run=ci and val_loss<2' --sort val_loss")
 def log(
-    run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
-    tag: Annotated[str | None, typer.Option(help="Only what has this tag.", show_default=False)] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Only this run.", show_default=False, autocompletion=completion.runs)
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="Only what has this tag.", show_default=False, autocompletion=completion.tags)
+    ] = None,
     filter_text: Annotated[
         str,
         typer.Option(

@@ -10,6 +10,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import Column, JsonOption, fields_of, plural, print_json, print_table, say, warn
 from castore.commands.remotes import RemoteOption, open_source
 from castore.text import format_number, format_size
@@ -105,7 +106,12 @@ def _status_lines(rows: Sequence[_StatusRow]) -> Iterator[str]:
 @app.command(epilog="Example: castore ls books:latest books/poems")
 def ls(
     what: Annotated[
-        str, typer.Argument(metavar="ID|REMOTE", help="A checkpoint or added files; or a remote's name or URL.")
+        str,
+        typer.Argument(
+            metavar="ID|REMOTE",
+            help="A checkpoint or added files; or a remote's name or URL.",
+            autocompletion=completion.anything,
+        ),
     ],
     path: Annotated[
         str,

@@ -11,6 +11,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import (
     Display,
     JsonOption,
@@ -33,10 +34,17 @@ remote_app = typer.Typer(help="Name the places that checkpoints are pushed to an
 app.add_typer(remote_app, name="remote")
 
 RemoteOption = Annotated[
-    str, typer.Option("--remote", metavar="NAME", help="Which remote.", show_default="the default one")
+    str,
+    typer.Option(
+        "--remote",
+        metavar="NAME",
+        help="Which remote.",
+        show_default="the default one",
+        autocompletion=completion.remotes,
+    ),
 ]
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Which remote.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Which remote.", autocompletion=completion.remotes)]
 
 # -- remote ----------------------------------------------------------------------------------------------------------
 
@@ -158,7 +166,12 @@ def _change(repo: castore.Repo, changes: Mapping[str, str | None]) -> None:
 def push(
     selectors: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ID]...", help="What to push.", show_default="all checkpoints with data here"),
+        typer.Argument(
+            metavar="[ID]...",
+            help="What to push.",
+            show_default="all checkpoints with data here",
+            autocompletion=completion.anything,
+        ),
     ] = None,
     remote: RemoteOption = "",
     everything: Annotated[bool, typer.Option("--all", help="Prepared data and added files, too.")] = False,
@@ -219,7 +232,10 @@ PartsOption = Annotated[
 @app.command(epilog="Example: castore fetch best --parts model")
 def fetch(
     selectors: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="What to fetch.", show_default="best")
+        list[str] | None,
+        typer.Argument(
+            metavar="[ID]...", help="What to fetch.", show_default="best", autocompletion=completion.anything
+        ),
     ] = None,
     parts: PartsOption = None,
     remote: RemoteOption = "",

@@ -11,6 +11,7 @@ import typer
 
 import castore
 from castore import errors
+from castore.commands import completion
 from castore.commands.console import Display, print_json, print_raw, say, warn
 from castore.text import format_size
 
@@ -32,7 +33,9 @@ OutOption = Annotated[
 @app.command(epilog="Example: castore report -o report.html")
 def report(
     out: OutOption = None,
-    run: Annotated[str | None, typer.Option(help="Only this run.", show_default=False)] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Only this run.", show_default=False, autocompletion=completion.runs)
+    ] = None,
     form: Annotated[
         Literal["html", "md", "json"], typer.Option("--format", help="A page, text for a job's summary, or JSON.")
     ] = "html",

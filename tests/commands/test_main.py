@@ -104,6 +104,41 @@ def test_outside_a_repository_each_says_what_to_do(tmp_path: Path) -> None:
         assert "run `castore init`" in project.call(*arguments, code=2)
 
 
+# -- completion -------------------------------------------------------------------------------------------------------
+
+
+def completed(project: Project, *words: str) -> list[str]:
+    """What bash is offered for the last word."""
+    environment = {"_CASTORE_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(["castore", *words])}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'castore'; from castore.__main__ import main; main()"],
+        env={**project.environment, **environment, "COMP_CWORD": str(len(words))},
+        cwd=project.root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_tab_offers_ids_runs_tags_and_remotes(history_copy: Project, tmp_path: Path) -> None:
+    history_copy.call("remote", "add", "bucket", str(tmp_path))
+    history_copy.call("tag", "latest", "stable")
+    history_copy.call("add", "texts", "--name", "books")
+    run, first = history_copy.json("log")[0]["run"], history_copy.json("log")[0]["id"][:12]
+    offered = completed(history_copy, "show", "")
+    assert offered[:2] == ["best", "latest"]
+    assert {f"{run}:best", "stable", first} <= set(offered)
+    assert completed(history_copy, "show", first[:4]) == [first]
+    assert completed(history_copy, "push", "--remote", "") == ["bucket"]
+    assert completed(history_copy, "untag", "s") == ["stable"]
+    assert completed(history_copy, "checkout", "b") == ["books:latest"]
+    assert run in completed(history_copy, "log", "--run", "")
+    elsewhere = Project(tmp_path)
+    assert completed(elsewhere, "-C", str(history_copy.root), "log", "--tag", "") == ["stable"]
+    assert completed(elsewhere, "show", "") == []
+
+
 # -- start-up ---------------------------------------------------------------------------------------------------------
 
 
