@@ -132,7 +132,7 @@ def test_tab_offers_ids_runs_tags_and_remotes(history_copy: Project, tmp_path: P
     assert completed(history_copy, "show", first[:4]) == [first]
     assert completed(history_copy, "push", "--remote", "") == ["bucket"]
     assert completed(history_copy, "untag", "s") == ["stable"]
-    assert completed(history_copy, "checkout", "b") == ["books:latest"]
+    assert completed(history_copy, "checkout", "boo") == ["books:latest"]
     assert run in completed(history_copy, "log", "--run", "")
     elsewhere = Project(tmp_path)
     assert completed(elsewhere, "-C", str(history_copy.root), "log", "--tag", "") == ["stable"]
