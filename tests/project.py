@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from warm import WarmProcess, at_start
+
 PROGRAM = str(Path(sys.executable).with_name("castore"))
 
 OPTIONS = """
@@ -76,6 +78,9 @@ class Project:
             "cwd": self.root,
             "env": self.environment,
         } | options
+        is_warm = "train" in arguments and "--help" not in arguments and not os.environ.get("CASTORE_TEST_COLD")
+        if is_warm and at_start(options["env"]) == at_start(os.environ) and options["stdout"] is not None:
+            return WarmProcess([PROGRAM, *arguments], text=True, **options)
         return subprocess.Popen([PROGRAM, *arguments], text=True, **options)
 
     def run(self, *arguments: str, code: int = 0, **options: Any) -> str:
