@@ -8,6 +8,7 @@ PEERS := build/peers
 BENCH := build/bench
 BROWSER := build/browser
 FRAMEWORKS := build/frameworks
+SITE := build/docs
 
 # How the tests run: one worker a processor, up to eight, since each imports torch. A worker takes neighbouring tests, so
 # that fixtures of a module are mostly set up once, and one that has nothing left takes over half of another's. (Not
@@ -16,7 +17,7 @@ WORKERS ?= auto
 PYTEST_ARGS ?=
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-frameworks test-browser clean
+.PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-frameworks test-browser docs clean
 
 train: $(READY)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
@@ -86,6 +87,15 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "castore needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+docs: $(SITE)/.ready  ## make a site of docs/ in build/site
+	$(SITE)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html is ready"
+
+$(SITE)/.ready: docs/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	@touch $@
 
 clean:  ## remove the virtual environment and caches; checkpoints stay

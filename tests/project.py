@@ -78,7 +78,8 @@ class Project:
             "cwd": self.root,
             "env": self.environment,
         } | options
-        is_warm = "train" in arguments and "--help" not in arguments and not os.environ.get("CASTORE_TEST_COLD")
+        # elsewhere a process with torch loaded is no safe one to fork
+        is_warm = "train" in arguments and "--help" not in arguments and sys.platform == "linux"
         if is_warm and at_start(options["env"]) == at_start(os.environ) and options["stdout"] is not None:
             return WarmProcess([PROGRAM, *arguments], text=True, **options)
         return subprocess.Popen([PROGRAM, *arguments], text=True, **options)

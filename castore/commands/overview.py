@@ -80,21 +80,23 @@ def _describe_status(rows: Sequence[_StatusRow], remote: str, repo: castore.Repo
         yield "remote  none: `castore remote add NAME URL` adds one"
     if unpushed:
         yield f"here, and not whole in {remote} (`castore push`):"
-        yield from _status_lines(unpushed)
+        yield from _status_lines(unpushed, has_remote=True)
     if absent:
         yield f"in {remote} alone (`castore fetch ID`):"
-        yield from _status_lines(absent)
+        yield from _status_lines(absent, has_remote=True)
     if uncommitted:
         yield "not committed (`git add .castore && git commit`):"
-        yield from _status_lines(uncommitted)
+        yield from _status_lines(uncommitted, has_remote=bool(remote))
     both = sum(bool(row[1]) and not set(row[1]) - set(row[2]) for row in rows)
     counts = [f"{both} here and there"] if remote else [f"{sum(bool(row[1]) for row in rows)} here"]
     yield f"in all  {plural(len(rows), 'manifest')}: {', '.join([*counts, f'{nowhere} whose data is nowhere'])}"
 
 
-def _status_lines(rows: Sequence[_StatusRow]) -> Iterator[str]:
+def _status_lines(rows: Sequence[_StatusRow], has_remote: bool) -> Iterator[str]:
     for entry, here, there, _ in rows[:20]:
-        places = f"here {' '.join(here) or '-'}, there {' '.join(there) or '-'}"
+        places = f"here {' '.join(here) or '-'}"
+        if has_remote:
+            places += f", there {' '.join(there) or '-'}"
         yield f"  {entry.id[:12]}  step {entry.manifest.step:,} of {entry.manifest.run}: {places}"
     if len(rows) > 20:
         yield f"  and {len(rows) - 20:,} more"
@@ -292,4 +294,4 @@ def _list_parts(repo: castore.Repo, entry: Entry, as_json: bool) -> None:
             ]
         )
         return
-    print_table(("part", "size", "stored", "data"), rows)
+    print_table(("part", Column("size", right=True), Column("stored", right=True), "data"), rows)
