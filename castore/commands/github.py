@@ -14,7 +14,7 @@ import typer
 
 import castore
 from castore import errors
-from castore.commands.console import Display, JsonOption, fields_of, print_json, say, warn
+from castore.commands.console import Display, JsonOption, fields_of, print_json, print_raw, say, warn
 from castore.commands.inspect import describe_match
 from castore.commands.keep import KeepOptimizerOption, KeepOption, MaxSizeOption, with_changes
 from castore.text import format_number, format_size
@@ -28,6 +28,19 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Hand progress from one job of GitHub Actions to the next, through its cache.", no_args_is_help=True
 )
+
+
+@app.command("workflow", epilog="Example: castore ci workflow > .github/workflows/train.yml")
+def ci_workflow(
+    action: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Whose action.", show_default="where castore was installed from"),
+    ] = None,
+) -> None:
+    """Print a workflow that trains every night, and hands on what was trained."""
+    from castore.github.workflow import workflow
+
+    print_raw(workflow(action))
 
 
 @app.command("restore", epilog="Example: castore ci restore --resume best")
@@ -45,8 +58,8 @@ def ci_restore(
 ) -> None:
     """Fetch what the next session starts from.
 
-    Runs inside an action, as GitHub gives no other step access to the cache: `uses: OWNER/castore@v1` with
-    `mode: restore`. The job's summary says what was done.
+    Runs inside an action, as GitHub gives no other step access to the cache: that of castore with `mode: restore`, see
+    `castore ci workflow`. The job's summary says what was done.
     """
     from castore.github import sessions, summary
 

@@ -101,7 +101,7 @@ class CacheService:
         if not url or not token:
             raise NotInActions(
                 "this step has no access to the cache: GitHub gives it to actions alone, not to `run:` steps. Write "
-                "`uses: OWNER/castore@v1` with `mode: restore` or `mode: save`"
+                "`castore ci workflow` prints a workflow with its `mode: restore` and `mode: save`"
             )
         proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY") or ""
         mode, allow_http = environment.get("ACTIONS_CACHE_MODE", ""), environment.get(_ALLOW_HTTP) == "1"

@@ -182,6 +182,41 @@ def test_the_documentation_shows_workflows_that_could_run() -> None:
         assert f"{name} " in train, name
 
 
+def test_a_workflow_is_printed_that_names_where_castore_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from castore.errors import UsageError
+    from castore.github import workflow as workflows
+
+    shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), re.DOTALL)
+    assert shown is not None
+    project = Project(tmp_path)
+    assert project.call("ci", "workflow", "--action", "you/castore", "--help")
+    assert project.run("ci", "workflow", "--action", "you/castore") == shown[1].replace("OWNER/", "you/")
+    assert "is not OWNER/NAME" in project.run("ci", "workflow", "--action", "you/castore@v1; id", code=2)
+
+    class Installed:
+        url = ""
+
+        def read_text(self, _name: str) -> str:
+            return json.dumps({"url": self.url})
+
+    monkeypatch.setattr(workflows.importlib.metadata, "distribution", lambda _name: Installed())
+    project.git("remote", "add", "origin", "git@github.com:mine/castore.git")
+    for url, owner in (
+        ("https://github.com/you/castore.git", "you/castore"),
+        ("ssh://git@github.com/you/fork", "you/fork"),
+        (tmp_path.as_uri(), "mine/castore"),
+        ("https://example.com/you/castore", None),
+        ("https://evilgithub.com/you/castore", None),
+        ("", None),
+    ):
+        Installed.url = url
+        assert workflows.installed_from() == owner
+    with pytest.raises(UsageError, match="--action OWNER/castore says"):
+        workflows.workflow()
+
+
 def test_the_route_by_actions_cache_saves_data_alone(tmp_path: Path) -> None:
     """After a restore that failed, an entry with nothing in it would be the newest, and restored from then on."""
     text = (ROOT / "docs" / "ci.md").read_text()
