@@ -6,12 +6,12 @@ import importlib.metadata
 import importlib.resources
 import json
 import re
-import subprocess
 import urllib.parse
 from contextlib import suppress
 from pathlib import Path
 
 from castore.errors import UsageError
+from castore.storage import git_process
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -38,14 +38,10 @@ def installed_from() -> str | None:
         origin = json.loads(importlib.metadata.distribution("castore").read_text("direct_url.json") or "{}")
         url = urllib.parse.urlsplit(str(origin.get("url", "")))
         if url.scheme == "file":
-            return _on_github(_origin_of(Path(urllib.parse.unquote(url.path))))
+            clone = Path(urllib.parse.unquote(url.path))
+            return _on_github(git_process.ask(clone, "remote", "get-url", "origin") or "")
         return _on_github(url.geturl())
     return None
-
-
-def _origin_of(clone: Path) -> str:
-    asked = ["git", "-C", str(clone), "remote", "get-url", "origin"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _on_github(url: str) -> str | None:
