@@ -356,7 +356,13 @@ class Checkpointer:
             if listing.broken:  # which may be of this run
                 return self.repo.resolve(word, self._experiment)
             return None
-        return self.repo.resolve(f"{self._run}:{word}", self._experiment)
+        selector = f"{self._run}:{word}"
+        resolution = self.repo.resolve(selector, self._experiment)
+        if resolution.match and "trainer" not in self.repo.find(resolution.match.id).manifest.parts:
+            # the mean of checkpoints, or an import: there is nothing in it to go on with
+            parts = ["model", "trainer", *(["optimizer"] if self._optimizer else [])]
+            resolution = self.repo.resolve(selector, self._experiment, parts=parts)
+        return resolution
 
     def _must_exist(self, resolution: Resolution) -> bool:
         """Whether there is a checkpoint that should be resumed: damaged, or of this experiment and without its data."""

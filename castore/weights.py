@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from castore import sharding
 from castore.errors import NotFound, UsageError
 from castore.format.manifest import Entry
 from castore.ranks import ranks_of
+from castore.repo import Repo
 from castore.restoring import (
     METADATA,
     can_be_filled,
@@ -25,14 +27,19 @@ from castore.state.boxes import Box
 from castore.state.shards import local_shards
 from castore.state.tensors import is_sharded
 
-if TYPE_CHECKING:
-    from castore.repo import Repo
+Where = Repo | str | os.PathLike[str]
+"""A repository, or a folder in one."""
 
 
-def load_model(model: torch.nn.Module, repo: Repo, want: str = "best", *, part: str = "model") -> Entry:
+def _opened(repo: Where) -> Repo:
+    return repo if isinstance(repo, Repo) else Repo.open(repo)
+
+
+def load_model(model: torch.nn.Module, repo: Where, want: str = "best", *, part: str = "model") -> Entry:
     """Load the weights of a checkpoint into a model, whatever saved it; return which checkpoint it was.
 
-    Names, but for what wrappers add to them, and shapes have to be the model's; other element types are converted.
+    ``repo`` may be a folder in a repository. Names, but for what wrappers add to them, and shapes have to be the
+    model's; other element types are converted.
     Every byte is verified before the model changes. Of a sharded model each rank reads what it has, and all ranks call
     this. The errors of :meth:`castore.Repo.load`; UsageError, before anything is changed, for what doesn't fit.
 
@@ -42,7 +49,7 @@ def load_model(model: torch.nn.Module, repo: Repo, want: str = "best", *, part: 
         >>> load_model(torch.nn.Linear(2, 1), repo, "mine:latest").manifest.step
         1
     """
-    ranks = ranks_of()
+    repo, ranks = _opened(repo), ranks_of()
     entry = sharding.find(repo, want, ranks)
     checkpoint = entry.id[:12]
     if any(map(is_sharded, model.state_dict().values())):
@@ -90,10 +97,11 @@ class WarmStarted:
 _LISTED = ("partly", "fresh", "unused")
 
 
-def warm_start(model: torch.nn.Module, repo: Repo, want: str, *, part: str = "model") -> WarmStarted:
+def warm_start(model: torch.nn.Module, repo: Where, want: str, *, part: str = "model") -> WarmStarted:
     """Copy the tensors of a checkpoint that fit, by name and shape, into a model; say which these are.
 
-    What wrappers add to names doesn't matter; another element type is converted. Optimizer and step are those of a
+    ``repo`` may be a folder in a repository. What wrappers add to names doesn't matter; another element type is
+    converted. Optimizer and step are those of a
     fresh start. Each rank of a sharded model reads the whole part, and takes what is its own. The errors of
     :meth:`castore.Repo.load`; UsageError, before anything is changed, when nothing fits.
 
@@ -103,6 +111,7 @@ def warm_start(model: torch.nn.Module, repo: Repo, want: str, *, part: str = "mo
         >>> warm_start(torch.nn.Embedding(6, 2), repo, "small:latest").partly
         ('weight',)
     """
+    repo = _opened(repo)
     entry = repo.find(want)
     state = repo.load(entry.id, [part])[part]
     if not isinstance(state, dict):

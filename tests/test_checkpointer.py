@@ -212,6 +212,22 @@ def test_a_checkpoint_of_something_else_is_told(repo: Repo) -> None:
         other(repo).resume(own)
 
 
+def test_a_mean_in_its_run_is_passed_over(repo: Repo) -> None:
+    from castore.averaging import average, choose
+
+    checkpointer = other(repo)
+    for step in (1, 2):
+        checkpointer.save(step, {"val_loss": 1.0})
+        checkpointer.wait()
+    (run,) = {entry.manifest.run for entry in repo.checkpoints()}
+    last = repo.find("latest").id
+    mean = average(repo, choose(repo, "latest", 2), run=run)
+    assert mean.saved.manifest.step == 2
+    again = other(repo)
+    assert again.resume() == 2
+    assert again.parent == last
+
+
 def test_reserved_names_are_refused(repo: Repo) -> None:
     with pytest.raises(UsageError, match="'random' is castore's own name"):
         Checkpointer(repo, linear(1), random=Part(1))

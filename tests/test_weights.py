@@ -72,6 +72,13 @@ def test_load_model_takes_whatever_saved_it(repo: Repo) -> None:
     assert torch.equal(halved["body"].weight, old["body"].weight.to(torch.bfloat16))
 
 
+def test_a_folder_will_do(repo: Repo) -> None:
+    saved(repo, body=nn.Linear(2, 2))
+    model = nn.ModuleDict({"body": nn.Linear(2, 2)})
+    assert load_model(model, repo.root.parent, "latest").id == repo.find("latest").id
+    assert warm_start(model, str(repo.root.parent), "latest").taken == ("body.weight", "body.bias")
+
+
 def test_load_model_changes_nothing_where_a_tensor_does_not_fit_or_is_damaged(repo: Repo) -> None:
     saved(repo, body=nn.Linear(3, 3), head=nn.Linear(3, 2))
     for other, message in (
