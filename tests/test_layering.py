@@ -36,7 +36,7 @@ LAYERS = [
     ["castore.torch", "castore.dcp"],
     ["castore.gc", "castore.verify", "castore.diff", "castore.stats", "castore.doctor", "castore.convert",
      "castore.averaging"],
-    ["castore.remote_gc", "castore.remote_verify"],
+    ["castore.remote_gc", "castore.remote_verify", "castore.signatures"],
     ["castore.report", "castore.github", "castore.trees", "castore.integrations"],
     ["castore"],  # the public names, which load the rest on first use
     ["castore.commands"],

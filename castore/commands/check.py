@@ -40,16 +40,25 @@ def verify(
         str | None,
         typer.Option(metavar="NAME", help="Read what this remote holds instead.", show_default=False),
     ] = None,
+    signed: Annotated[
+        bool, typer.Option("--signed", help="Check instead that signed commits brought the manifests.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Read everything in the store again, and check it.
 
     Exits with 5 when something is wrong that was not repaired. Stray files among the objects are listed, but are
-    harmless and don't count. Without --repair nothing is moved or changed.
+    harmless and don't count. Without --repair nothing is moved or changed. With --signed, 5 means that no commit
+    vouches for a checkpoint by the signature of a key that git is told to trust, as by gpg.ssh.allowedSignersFile.
     """
     from castore.verify import verify
 
     repo = castore.Repo.open()
+    if signed:
+        if repair or remote is not None:
+            raise errors.UsageError("--signed reads the history of git alone: leave out --repair and --remote")
+        _verify_signed(repo, selectors, as_json)
+        return
     if remote is not None:
         _verify_remote(repo, remote, selectors, repair, as_json)
         return
@@ -83,6 +92,28 @@ def _verify_remote(repo: castore.Repo, name: str, selectors: list[str] | None, r
         mend = f"{plural(len(findings), 'finding')}: `castore push --repair` where good copies are mends them"
         say(f"verify  {remote.name}, {plural(display.done, 'object')} read: {mend if findings else 'all is well'}")
     if findings:
+        sys.exit(5)
+
+
+def _verify_signed(repo: castore.Repo, selectors: list[str] | None, as_json: bool) -> None:
+    from castore.signatures import check_signatures
+
+    entries = [repo.find(selector) for selector in selectors] if selectors else repo.catalog.listing().entries
+    if not entries:
+        raise errors.NothingToDo("nothing to check: there is no manifest")
+    with Display("verify signatures", "spinner"):
+        vouched = list(check_signatures(repo, entries))
+    open_ = [item for item in vouched if item.reason]
+    if as_json:
+        print_json({"ok": not open_, "checkpoints": [dataclasses.asdict(item) for item in vouched]})
+    else:
+        for item in open_:
+            commit = f"commit {item.commit[:12]}: " if item.commit else ""
+            say(f"nobody  {item.id[:12]}, step {item.step:,} of {item.run}: {commit}{item.reason}")
+        signers = ", ".join(sorted({item.signer for item in vouched if not item.reason}))
+        good = len(vouched) - len(open_)
+        say(f"verify  {plural(good, 'manifest')} of {len(vouched)} signed{f' by {signers}' if signers else ''}")
+    if open_:
         sys.exit(5)
 
 

@@ -238,6 +238,50 @@ def problem(path: Path) -> str:
     return "" if done.returncode == 0 else printable(" ".join(os.fsdecode(done.stderr).split()))[:500]
 
 
+# -- who vouches -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """git's word on the signature of a commit: ``G`` for good and trusted, see ``%G?`` in git-log; and whose it is."""
+
+    code: str
+    signer: str
+
+
+def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
+    """Return which commits of HEAD's history added a file below ``folder / name``: path -> (commit, blob) pairs.
+
+    Paths are relative to ``folder``. A merge that brings a file counts as well. RootsUnreadable when git fails, and in
+    a shallow clone, whose oldest commit seems to have added everything.
+    """
+    if _demand(folder, "rev-parse", "--is-shallow-repository").strip() == "true":
+        raise RootsUnreadable("who brought a manifest isn't known in a shallow clone: `git fetch --unshallow` first")
+    prefix = _prefix(folder)
+    out = _demand(
+        folder, "log", "--format=%x00%H", "--raw", "-z", "--no-abbrev", "--no-renames", "--diff-filter=A",
+        "--diff-merges=first-parent", "--full-history", "HEAD", "--", name,
+    )  # fmt: skip
+    added: dict[str, list[tuple[str, str]]] = {}
+    commit_id = blob = ""
+    for field in out.split("\0"):
+        text = field.strip("\n")
+        if text.startswith(":"):
+            blob = text.split(" ")[3]
+        elif blob:
+            added.setdefault(field.removeprefix(prefix), []).append((commit_id, blob))
+            blob = ""
+        elif text:
+            commit_id = text
+    return added
+
+
+def signature(folder: Path, commit_id: str) -> Signature:
+    """Return what git says of a commit's signature, by the keys that its settings allow. RootsUnreadable."""
+    code, _, signer = _demand(folder, "log", "-1", "--format=%G?%x00%GS", commit_id).strip("\n").partition("\0")
+    return Signature(code, printable(signer))
+
+
 # -- for reports to people -----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,113 @@
+"""Checkpoints whose manifests were brought by signed commits, with real keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from project import Project
+
+from castore import Repo
+
+
+@pytest.fixture
+def signing(tmp_path: Path) -> Project:
+    """A repository in which git signs with a key that it trusts; another key, ``other``, is there too."""
+    for name in ("mine", "other"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    (tmp_path / "project").mkdir()
+    project = Project(tmp_path / "project")
+    project.call("init")
+    (tmp_path / "allowed").write_text(f"me@example.com {(tmp_path / 'mine.pub').read_text()}")
+    for key, value in (
+        ("gpg.format", "ssh"),
+        ("user.signingkey", str(tmp_path / "mine")),
+        ("gpg.ssh.allowedSignersFile", str(tmp_path / "allowed")),
+    ):
+        project.git("config", key, value)
+    return project
+
+
+def save(project: Project, step: int, *commit: str) -> str:
+    """A checkpoint whose manifest is committed with these options; its id."""
+    saved = Repo.open(project.root).save({"model": {"step": step}}, run="main", step=step)
+    if commit:
+        project.git("add", ".castore")
+        project.git("commit", "-q", "-m", "x", *commit)
+    return saved.id
+
+
+def vouched(project: Project, *arguments: str, code: int) -> dict[str, str]:
+    """The reason for each checkpoint that nobody vouches for; the signer of the others."""
+    process = project.start("verify", "--signed", "--json", *arguments)
+    out, err = process.communicate()
+    assert process.returncode == code, err
+    shown = json.loads(out)
+    assert shown["ok"] == (code == 0)
+    return {item["id"]: item["reason"] or item["signer"] for item in shown["checkpoints"]}
+
+
+def test_a_signed_commit_vouches_for_what_it_brings(signing: Project) -> None:
+    first = save(signing, 1, "-S")
+    assert vouched(signing, code=0) == {first: "me@example.com"}
+    assert "1 manifest of 1 signed by me@example.com" in signing.call("verify", "--signed")
+    second = save(signing, 2, "--no-gpg-sign")
+    assert vouched(signing, code=5) == {first: "me@example.com", second: "it has no signature"}
+    assert vouched(signing, first[:8], code=0) == {first: "me@example.com"}
+    third = save(signing, 3)
+    assert vouched(signing, third, code=5)[third].startswith("no commit in the history of HEAD")
+
+
+def test_a_key_that_is_not_allowed_vouches_for_nothing(signing: Project) -> None:
+    signing.git("config", "user.signingkey", str(signing.root.parent / "other"))
+    checkpoint = save(signing, 1, "-S")
+    assert vouched(signing, code=5) == {checkpoint: "the key is good, and not one that git is told to trust"}
+
+
+def test_a_signature_of_another_branch_counts_once_it_is_merged(signing: Project) -> None:
+    save(signing, 1, "-S")
+    signing.git("checkout", "-q", "-b", "side")
+    second = save(signing, 2, "-S")
+    signing.git("checkout", "-q", "-")
+    signing.git("commit", "-q", "--allow-empty", "-m", "main goes on")
+    assert second not in vouched(signing, code=0)
+    signing.git("merge", "-q", "--no-ff", "-m", "merge", "side")
+    assert vouched(signing, second, code=0) == {second: "me@example.com"}
+
+
+def test_a_forged_signature_is_told(signing: Project) -> None:
+    checkpoint = save(signing, 1, "-S")
+    raw = subprocess.run(
+        ["git", "cat-file", "commit", "HEAD"], cwd=signing.root, capture_output=True, check=True
+    ).stdout
+    forged = raw.replace(b"\n\nx\n", b"\n\nanother message\n")
+    assert forged != raw
+    made = subprocess.run(
+        ["git", "hash-object", "-w", "-t", "commit", "--stdin"],
+        cwd=signing.root,
+        input=forged,
+        capture_output=True,
+        check=True,
+    )
+    signing.git("update-ref", "HEAD", made.stdout.decode().strip())
+    assert vouched(signing, code=5) == {checkpoint: "its signature is wrong"}
+
+
+def test_a_shallow_clone_is_no_proof(signing: Project, tmp_path: Path) -> None:
+    save(signing, 1, "-S")
+    save(signing, 2, "-S")
+    clone = tmp_path / "clone"
+    signing.git("clone", "-q", "--depth", "1", signing.root.as_uri(), str(clone))
+    environment = signing.environment | {"PWD": str(clone)}
+    process = signing.start("-C", os.fspath(clone), "verify", "--signed", env=environment)
+    _, err = process.communicate()
+    assert process.returncode == 4
+    assert "git fetch --unshallow" in err
+
+
+def test_it_is_an_error_to_ask_for_more(signing: Project) -> None:
+    assert "nothing to check" in signing.call("verify", "--signed", code=7)
+    assert "leave out --repair" in signing.call("verify", "--signed", "--repair", code=2)
