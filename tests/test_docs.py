@@ -99,3 +99,14 @@ def test_links_between_pages_lead_somewhere() -> None:
     for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md", *DOCS.parent.glob("[A-Z]*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
             assert "://" in target or target.startswith("mailto:") or (path.parent / target).exists(), (path, target)
+
+
+def test_the_tests_that_pages_name_exist() -> None:
+    named = 0
+    for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        for arguments in re.findall(r"`pytest ([^`]+)`", path.read_text(encoding="utf-8")):
+            files, _, word = arguments.partition(" -k ")
+            texts = [(DOCS.parent / file).read_text(encoding="utf-8") for file in files.split()]
+            assert all(re.search(rf"^def test_\w*{word}", text, re.MULTILINE) for text in texts), arguments
+            named += 1
+    assert named > 20
