@@ -18,7 +18,7 @@ WORKERS ?= auto
 PYTEST_ARGS ?=
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-frameworks test-browser docs clean
+.PHONY: train test test-fast check bench bench-full lint-workflows test-peers test-frameworks test-browser docs torture clean
 
 train: $(INSTALLED)  ## train for a session, resuming from the best checkpoint there is
 	$(BIN)/castore train --resume best
@@ -93,6 +93,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(READY): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+torture: $(READY)  ## kills, power cuts, hostile bytes, and eight processes at once: about 20 minutes
+	$(BIN)/python -m pytest $(PARALLEL) tests/storage/test_crash.py tests/test_gc_damage.py tests/test_dcp_failures.py
+	$(BIN)/python tests/fuzz.py --seconds 600
+	$(BIN)/python bench/soak.py --seconds 500
 
 docs: $(SITE)/.ready  ## make a site of docs/ in build/site
 	$(SITE)/bin/mkdocs build --strict --quiet

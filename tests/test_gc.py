@@ -637,7 +637,7 @@ def collect_for_a_while(path: Path, seconds: float) -> None:
 
 @pytest.mark.slow
 def test_writers_and_gc_at_once_lose_nothing(tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
-    """Each writer loads what it has just saved; bench/soak.py does this for a minute with eight of them."""
+    """Each writer loads what it has just saved; bench/soak.py does this for a minute, with kills."""
     Repo.init(tmp_path)
     config = tmp_path / ".castore" / "config.toml"
     config.write_text('[store]\nchunk_size = "64KiB"\nthreads = 1\nfsync = false\n')
