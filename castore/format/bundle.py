@@ -101,6 +101,8 @@ def read_tail(bundle_id: ObjectId, tail: Buffer, size: int) -> dict[ObjectId, Pl
     if len(trailer) < _TRAILER.size or hash_bytes(index) != bundle_id:
         raise CorruptBundle("its index does not match its id: the entry holds other bytes")
     frames_end, count, magic = _TRAILER.unpack(trailer)
+    if len(index) % _PLACE.size:
+        raise CorruptBundle("its index is no whole number of entries")
     if (frames_end, count, magic) != (size - len(tail), len(index) // _PLACE.size, _MAGIC):
         raise CorruptBundle("its trailer contradicts its index")
     places = {}
