@@ -1,4 +1,4 @@
-"""What the wheel holds is enough for the first minutes. Its dependencies are those of the tests: see tests/peers."""
+"""The wheel holds what castore needs. tests/peers plays the first minutes with it, in clean environments."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from first_minutes import build_wheel, play
+from first_minutes import build_wheel
 from project import Project
 
 
-def test_a_new_user_gets_along_with_the_wheel_and_the_readme(tmp_path: Path) -> None:
+def test_the_wheel_is_complete(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, sys.executable)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -25,4 +25,13 @@ def test_a_new_user_gets_along_with_the_wheel_and_the_readme(tmp_path: Path) -> 
         where, cwd=folder, env=environment, capture_output=True, text=True, check=True
     ).stdout.split()
     assert all(Path(path).is_relative_to(tmp_path / "installed") for path in found)
-    play([sys.executable, "-m", "castore"], sys.executable, folder, environment)
+
+    def castore(*arguments: str) -> str:
+        command = [sys.executable, "-m", "castore", *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+
+    castore("init")
+    assert "wrote   report.html" in castore("report")
+    assert castore("ci", "workflow", "--action", "you/castore").startswith("name: train\n")
+    assert "castore/format/FORMAT.md" in names
+    assert "castore/py.typed" in names
