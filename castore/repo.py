@@ -492,12 +492,11 @@ class Repo:
             if tagged and not matches:
                 raise NotFound(f"tag {parsed.name} names {tagged[:12]}, whose manifest isn't here: restore it from git")
             return parsed.choose(matches, itertools.chain(self.catalog.tags()[0], self.catalog.known_ids()))
-        entries = self.catalog.listing().entries
-        if kind is None:
-            parsed = parsed.widened(entries)
+        if kind is None and parsed.run:
+            parsed = parsed.widened(self.catalog.listing().entries)
         if parsed.kind == "checkpoint":
             return self.find(self.resolve(selector).require().id)
-        return parsed.newest(entries)
+        return parsed.newest(self.catalog.listing().entries)
 
     def resolve(
         self,

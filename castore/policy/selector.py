@@ -69,7 +69,7 @@ class Selector:
 
     def widened(self, entries: Iterable[Entry]) -> Selector:
         """Return what ``RUN:latest`` means where any kind will do: of anything, if that run has no checkpoint."""
-        kinds = {entry.manifest.kind for entry in entries if self.run and entry.manifest.run == self.run}
+        kinds = {entry.manifest.kind for entry in entries if entry.manifest.run == self.run}
         if self.name != "latest" or not kinds or "checkpoint" in kinds:
             return self
         return dataclasses.replace(self, kind=None)

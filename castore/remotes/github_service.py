@@ -100,7 +100,7 @@ class CacheService:
         url, token = environment.get("ACTIONS_RESULTS_URL", ""), environment.get("ACTIONS_RUNTIME_TOKEN", "")
         if not url or not token:
             raise NotInActions(
-                "this step has no access to the cache: GitHub gives it to actions alone, not to `run:` steps. Write "
+                "this step has no access to the cache: GitHub gives it to actions alone, not to `run:` steps; "
                 "`castore ci workflow` prints a workflow with its `mode: restore` and `mode: save`"
             )
         proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY") or ""

@@ -12,7 +12,6 @@ from pathlib import Path
 from castore.errors import UsageError
 from castore.repo import Repo
 
-PORT = 8765
 _WATCHED = ("manifests", "sessions", "pins", "tags", "bundles", "objects")
 
 

@@ -338,7 +338,7 @@ class _Checkout:
             if not file.size:
                 yield self._create(file)
         outputs: dict[int, OutputFile] = {}
-        done = 0
+        done, total = 0, self._plan.bytes
         for data, pieces in self._read_chunks(index):
             for piece in pieces:
                 file = self._plan.files[piece.tensor]
@@ -349,7 +349,7 @@ class _Checkout:
                 if piece.stop == file.size:
                     yield outputs.pop(piece.tensor)
                 done += length
-            progress(done, self._plan.bytes)
+            progress(done, total)
 
     def _read_chunks(self, index: Index) -> Iterator[tuple[memoryview, list[chunking.Piece]]]:
         """Yield the chunks that hold bytes of files, in order. Those of no file to write aren't read."""
