@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def commit(path: Path) -> str | None:
         return None
     changed = ask(path, "status", "--porcelain", "--untracked-files=no")
     return f"{head}-dirty" if changed else head
+
+
+@contextlib.contextmanager
+def _understanding() -> Iterator[None]:
+    """Raise RootsUnreadable when the block can't make sense of what git printed."""
+    try:
+        yield
+    except (ValueError, IndexError, OSError) as error:
+        raise RootsUnreadable("git printed what castore does not understand: check that git works here") from error
 
 
 # -- everything that git still holds ---------------------------------------------------------------------------------
@@ -87,12 +97,14 @@ def _prefix(folder: Path) -> str:
     return _demand(folder, "rev-parse", "--show-prefix").removesuffix("\n")
 
 
+@_understanding()
 def _snapshot(folder: Path, prefix: str, tip: str, commit_id: str, names: Sequence[str]) -> Snapshot:
     paths = [prefix + name for name in names]
     out = _demand(folder, "ls-tree", "-r", "-z", "--full-tree", commit_id, "--", *paths)
     return Snapshot(printable(tip), _files(out, blob_field=2, prefix=prefix))
 
 
+@_understanding()
 def _tips(folder: Path) -> list[tuple[str, str]]:
     """Return (name, commit or tree) of everything that git keeps."""
     found = []
@@ -142,15 +154,16 @@ def altered(folder: Path, names: Sequence[str]) -> list[str] | None:
         return None
     blobs = _files(out, blob_field=1, prefix="")
     left_out = set(changed.split("\0"))
-    paths = [path for path in blobs if path not in left_out and (folder / path).is_file() and "\n" not in path]
+    paths = [path for path in blobs if path not in left_out and os.path.isfile(folder / path) and "\n" not in path]
     given = "".join(f"{folder / path}\n" for path in paths).encode(errors="surrogateescape")
     try:
         here = _demand_bytes(folder, ["hash-object", "--no-filters", "--stdin-paths"], given).decode().split()
-    except RootsUnreadable:
+        return [path for path, blob in zip(paths, here, strict=True) if blobs[path] != blob]
+    except (RootsUnreadable, ValueError):
         return None
-    return [path for path, blob in zip(paths, here, strict=True) if blobs[path] != blob]
 
 
+@_understanding()
 def worktrees(folder: Path) -> tuple[str, list[Path]]:
     """Return where ``folder`` lies in its work tree, and the tops of all its repository's work trees, its own first."""
     top = Path(_demand(folder, "rev-parse", "--show-toplevel").removesuffix("\n")).resolve()
@@ -160,6 +173,7 @@ def worktrees(folder: Path) -> tuple[str, list[Path]]:
     return str(folder.resolve().relative_to(top)), [top, *others]
 
 
+@_understanding()
 def blobs(folder: Path, places: Mapping[str, str], limit: int) -> dict[str, bytes]:
     """Return the content of each blob of ``places``, which maps blob ids to where each was found, for messages.
 
@@ -196,6 +210,7 @@ def _check(folder: Path, names: Sequence[str]) -> list[str]:
     return split_lines(os.fsdecode(_demand_bytes(folder, ["cat-file", "--batch-check"], given)))
 
 
+@_understanding()
 def _files(out: str, *, blob_field: int, prefix: str) -> dict[str, str]:
     """Return path -> blob id of the regular files in a listing: a link can't be a manifest or a pin."""
     files: dict[str, str] = {}
@@ -249,6 +264,7 @@ class Signature:
     signer: str
 
 
+@_understanding()
 def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
     """Return which commits of HEAD's history added a file below ``folder / name``: path -> (commit, blob) pairs.
 
