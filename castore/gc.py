@@ -104,15 +104,15 @@ def collect_garbage(
             plan, unverified = _plan(repo, request, damaged, restore=not dry_run)
             if not (unverified and verify):
                 if not dry_run:
-                    repo.store.discard(plan.delete)
+                    rank = _deletion_rank(decision.entry for decision in plan.decisions)
+                    repo.store.discard(plan.delete, rank)
                     repo.store.remove_leftovers((request.now - _LEFTOVER_AGE).timestamp())
                 break
         # data is to go because better data stays: that is read first, while others may work
         with repo.lock(wait=wait):
             damaged |= _find_damage(repo, unverified, progress, mend=not dry_run)
     if not dry_run:
-        order = {object_id: place for place, object_id in enumerate(plan.delete)}
-        repo.store.empty_trash(lambda object_id: order.get(object_id, len(order)))
+        repo.store.empty_trash(rank)
     return plan
 
 

@@ -85,7 +85,7 @@ def pull(
         fetch_objects(store, recorders, missing, progress)
         # last: an index without its chunks would be taken for damage
         for index_id, (data, frame) in indexes.items():
-            store.adopt(index_id, frame, memoryview(bytearray(len(data))))
+            store.adopt_index(index_id, frame, len(data))
     plain_bytes = sum(missing.values()) + sum(len(data) for data, _ in indexes.values())
     errors = {recorder.name: recorder.error for recorder in recorders if recorder.error}
     return Pulled(len(missing) + len(indexes), plain_bytes, errors)
@@ -284,7 +284,7 @@ class _Push:
             return None
         try:
             return [chunk.id for chunk in part_index.decode_chunks(self._store.read(index_id))]
-        except CorruptionError as error:
+        except (ObjectMissing, CorruptionError) as error:  # missing: gc has its turn between any two parts
             self._left_out[entry.id, name] = str(error)
             return None
 

@@ -16,6 +16,8 @@ from builders import exact
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from make_golden import describe
+from second_reader import read_part
 
 import castore
 from castore import Repo, errors
@@ -725,6 +727,14 @@ class Model(RuleBasedStateMachine):
         for checkpoint_id, names in getattr(self, "promised", {}).items():
             wanted = {name: self.state[checkpoint_id][name] for name in names}
             assert exact(self.repo.load(checkpoint_id, parts=names)) == exact(wanted)
+
+    @invariant()
+    def another_reader_finds_the_same(self) -> None:
+        for checkpoint_id, names in getattr(self, "promised", {}).items():
+            manifest = self.repo.find(checkpoint_id).manifest
+            for name in names:
+                read = read_part(self.repo.root, manifest.parts[name].index)
+                assert read == describe(self.state[checkpoint_id][name])
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):

@@ -31,6 +31,7 @@ class Folder:
     name: str
     path: Path
     _corrupt: dict[ObjectId, str] = field(default_factory=dict)
+    _sure: set[Path] = field(default_factory=set)
 
     @classmethod
     def from_location(cls, name: str, location: str, base: Path) -> Self:
@@ -95,9 +96,7 @@ class Folder:
     def put(self, object_id: ObjectId, frame: bytes, *, renew: bool = False) -> bool:
         """Publish a verified frame, durably; return False if a good copy was there already. StorageError."""
         path, temporary = self._file(object_id), self.path / "tmp"
-        for folder in (temporary, path.parent):
-            if fs.make_directory(folder):
-                fs.sync_directory(folder.parent)
+        self._make_folders(temporary, path.parent)
         is_new = fs.publish(path, frame, temporary)
         if not (is_new or renew) and self._is_good(object_id):
             return False
@@ -134,8 +133,7 @@ class Folder:
     def write_file(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write a file, durably; return False, without ``replace``, if there was one already. StorageError."""
         path, temporary = self.path / name, self.path / "tmp"
-        for folder in (temporary, path.parent):
-            fs.make_directory(folder)
+        self._make_folders(temporary, path.parent)
         return fs.publish(path, data, temporary, replace=replace)
 
     def remove(self, names: Sequence[str]) -> None:
@@ -147,6 +145,19 @@ class Folder:
                 continue
             except OSError as error:
                 raise StorageError("remove", str(self.path / name), error) from error
+
+    def _make_folders(self, *folders: Path) -> None:
+        """Create folders, and those above them, whose names are durable then, whoever created them."""
+        for folder in folders:
+            is_new = fs.make_directory(folder)
+            if not is_new and (folder == self.path or folder in self._sure):
+                continue
+            if folder != self.path:
+                self._make_folders(folder.parent)
+            # the process that created it may have died before syncing; one sync serves for all that are there by now
+            there = [Path(item.path) for item in fs.scan(folder.parent)]
+            fs.sync_directory(folder.parent)
+            self._sure.update(there)
 
     def _is_good(self, object_id: ObjectId) -> bool:
         """Whether the file decodes to the bytes that the id names, whatever was marked before."""

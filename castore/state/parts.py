@@ -220,7 +220,7 @@ def _open_part(
         yield part_index.decode(data)
     # after its chunks: an index without them would be taken for damage
     if frame is not None:
-        store.adopt(index_id, frame, memoryview(bytearray(len(data))))
+        store.adopt_index(index_id, frame, len(data))
 
 
 def read_index(

@@ -270,7 +270,7 @@ def publish(path: Path, data: bytes, temporary_folder: Path, *, durable: bool = 
     try:
         with closing(descriptor, temporary):
             write(descriptor, temporary, [data])
-            if durable:
+            if durable and data:  # an empty file is its name
                 sync(descriptor, temporary)
         is_written = True
         if replace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 import threading
@@ -18,6 +19,7 @@ from castore.errors import CorruptObject, ObjectMissing, StateChanged, StorageEr
 from castore.format import codecs
 from castore.format.frame import MAX_STORED, bound, decode_frame, encode_frame_into, plain_length
 from castore.format.ids import Buffer, ObjectId, hash_bytes, is_object_id
+from castore.parallel import map_all
 from castore.storage import fs
 from castore.storage.buffers import COPIES, FILES
 
@@ -83,6 +85,9 @@ class ObjectStore:
         self._settled: dict[ObjectId, fs.Stamp] = {}
         # objects whose content this process has verified, or written itself
         self._verified: dict[ObjectId, fs.Stamp] = {}
+        # folders with objects that were adopted, whose names may not be on the disk yet
+        self._unsure: set[Path] = set()
+        self._lock = threading.Lock()
         self._scratch = codecs.Scratch()
         self._plain = codecs.Scratch()
         self._direct = None if direct else False  # None until it was tried
@@ -221,6 +226,21 @@ class ObjectStore:
             self._place(object_id, buffer, len(frame))
         finally:
             FILES.give_back(buffer)
+        with self._lock:
+            self._unsure.add(self.path(object_id).parent)
+
+    def adopt_index(self, index_id: ObjectId, frame: bytes, length: int) -> None:
+        """Adopt the index, of ``length`` plain bytes, of a part whose chunks are all here.
+
+        An index without its chunks would be taken for damage, so what was adopted before is made sure first. Errors
+        are those of :meth:`adopt`.
+        """
+        with self._lock:
+            folders, self._unsure = self._unsure, set()
+        if self.durable and folders:
+            above = {self.objects.parent, self.objects}
+            map_all(fs.sync_directory, sorted(above | folders), _FINISHERS, name="castore-sync")
+        self.adopt(index_id, frame, memoryview(bytearray(length)))
 
     def _place(self, object_id: ObjectId, buffer: memoryview, size: int) -> None:
         """Write the first ``size`` bytes of a buffer of the pool as an object's file."""
@@ -250,18 +270,21 @@ class ObjectStore:
 
     # -- removing: trash and quarantine ------------------------------------------------------------------------------
 
-    def discard(self, object_ids: Iterable[ObjectId]) -> None:
-        """Move objects to the trash, in the order given. The caller holds the exclusive lock.
+    def discard(self, object_ids: Iterable[ObjectId], rank: Callable[[ObjectId], int] = _unranked) -> None:
+        """Move objects to the trash, lower ranks first, also if the power fails. The caller holds the exclusive lock.
 
         On a disk so full that the trash can't take another name, delete what was moved, and the rest where it lies.
         """
         moved: list[ObjectId] = []
         is_full = not self._make_trash()
-        for object_id in object_ids:
-            is_full = is_full or not self._move_to_trash(object_id, moved)
-            if is_full:
-                fs.unlink(self.path(object_id))
-            self._settled.pop(object_id, None)
+        for number, (_, group) in enumerate(itertools.groupby(sorted(object_ids, key=rank), key=rank)):
+            if number and self.durable and not is_full:
+                fs.sync_directory(self.trash)
+            for object_id in group:
+                is_full = is_full or not self._move_to_trash(object_id, moved)
+                if is_full:
+                    fs.unlink(self.path(object_id))
+                self._settled.pop(object_id, None)
 
     def _make_trash(self) -> bool:
         """Whether the trash is there, or could be made."""
@@ -286,14 +309,24 @@ class ObjectStore:
 
         Needs no lock: restoring an object from it is one atomic rename.
         """
-        for path in self._files_in_trash(rank):
-            fs.unlink(path)
+        for group in self._trash_by_rank(rank):
+            for path in group:
+                fs.unlink(path)
 
     def restore_trash(self, rank: Callable[[ObjectId], int] = _unranked) -> None:
-        """Restore every object from the trash, higher ranks first. The caller holds the exclusive lock."""
-        for path in reversed(self._files_in_trash(rank)):
-            if is_object_id(path.name) and not self.has(ObjectId(path.name)):
-                self._restore_from_trash(ObjectId(path.name))
+        """Restore every object from the trash, higher ranks first, also if the power fails.
+
+        The caller holds the exclusive lock.
+        """
+        for group in reversed(self._trash_by_rank(rank)):
+            folders = set()
+            for path in group:
+                if is_object_id(path.name) and not self.has(ObjectId(path.name)):
+                    self._restore_from_trash(ObjectId(path.name))
+                    folders.add(self.path(ObjectId(path.name)).parent)
+            if self.durable and folders:
+                for folder in (self.objects, *sorted(folders)):
+                    fs.sync_directory(folder)
 
     def _restore_from_trash(self, object_id: ObjectId) -> bool:
         """Restore the object from trash; return False if it is not there."""
@@ -308,14 +341,15 @@ class ObjectStore:
             raise
         return True
 
-    def _files_in_trash(self, rank: Callable[[ObjectId], int]) -> list[Path]:
-        """List the files in the trash, by rank; castore puts no folders there, so any are left alone."""
+    def _trash_by_rank(self, rank: Callable[[ObjectId], int]) -> list[list[Path]]:
+        """List the files in the trash, grouped by rank; castore puts no folders there, so any are left alone."""
         if not self.trash.is_dir():
             return []
         _refuse_link(self.trash)
         with os.scandir(self.trash) as files:
-            names = [file.name for file in files if not file.is_dir(follow_symlinks=False)]
-        return [self.trash / name for name in sorted(names, key=lambda name: rank(ObjectId(name)))]
+            names = [ObjectId(file.name) for file in files if not file.is_dir(follow_symlinks=False)]
+        groups = itertools.groupby(sorted(names, key=rank), key=rank)
+        return [[self.trash / name for name in group] for _, group in groups]
 
     def quarantined(self) -> frozenset[ObjectId]:
         """Return the ids of the objects of which a damaged copy was moved to quarantine."""

@@ -91,7 +91,7 @@ def check_out(
         _Checkout(repo, folder, tree, plan).run(index, progress)
         # last, and only with all of its chunks: without them it would be taken for damage
         if frame is not None and all(repo.store.has(chunk.id) for chunk in index.chunks):
-            repo.store.adopt(index_id, frame, memoryview(bytearray(len(data))))
+            repo.store.adopt_index(index_id, frame, len(data))
     return CheckedOut(
         id=entry.id,
         paths=tuple(folder / name for name in tree.paths() if "/" not in name),

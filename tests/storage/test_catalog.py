@@ -10,6 +10,7 @@ from project import Project
 
 from castore import Repo, errors
 from castore.errors import AmbiguousId, CorruptManifest, StorageError, UnknownId
+from castore.format.bundle import Record
 from castore.format.manifest import Entry, Manifest
 from castore.policy.selector import Selector
 from castore.storage.catalog import Catalog
@@ -192,3 +193,15 @@ def test_manifests_that_a_sparse_checkout_hides_are_no_fresh_start(tmp_path: Pat
     assert len(project.json("log")) == 1
     project.git("rm", "-q", "-r", ".castore/manifests/main")  # on purpose
     assert project.json("log") == []
+
+
+def test_a_record_under_another_name_is_broken(catalog: Catalog) -> None:
+    one = entry(1)
+    parts = {one.manifest.parts["model"].index: [one.id]}
+    record = Record(bundle=one.id, key="k", created="2026-01-01T00:00:00.000000Z", bytes=999, objects=1, parts=parts)
+    path = catalog.add_record(record)
+    assert catalog.records() == ([record], [])
+    path.rename(path.with_name("0123456789abcdef.json"))
+    records, broken = catalog.records()
+    assert records == []
+    assert [item.reason for item in broken] == [f"its content belongs under {record.file_name}"]

@@ -28,8 +28,9 @@ def fail(number: int) -> Any:
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full, and then fails when files are closed and removed, too. Faults that no real disk here has."""
+    assert tmp_path.exists()  # to make it, pytest closes files
     monkeypatch.setattr("castore.storage.fs.os.writev", fail(errno.ENOSPC))
     monkeypatch.setattr("castore.storage.fs.os.unlink", fail(errno.EROFS))
     close = os.close
@@ -64,10 +65,10 @@ def test_nor_why_a_save_failed(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> N
 # -- the lock ----------------------------------------------------------------------------------------------------------
 
 
-def hold_again_and_again(path: str, start: float, until: float) -> None:
+def hold_again_and_again(path: str, start: float) -> None:
     """Hold the shared lock for 0.3 s, and again at once, as a process that loads one checkpoint after another does."""
     time.sleep(start)
-    while time.monotonic() < until:
+    while True:  # until the test is over, which ends it
         with fs.lock(Path(path), exclusive=False, timeout=10):
             time.sleep(0.3)
 
@@ -76,15 +77,14 @@ def test_overlapping_shared_holders_do_not_keep_the_exclusive_lock_out(
     tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
     path = tmp_path / "lock"
-    until = time.monotonic() + 8
-    for number in range(4):  # one of them has the lock at any time
-        start(hold_again_and_again, str(path), number * 0.08, until)
+    # one of them has the lock at any time
+    holders = [start(hold_again_and_again, str(path), number * 0.08) for number in range(4)]
     while not path.exists():
         time.sleep(0.01)
     time.sleep(1)
     for _ in range(3):
         with fs.lock(path, exclusive=True, timeout=3):
-            assert time.monotonic() < until
+            assert all(holder.is_alive() for holder in holders)
         time.sleep(0.2)
 
 
