@@ -61,6 +61,17 @@ def test_a_signed_commit_vouches_for_what_it_brings(signing: Project) -> None:
     assert vouched(signing, third, code=5)[third].startswith("no commit in the history of HEAD")
 
 
+def test_a_signed_commit_vouches_for_the_bytes_that_it_brought_and_no_others(signing: Project) -> None:
+    checkpoint = save(signing, 1)
+    (manifest,) = (signing.root / ".castore" / "manifests" / "main").glob("*.json")
+    good = manifest.read_bytes()
+    for data, sign in ((b"{}", "-S"), (None, "-S"), (good, "--no-gpg-sign")):
+        manifest.unlink() if data is None else manifest.write_bytes(data)
+        signing.git("add", "-A", ".castore")
+        signing.git("commit", "-q", "-m", "x", sign)
+    assert vouched(signing, code=5) == {checkpoint: "it has no signature"}
+
+
 def test_a_key_that_is_not_allowed_vouches_for_nothing(signing: Project) -> None:
     signing.git("config", "user.signingkey", str(signing.root.parent / "other"))
     checkpoint = save(signing, 1, "-S")
