@@ -1,11 +1,12 @@
 """Everything at once, with random kills: nothing that was acknowledged and is kept may be lost, nothing be damaged.
 
-    python bench/soak.py [--seconds 60] [--writers 4] [--no-kills]
+    python bench/soak.py [--minutes 1] [--writers 4] [--no-kills]
 
-Writers save and load, readers load whatever there is, files are added and checked out, checkpoints are pinned and
-pushed, gc and verify run again and again, and one of these processes is killed every half second or so and started
-again. At the end every save that returned has its manifest, what the policy keeps loads as it was saved, verify and
-doctor find nothing, the remote holds what it says, gc leaves no temporary file a day later, and the lock is free.
+Writers save and load, readers load whatever there is, files are added and checked out, checkpoints are pinned, pushed
+and fetched into another repository, gc and verify run again and again, and one of these processes is killed every half
+second or so and started again. At the end every save that returned has its manifest, what the policy keeps loads as it
+was saved, verify and doctor find nothing, the remote holds what it says, gc leaves no temporary file a day later, and
+the lock is free.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from castore.errors import DataMissing, NotFound
 from castore.policy.retention import Policy
 from castore.remote_verify import verify_remote
 from castore.remotes.folder import Folder
+from castore.transfer import read_manifests
 from castore.trees.add import add_tree
 from castore.trees.checkout import check_out
 from castore.verify import verify
@@ -111,6 +113,25 @@ class Role:
         self.repo.push([entry], Folder("shelf", self.folder / "shelf"))
         self.note("1")
 
+    def fetch(self) -> None:
+        """Into a repository of its own, as another machine would have it, which gc empties now and then."""
+        entries = read_manifests(Folder("shelf", self.folder / "shelf"))
+        if not entries:
+            raise NotFound("nothing yet")
+        entry = self.rng.choice(entries)
+        (self.folder / "other").mkdir(exist_ok=True)
+        other = castore.Repo.init(self.folder / "other")
+        (other.root / "config.toml").write_text(CONFIG)
+        other = castore.Repo.open(self.folder / "other")
+        other.catalog.add(entry.manifest)
+        with contextlib.suppress(DataMissing):  # a part that gc took before it was pushed
+            other.fetch(entry, remotes=[Folder("shelf", self.folder / "shelf")])
+            loaded = other.load(entry.id)
+            assert loaded == state(entry.manifest.run, entry.manifest.step), f"{entry.id} was fetched as something else"
+            self.note("1")
+        if self.rng.random() < 0.1:
+            castore.collect_garbage(other, Policy(keep=1, keep_latest=1, keep_optimizer=1), grace=timedelta())
+
     def any(self) -> castore.Entry:
         entries = self.repo.checkpoints()[: 20 * self.writers]
         if not entries:
@@ -139,7 +160,7 @@ def soak(folder: Path, seconds: float, writers: int, kills: bool) -> Iterator[st
     context = multiprocessing.get_context("fork")
     kinds = {f"run{number}": "write" for number in range(writers)}
     kinds |= {"reader": "read", "other-reader": "read", "gc": "collect", "verify": "verify", "files": "files"}
-    kinds |= {"pin": "pin", "push": "push"}
+    kinds |= {"pin": "pin", "push": "push", "fetch": "fetch"}
     deadline = time.time() + seconds
     running: dict[str, multiprocessing.process.BaseProcess] = {}
     killed: Counter[str] = Counter()
@@ -165,7 +186,7 @@ def soak(folder: Path, seconds: float, writers: int, kills: bool) -> Iterator[st
         for process in running.values():
             process.kill()
     count = sum(killed.values())
-    yield f"{seconds:g} s, {writers} writers among {len(kinds)} processes; {count} kills: {dict(killed)}"
+    yield f"{seconds / 60:g} min, {writers} writers among {len(kinds)} processes; {count} kills: {dict(killed)}"
     yield from _check(folder, writers, [name for name, kind in kinds.items() if kind == "write"])
 
 
@@ -185,6 +206,9 @@ def _check(folder: Path, writers: int, runs: list[str]) -> Iterator[str]:
     yield f"{len(saved):,} saves were acknowledged, {len(kept)} checkpoints are kept, and all of those load"
     wrong = [finding for finding in verify(repo) if not finding.is_harmless]
     assert not wrong, f"verify found {wrong}"
+    if (folder / "other").exists():
+        wrong = [finding for finding in verify(castore.Repo.open(folder / "other")) if not finding.is_harmless]
+        assert not wrong, f"verify found {wrong} in the repository that fetched"
     there = list(verify_remote(repo, Folder("shelf", folder / "shelf"), None))
     assert not there, f"the remote has {there}"
     told = [check for check in doctor.examine(datetime.now(UTC), folder) if check.level == "problem"]
@@ -196,19 +220,21 @@ def _check(folder: Path, writers: int, runs: list[str]) -> Iterator[str]:
     with repo.lock(exclusive=True):
         pass
     turns = [float(line) for line in Role(folder, "gc", writers).notes()]
-    done = {name: len(Role(folder, name, writers).notes()) for name in ("reader", "verify", "files", "pin", "push")}
+    done = {
+        name: len(Role(folder, name, writers).notes()) for name in ("reader", "verify", "files", "pin", "push", "fetch")
+    }
     yield f"gc ran {len(turns)} times, the longest took {max(turns, default=0):.1f} s; {done}"
     yield "verify, doctor and the remote find nothing; no file is left over; the lock is free"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument("--writers", type=int, default=4)
     parser.add_argument("--no-kills", action="store_true")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="castore-soak-"))
-    for line in soak(folder, given.seconds, given.writers, not given.no_kills):
+    for line in soak(folder, 60 * given.minutes, given.writers, not given.no_kills):
         print(line, flush=True)
     shutil.rmtree(folder)  # after an error it stays to be looked at
 
