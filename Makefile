@@ -87,8 +87,11 @@ $(PEERS)/.ready: Makefile
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "castore needs Python 3.11 or newer: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e .
+	@echo "Installing castore and what it needs in $(VENV): about a minute beside the downloads"
+	@if [ "$$(uname)" = Linux ] && [ ! -e /dev/nvidiactl ] && [ -z "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL$$PIP_FIND_LINKS" ]; then \
+		echo "These may be gigabytes of CUDA: README.md, Install, says how to take torch's CPU build instead"; fi
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e .
 	@touch $@
 
 # pip compiles all that it installs on one processor, most of the time that it takes. A training needs a tenth of it, which
