@@ -165,8 +165,12 @@ def soak(folder: Path, seconds: float, writers: int, kills: bool) -> Iterator[st
     running: dict[str, multiprocessing.process.BaseProcess] = {}
     killed: Counter[str] = Counter()
     rng = random.Random()
+    told = time.time()
     try:
         while time.time() < deadline:
+            if time.time() - told > 60:
+                told = time.time()
+                yield f"{(deadline - told) / 60:.0f} min to go, {sum(killed.values())} kills so far"
             for name, kind in kinds.items():
                 process = running.get(name)
                 if process is None or not process.is_alive():

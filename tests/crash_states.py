@@ -29,13 +29,15 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import exact
-from power_cuts import Cut, Operation, Recording, State, cuts, digest, recording, states, write_state
+from power_cuts import Cut, Operation, Recording, State, cuts, digest, read_state, recording, states, write_state
+from safetensors.torch import load_file
 
 from castore import Repo, collect_garbage, config, convert, dcp
 from castore.errors import CastoreError, ConfigError, DataMissing, RepoNotFound
@@ -173,10 +175,10 @@ def _cut_gc(world: World) -> None:
     repo.catalog.pin(ObjectId(first))
 
 
-def _push(world: World) -> None:
+def _push(world: World, repair: bool = False) -> None:
     repo = world.new_repo()
     entries = list(repo.checkpoints())
-    repo.push(entries, world.shelf)
+    repo.push(entries, world.shelf, repair=repair)
     for entry in entries:
         world.promise("on the shelf", entry.id)
 
@@ -221,6 +223,29 @@ def _check_out(world: World) -> None:
     (added,) = [entry for entry in repo.catalog.listing().entries if entry.manifest.kind == "files"]
     check_out(repo, added.id, world.root / "out")
     world.promise("written", "")
+
+
+def _forget(world: World) -> None:
+    repo = world.new_repo()
+    entry = repo.checkpoints()[-1]
+    world.take_back("kept", entry.id)
+    repo.forget(entry)
+    world.promise("forgotten", entry.id)
+
+
+def _export(world: World) -> None:
+    convert.export(world.new_repo(), "latest", world.root / "out" / "weights.safetensors")
+    world.promise("exported", "")
+
+
+def _damaged_shelf(world: World) -> None:
+    """What was pushed, with one object that was damaged since."""
+    _both(_saved(1), _push)(world)
+    for entry in world.repo.checkpoints():
+        world.take_back("on the shelf", entry.id)
+    world.promise("damaged shelf", "")
+    path = max((world.root / "shelf" / "objects").glob("*/*"), key=lambda path: (path.stat().st_size, path))
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 def _nothing(_: World) -> None: ...
@@ -285,8 +310,11 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "import": (_nothing, _import),
     "pin": (_saved(1), _pin),
     "tag": (_saved(1), _tag),
+    "forget": (_saved(1, 2), _forget),
     "record": (_saved(1), _record),
+    "export": (_saved(1), _export),
     "push": (_saved(1), _push),
+    "repair": (_damaged_shelf, functools.partial(_push, repair=True)),
     "pull": (_only_on_the_shelf, _pull),
     "load": (_only_on_the_shelf, _load),
     "dcp": (_nothing, _dcp),
@@ -363,9 +391,11 @@ def check(root: Path, promises: Sequence[Promise], done: int) -> None:
     _require(not broken and {record.bundle for record in records} >= holding.get("recorded", set()), "a record is gone")
     sessions = [path.read_bytes() for path in (root / "work" / ".castore" / "sessions").glob("*/*.json")]
     _require(all(sessions) and len(sessions) >= ("session" in holding), "a session is gone")
+    _require(not names & holding.get("forgotten", set()), "a checkpoint that was forgotten is back")
+    _check_export(root / "out" / "weights.safetensors", must_be_there="exported" in holding)
     if "written" in holding:
         _require(_files(root / "out" / "tree") == TREE, "a file that was checked out is gone")
-    _check_shelf(root, holding.get("on the shelf", set()))
+    _check_shelf(root, holding.get("on the shelf", set()), may_be_damaged="damaged shelf" in holding)
     again = repo.save(content(1), run="later", step=1)
     collect_garbage(repo, KEEP_ALL, grace=timedelta())
     _require(exact(repo.load(again.id)) == exact(content(1)), "what is saved afterwards loads as something else")
@@ -394,6 +424,14 @@ def _check_verify(repo: Repo, kept: set[str], given_up: set[str]) -> None:
         _require(finding.is_harmless or is_expected, f"verify finds {finding}")
 
 
+def _check_export(path: Path, *, must_be_there: bool) -> None:
+    _require(path.exists() or not must_be_there, "an exported file is gone")
+    if not path.exists():
+        return
+    is_right = exact(sorted(load_file(path).items())) == exact(sorted(content(1)["model"].items()))
+    _require(is_right, "an exported file is not what was written")
+
+
 def _check_loads(repo: Repo, root: Path, kept: set[str]) -> None:
     for entry in repo.catalog.listing().entries:
         try:
@@ -411,11 +449,16 @@ def _check_loads(repo: Repo, root: Path, kept: set[str]) -> None:
             _require(is_right, f"{entry.id[:12]} loads as something else")
 
 
-def _check_shelf(root: Path, pushed: set[str]) -> None:
+_good_shelves: set[str] = set()
+"""The content of folders that were read to the end and found good: most states have one that another has, too."""
+
+
+def _check_shelf(root: Path, pushed: set[str], *, may_be_damaged: bool) -> None:
     shelf = Folder("shelf", root / "shelf")
     listed = read_manifests(shelf)
     _require({entry.id for entry in listed} >= pushed, "the shelf has lost a manifest")
-    if not listed:
+    content_of_all = digest(read_state(root / "shelf"))
+    if not listed or (may_be_damaged and not pushed) or content_of_all in _good_shelves:
         return
     (root / "fresh").mkdir()
     fresh = Repo.init(root / "fresh")
@@ -425,6 +468,7 @@ def _check_shelf(root: Path, pushed: set[str]) -> None:
         fresh.catalog.add(entry.manifest)
         fresh.fetch(entry, remotes=[shelf])
         _require(exact(fresh.load(entry.id)) == exact(content(entry.manifest.step)), "the shelf has something else")
+    _good_shelves.add(content_of_all)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -564,6 +608,7 @@ def survey_kills(name: str, seed: int, least: int) -> tuple[str, int]:
         if not was_killed:
             break
         count += 1
+        _count()
     with tempfile.TemporaryDirectory() as folder:
         world = prepare(Path(folder), name)
         begun = time.monotonic()
@@ -575,11 +620,39 @@ def survey_kills(name: str, seed: int, least: int) -> tuple[str, int]:
         was_killed, wrong = check_kill(name, None, seconds)
         if wrong:
             raise AssertionError(f"{name}, killed after {seconds} s: {wrong}")
-        count += was_killed
+        if was_killed:
+            count += 1
+            _count()
     return name, count
 
 
 # -- a program -------------------------------------------------------------------------------------------------------
+
+_checked: Any = None
+"""How many states or kills all processes have checked."""
+
+
+def _share(checked: Any) -> None:
+    global _checked
+    _checked = checked
+
+
+def _count() -> None:
+    if _checked is not None:
+        with _checked.get_lock():
+            _checked.value += 1
+
+
+def _results(jobs: Sequence[AsyncResult[Any]], checked: Any, what: str) -> Iterator[Any]:
+    """Yield the results of jobs, in their order, and say every half minute how far they are."""
+    told, checked.value = time.monotonic(), 0
+    for job in jobs:
+        while not job.ready():
+            job.wait(1)
+            if time.monotonic() - told > 30:
+                print(f"{checked.value:,} {what} so far", flush=True)
+                told = time.monotonic()
+        yield job.get()
 
 
 def count_states(name: str) -> int:
@@ -608,6 +681,7 @@ def survey(name: str, seed: int, least: int) -> tuple[str, int, int, float]:
                 seen.add(told)
                 if wrong := check_state(state, world.promises, done):
                     raise AssertionError(f"{name}, cut after {done} operations: {wrong}")
+                _count()
                 if round_number and len(seen) >= least:
                     break
             if len(seen) >= least or len(seen) == before:
@@ -629,13 +703,15 @@ def main() -> None:
     chosen = given.names or list(SCENARIOS)
     print(f"seed {given.seed}", flush=True)
     total = 0
-    with multiprocessing.get_context("forkserver").Pool() as pool:
+    context = multiprocessing.get_context("forkserver")
+    checked = context.Value("q", 0)
+    with context.Pool(initializer=_share, initargs=(checked,)) as pool:
         counts = dict(zip(chosen, pool.map(count_states, chosen, chunksize=1), strict=True))
         # where there are more states, more are tried; small scenarios have too few for their share
         shares = {name: 1.05 * given.states * count / sum(counts.values()) for name, count in counts.items()}
         chosen.sort(key=lambda name: -counts[name])  # the longest first, so that no processor waits at the end
-        for job in [pool.apply_async(survey, (name, given.seed, math.ceil(shares[name]))) for name in chosen]:
-            name, operations, count, seconds = job.get()
+        jobs = [pool.apply_async(survey, (name, given.seed, math.ceil(shares[name]))) for name in chosen]
+        for name, operations, count, seconds in _results(jobs, checked, "states"):
             total += count
             print(f"{name:18} {operations:5,} operations {count:8,} states {seconds:7.1f} s", flush=True)
         print(f"{total:,} states that a power cut may leave: nothing lost, nothing wrong", flush=True)
@@ -643,7 +719,8 @@ def main() -> None:
             return
         each = -(-given.kills // len(chosen))
         kills = [pool.apply_async(survey_kills, (name, given.seed, each)) for name in chosen]
-        print(f"{sum(kill.get()[1] for kill in kills):,} kills: nothing lost, nothing wrong")
+        total = sum(count for _, count in _results(kills, checked, "kills"))
+        print(f"{total:,} kills: nothing lost, nothing wrong")
 
 
 if __name__ == "__main__":

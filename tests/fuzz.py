@@ -429,6 +429,7 @@ def main() -> None:
             counts.update({name: job.get() for name, job in zip(chosen, jobs, strict=True)})
             if counts.total() >= (options.runs or 0):
                 break
+            print(f"{counts.total():,} inputs so far", flush=True)
     for name in chosen:
         print(f"{name:13} {counts[name]:>10,}")
     total = counts.total()

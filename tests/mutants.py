@@ -86,6 +86,9 @@ MUTANTS = (
     _sync("folders of a checkout", "castore/trees/checkout.py", "fs.sync_directory(self._folder / name)", "checkout"),
     _sync("a new repository", _REPO, "fs.sync_directory(root.parent)", "init"),
     _sync("folders of a shelf", "castore/remotes/folder.py", "fs.sync_directory(folder.parent)", "push"),
+    _sync("a forgotten manifest", _CATALOG, "            fs.sync_directory(path.parent)\n        return path", "forget"),
+    _sync("name of an exported file", "castore/storage/output_file.py", "fs.sync_directory(target.parent)", "export"),
+    _sync("a copy that is mended", "castore/remotes/folder.py", "fs.sync_directory(path.parent)", "repair"),
     _lock("save", _REPO, _WITH, 0),
     _lock("outline", _REPO, _WITH, 1),
     _lock("load tensors", _REPO, _WITH, 2),
@@ -106,7 +109,22 @@ MUTANTS = (
     _lock("fetch", "castore/transfer.py", "    with lock():"),
     _lock("push", "castore/transfer.py", "with self._lock(), "),
     _lock("gc", "castore/gc.py", "with repo.lock(exclusive=not dry_run, wait=wait):"),
+    Mutant(
+        "lock: of all", _REPO, 'with fs.lock(self.root / "lock", exclusive=exclusive, timeout=timeout):', "if True:",
+        _pytest("tests/test_locking.py"),
+    ),
+    Mutant(
+        "lock: report", "castore/report/collect.py", "with repo.lock():", "if True:",
+        _pytest("tests/test_locking.py", "-k", "report"),
+    ),
     _lock("dcp save", "castore/sharding.py", "held.enter_context(repo.lock())"),
+    Mutant(
+        "lock: gc while it reads", "castore/gc.py", "with repo.lock(wait=wait):", "if True:",
+        _pytest("tests/test_locking.py", "-k", "gc_reads"),
+    ),
+    Mutant("lock: log", "castore/commands/log.py", "with repo.lock():", "if True:", _pytest("tests/commands/test_exchange.py", "-k", "locked")),
+    Mutant("lock: upload", "castore/github/bundling.py", "with repo.lock():", "if True:", _pytest("tests/github/test_recovery.py", "-k", "waits")),
+    Mutant("lock: recover", "castore/github/recovery.py", "with repo.lock():", "if True:", _pytest("tests/github/test_recovery.py", "-k", "waits")),
     Mutant(
         "lock: gc among others", "castore/gc.py", "exclusive=not dry_run", "exclusive=False",
         _pytest("tests/test_gc.py", "-k", "lock or wait or busy or at_once"),
@@ -137,13 +155,13 @@ MUTANTS = (
 )  # fmt: skip
 
 
-def _apply(mutant: Mutant, root: Path) -> None:
-    path = root / mutant.file
-    pieces = path.read_text(encoding="utf-8").split(mutant.old)
+def changed(mutant: Mutant, root: Path) -> str:
+    """Return the text of the file that has the fault. ValueError if there is nothing to change."""
+    pieces = (root / mutant.file).read_text(encoding="utf-8").split(mutant.old)
     if len(pieces) < mutant.nth + 2:
-        raise SystemExit(f"{mutant.name}: {mutant.file} has no such text: {mutant.old}")
+        raise ValueError(f"{mutant.name}: {mutant.file} has no such text: {mutant.old}")
     head, tail = mutant.old.join(pieces[: mutant.nth + 1]), mutant.old.join(pieces[mutant.nth + 1 :])
-    path.write_text(f"{head}{mutant.new}{tail}", encoding="utf-8")
+    return f"{head}{mutant.new}{tail}"
 
 
 def _check(mutant: Mutant | None, command: tuple[str, ...]) -> tuple[int, str, float]:
@@ -158,7 +176,7 @@ def _check(mutant: Mutant | None, command: tuple[str, ...]) -> tuple[int, str, f
             else:
                 shutil.copy(source, root / name)
         if mutant is not None:
-            _apply(mutant, root)
+            (root / mutant.file).write_text(changed(mutant, root), encoding="utf-8")
         environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
         ran = subprocess.run(
             [sys.executable, *command],

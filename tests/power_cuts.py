@@ -116,6 +116,7 @@ class _Recorder:
         self._now = dict(record.first)  # the number of the file that has a path now
         self._open: dict[int, list[int]] = {}  # descriptor -> file, position
         self._folders: dict[int, str] = {}
+        self._written: set[int] = set()  # the files that the functions of ``os`` have written to
         self._next = len(record.files)
         self.wrappers: dict[str, Callable[[Any], Any]] = {
             "open": self._wrap_open, "close": self._wrap_close, "write": self._wrap_write, "writev": self._wrap_write,
@@ -205,6 +206,7 @@ class _Recorder:
                 if descriptor in self._open:
                     whole = b"".join(map(bytes, data)) if isinstance(data, list) else bytes(data)
                     file, at = self._open[descriptor]
+                    self._written.add(file)
                     self._add("write", "", file=file, data=whole[:count], at=at)
                     self._open[descriptor][1] += count
                 return count
@@ -226,7 +228,11 @@ class _Recorder:
                 original(descriptor)
                 if descriptor in self._open:
                     file = self._open[descriptor][0]
-                    self._add("sync", self._name_of(file), file=file, site=_site())
+                    path = self._name_of(file)
+                    if file not in self._written and (data := (self._record.root / path).read_bytes()):
+                        # a library that was given the path wrote it: when exactly does not matter to what is sure
+                        self._add("write", "", file=file, data=data)
+                    self._add("sync", path, file=file, site=_site())
                 elif descriptor in self._folders:
                     self._add("sync folder", self._folders[descriptor], site=_site())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from castore.format.manifest import Entry
 from castore.policy.retention import Policy
 from castore.remote_gc import collect_remote
 from castore.remotes.folder import Folder
+from castore.report.collect import collect_report
 from castore.stats import stats
 from castore.trees.add import add_tree
 from castore.trees.checkout import check_out
@@ -85,3 +86,39 @@ def busy(tmp_path: Path) -> Iterator[tuple[Repo, Entry]]:
 def test_it_waits_for_who_deletes(busy: tuple[Repo, Entry], name: str) -> None:
     with pytest.raises(errors.Locked):
         USES[name](*busy)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Repo:
+    """A repository with two checkpoints, as a process that begins sees it."""
+    Repo.init(tmp_path)
+    (tmp_path / ".castore" / "config.toml").write_text(CONFIG)
+    for step in (1, 2):
+        Repo.open(tmp_path).save(parts(step), run="r", step=step, metrics={"val_loss": 3.0 - step})
+    return Repo.open(tmp_path)
+
+
+def cannot_delete(repo: Repo) -> bool:
+    with pytest.raises(errors.Locked), Repo.open(repo.root.parent).lock(exclusive=True):
+        pass
+    return True
+
+
+def test_what_gc_reads_before_it_deletes_others_do_not_delete(full: Repo) -> None:
+    tried = []
+    progress = lambda done, _: tried.append((done, cannot_delete(full)))  # noqa: E731
+    castore.collect_garbage(full, Policy(keep=1, keep_latest=1), grace=timedelta(), progress=progress)
+    assert tried
+
+
+def test_what_a_report_looks_at_others_do_not_delete(full: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    look = full.part_states_of
+
+    def looking(entries: Sequence[Entry]) -> object:
+        tried.append(cannot_delete(full))
+        return look(entries)
+
+    monkeypatch.setattr(full, "part_states_of", looking)
+    collect_report(full, datetime.now(UTC))
+    assert tried

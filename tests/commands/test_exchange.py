@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +251,13 @@ def test_missing_and_damaged_data_have_exit_codes_of_their_own(empty: Project) -
     assert [path for path in (empty.root / "out").rglob("*") if path.is_file()] == []
 
 
-def test_a_locked_store_exits_6(empty: Project) -> None:
+@pytest.mark.parametrize("arguments", [["add", "texts"], ["log"]], ids=["add", "log"])
+def test_a_locked_store_exits_6(empty: Project, arguments: Sequence[str]) -> None:
+    empty.call("add", "texts")
+    Repo.open(empty.root).save({"model": {"x": 1}}, run="main", step=1)
     (empty.root / ".castore" / "config.toml").write_text("[store]\nlock_timeout = 0.1\n")
     with Repo.open(empty.root).lock(exclusive=True):
-        assert "is held by another castore process" in empty.run("add", "texts", code=6)
+        assert "is held by another castore process" in empty.run(*arguments, code=6)
 
 
 def test_a_killed_checkout_leaves_no_half_file_under_its_name(empty: Project, rng: random.Random) -> None:

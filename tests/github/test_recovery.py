@@ -13,11 +13,12 @@ from actions_service import whole
 from machines import Machine, World
 
 import castore
-from castore.errors import CorruptBundle, DataMissing, NotPushed, UnsupportedVersion, UsageError
+from castore import Repo
+from castore.errors import CorruptBundle, DataMissing, Locked, NotPushed, UnsupportedVersion, UsageError
 from castore.format import bundle
 from castore.format import frame as frames
 from castore.format.ids import hash_bytes
-from castore.github import recovery
+from castore.github import bundling, recovery
 from castore.progress import ignore_progress
 from castore.remotes.github_cache import GitHubCache
 from castore.remotes.github_service import CacheService
@@ -221,6 +222,23 @@ def test_saves_upload_a_little_more_than_objects(world: World) -> None:
     assert outcome.traffic.uploaded - stored < 4000
     (record, *_) = outcome.records
     assert record.objects == machine.stored() + 1
+
+
+def test_it_waits_for_who_deletes(world: World, lost: Lost) -> None:
+    machine = world.machine()
+    world.configure(machine, "[store]\nlock_timeout = 0.1\n")
+    with Repo.open(machine.root).lock(exclusive=True), pytest.raises(Locked):
+        recover(machine, lost.key)
+
+
+def test_an_upload_waits_for_who_deletes(world: World, one: castore.SaveResult) -> None:
+    machine = world.machine()
+    machine.restore()
+    world.configure(machine, "[store]\nlock_timeout = 0.1\n")
+    kept = [(machine.repo.find(one.id), ["model"])]
+    remote = GitHubCache(CacheService.of_job(machine.job), [])
+    with Repo.open(machine.root).lock(exclusive=True), pytest.raises(Locked):
+        bundling.upload_missing(machine.repo, remote, kept, {}, ref="", progress=ignore_progress, now=datetime.now(UTC))
 
 
 def test_outside_of_actions_it_says_so(world: World) -> None:
