@@ -5,7 +5,8 @@
 
 A scenario prepares a repository, and then does one thing that is recorded (see power_cuts). While it is at it, it says
 what a user may rely on from then on. Every state is then checked: nothing that was promised is lost, nothing loads as
-something else, verify finds nothing, and saving and collecting go on.
+something else, verify finds nothing, and saving and collecting go on. Of some states the same is done again from there,
+and cut again.
 """
 
 # ruff: noqa: T201 - a program, too
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.pool import AsyncResult
@@ -56,6 +57,8 @@ CONFIG = '[store]\nchunk_size = "64KiB"\nthreads = 2\nlock_timeout = 1.0\n[reten
 SHELF = '[remotes]\nshelf = "../shelf"\n'
 CREATED = "2026-01-01T00:00:00.000000Z"
 ONE_THREAD = CONFIG.replace("threads = 2", "threads = 1")
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where states are written: no disk is needed to look at them."""
 KEEP_ALL = Policy(keep=100, keep_latest=100, keep_optimizer=100)
 TREE = {"a.bin": bytes(range(256)) * 300, "deep/b.txt": b"text\n" * 20_000}
 
@@ -359,6 +362,13 @@ def held(promises: Sequence[Promise], done: int) -> dict[str, set[str]]:
     return holding
 
 
+def flat(holding: Mapping[str, set[str]]) -> Iterator[tuple[str, str]]:
+    """Yield what holds as pairs of its kind and what it is about."""
+    for what, abouts in holding.items():
+        for about in sorted(abouts):
+            yield what, about
+
+
 class Wrong(Exception):
     """A state breaks a promise."""
 
@@ -479,8 +489,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def check_state(state: State, promises: Sequence[Promise], done: int) -> str:
     """Write a state to a disk in memory and check it; return what is wrong, or nothing."""
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         write_state(state, Path(folder))
         if state.get("work/.castore/config.toml") in (CONFIG.encode(), (CONFIG + SHELF).encode()):
             (Path(folder) / "work/.castore/config.toml").write_text(ONE_THREAD)
@@ -499,6 +508,17 @@ def every_state(world: World, rng: random.Random, samples: int) -> Iterator[tupl
     for done, cut in enumerate(cuts(world.record)):
         for state in states(cut, rng, samples):
             yield done, state
+
+
+def states_after_two(name: str, world: World, rng: random.Random, folder: Path) -> Iterator[tuple[World, int, State]]:
+    """Yield states that a second cut may leave, while what one has cut short is done again in an empty folder."""
+    done, state = rng.choice(list(every_state(world, rng, 1)))
+    write_state(state, folder)
+    again = World(folder, [Promise(0, *promise) for promise in flat(held(world.promises, done))])
+    with recording(folder) as again.record, contextlib.suppress(CastoreError):  # what is there already may be refused
+        SCENARIOS[name][1](again)
+    for number, worse in every_state(again, rng, 1):
+        yield again, number, worse
 
 
 # -- syncs that matter -------------------------------------------------------------------------------------------------
@@ -568,8 +588,7 @@ def check_kill(name: str, nth: int | None, seconds: float = 0.0) -> tuple[bool, 
 
     It is killed after ``nth`` operations, or that many ``seconds`` after what is recorded begins.
     """
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         root, notes = Path(folder, "root"), Path(folder, "notes")
         root.mkdir()
         notes.touch()
@@ -664,25 +683,36 @@ def count_states(name: str) -> int:
         )
 
 
+def _round(name: str, world: World, rng: random.Random, number: int) -> Iterator[tuple[World, int, State]]:
+    """Yield states to check: in the first round the systematic ones, then by turns after two cuts and after one."""
+    if number % 2:
+        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+            twice = list(states_after_two(name, world, rng, Path(folder)))
+        yield from rng.sample(twice, min(len(twice), 100))
+    else:
+        for done, state in every_state(world, rng, 20 if number else 2):
+            yield world, done, state
+
+
 def survey(name: str, seed: int, least: int) -> tuple[str, int, int, float]:
     """Check the states of a scenario, at least so many; return its name, the operations, the states, and seconds."""
     torch.set_num_threads(1)  # of several processes
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         world = play(Path(folder), name)
         assert world.record is not None
         seen: set[str] = set()
         rng = random.Random(f"{seed} {name}")
-        for round_number in itertools.count():
+        for number in itertools.count():
             before = len(seen)
-            for done, state in every_state(world, rng, 2 if round_number == 0 else 20):
-                if (told := f"{held(world.promises, done)} {digest(state)}") in seen:
+            for at, done, state in _round(name, world, rng, number):
+                if (told := f"{held(at.promises, done)} {digest(state)}") in seen:
                     continue
                 seen.add(told)
-                if wrong := check_state(state, world.promises, done):
-                    raise AssertionError(f"{name}, cut after {done} operations: {wrong}")
+                if wrong := check_state(state, at.promises, done):
+                    raise AssertionError(f"{name}, round {number}, cut after {done} operations: {wrong}")
                 _count()
-                if round_number and len(seen) >= least:
+                if number and len(seen) >= least:
                     break
             if len(seen) >= least or len(seen) == before:
                 break

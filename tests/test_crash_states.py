@@ -45,6 +45,18 @@ def test_nothing_is_lost_or_wrong_after_a_power_cut(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
+def test_nothing_is_lost_or_wrong_after_two_power_cuts(tmp_path: Path, name: str) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    world = crash_states.play(tmp_path / "first", name)
+    rng = random.Random(name)
+    twice = list(crash_states.states_after_two(name, world, rng, tmp_path / "second"))
+    assert twice
+    for again, done, state in rng.sample(twice, min(len(twice), 10)):
+        assert crash_states.check_state(state, again.promises, done) == ""
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_lost_or_wrong_after_a_kill(name: str) -> None:
     killed_after = [0, *sorted(random.Random(name).sample(range(1, 19), 4))]
     outcomes = [crash_states.check_kill(name, nth) for nth in killed_after]
