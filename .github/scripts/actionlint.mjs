@@ -10,6 +10,7 @@ const { createLinter } = await import(pathToFileURL(package_));
 for (const file of files) {
   const lint = await createLinter(); // for each file: one that is used for several can crash
   for (const { line, column, message, kind } of lint(await readFile(file, "utf8"), file)) {
+    if (message.startsWith('undefined variable "vars"')) continue; // this build is older than that context
     console.log(`${file}:${line}:${column}: ${message} [${kind}]`);
     process.exitCode = 1;
   }
