@@ -7,7 +7,8 @@ the grace period loses nothing, though no lock is held in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -186,7 +187,7 @@ def _plan(repo: Repo, shelf: _Shelf, policy: Policy, grace: timedelta, now: date
     mark = set(old) - delete if is_ripe or not shelf.marked_at else set()
     return RemoteGCPlan(
         decisions=decisions,
-        delete={name: old[name].size for name in _in_order(delete, entries.values())},
+        delete={name: old[name].size for name in sorted(delete)},
         mark={name: old[name].size for name in sorted(mark)},
         waiting={name: useless[name].size for name in sorted(useless.keys() - delete - mark)},
         kept_bytes=sum(file.size for file in (*shelf.objects.values(), *shelf.packs.values()))
@@ -198,8 +199,8 @@ def _is_marked(marked: Marks, name: str) -> bool:
     return name in marked.files or name.rpartition("/")[2] in marked.objects
 
 
-def _in_order(names: Iterable[str], entries: Iterable[Entry]) -> list[str]:
-    """Return the order in which files go, so that what is left of a checkpoint at any moment makes sense.
+def _deletion_rank(entries: Iterable[Entry]) -> Callable[[str], int]:
+    """Return in which order files go, by their names, so that what is left of a checkpoint at any moment makes sense.
 
     What names packs, then the indexes of parts that only serve to resume, then those of models, then all others.
     """
@@ -207,9 +208,7 @@ def _in_order(names: Iterable[str], entries: Iterable[Entry]) -> list[str]:
     for entry in entries:
         for name, part in entry.manifest.parts.items():
             ranks[part.index] = max(ranks.get(part.index, 0), 1 if name in RESUME_PARTS else 2)
-    return sorted(
-        names, key=lambda name: (0 if name.startswith(packs.PARTS) else ranks.get(name.rpartition("/")[2], 3), name)
-    )
+    return lambda name: 0 if name.startswith(packs.PARTS) else ranks.get(name.rpartition("/")[2], 3)
 
 
 def _usability(shelf: _Shelf, entries: Iterable[Entry]) -> Usability:
@@ -226,9 +225,12 @@ def _usability(shelf: _Shelf, entries: Iterable[Entry]) -> Usability:
 
 def _apply(shelf: _Shelf, plan: RemoteGCPlan) -> None:
     """Delete, and then write new marks: a pass that is cut short deletes the rest the next time."""
-    ranked = list(plan.delete)
-    for start in range(0, len(ranked), 1000):
-        shelf.remote.remove(ranked[start : start + 1000])
+    rank = _deletion_rank(decision.entry for decision in plan.decisions)
+    # one call for each rank: a bucket deletes the files of one in any order, and a disk may after a power cut
+    for _, ranked in itertools.groupby(sorted(plan.delete, key=rank), key=rank):
+        names = list(ranked)
+        for start in range(0, len(names), 1000):
+            shelf.remote.remove(names[start : start + 1000])
     if plan.mark:
         objects = {ObjectId(name) for path in plan.mark if is_object_id(name := path.rpartition("/")[2])}
         marks.write(shelf.remote, Marks(objects, frozenset(plan.mark)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -29,7 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ from power_cuts import Cut, Operation, Recording, State, cuts, digest, read_stat
 from safetensors.torch import load_file
 
 from castore import Repo, collect_garbage, config, convert, dcp
-from castore.errors import CastoreError, ConfigError, DataMissing, RepoNotFound
+from castore.errors import CastoreError, ConfigError, DataMissing, RepoNotFound, StorageError
 from castore.format.bundle import Record
 from castore.format.ids import ObjectId
 from castore.policy.retention import Policy
+from castore.remote_gc import collect_remote
 from castore.remote_verify import verify_remote
 from castore.remotes.folder import Folder
 from castore.storage import fs
@@ -153,6 +155,21 @@ def _tag(world: World) -> None:
     world.promise("tagged", entry.id)
 
 
+def _unpin(world: World) -> None:
+    repo = world.new_repo()
+    for entry in repo.checkpoints():
+        world.take_back("pinned", entry.id)
+        repo.unpin(entry.id)
+        world.promise("unpinned", entry.id)
+
+
+def _untag(world: World) -> None:
+    repo = world.new_repo()
+    world.take_back("tagged", repo.find("latest").id)
+    repo.untag("good")
+    world.promise("untagged", "good")
+
+
 def _gc(world: World) -> None:
     # the newest and what is pinned stay; the rest may be there, in part or not at all, but never as something else
     repo = world.new_repo()
@@ -161,6 +178,21 @@ def _gc(world: World) -> None:
         if entry.id not in kept:
             world.take_back("kept", entry.id)
     collect_garbage(repo, Policy(keep=1, keep_latest=1, keep_optimizer=1), grace=timedelta())
+
+
+def _gc_on_a_full_disk(world: World) -> None:
+    rename, moved = fs.rename, []
+
+    def rename_three(source: Path, target: Path) -> None:
+        if target.parent.name == "trash":
+            moved.append(target)
+            if len(moved) > 3:
+                raise StorageError("rename to", str(target), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fs, "rename", rename_three)
+        _gc(world)
 
 
 def _cut_gc(world: World) -> None:
@@ -251,6 +283,22 @@ def _damaged_shelf(world: World) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def _useless_on_the_shelf(world: World) -> None:
+    """Three checkpoints on the shelf; two are of no use there any more, and a first pass has marked their files."""
+    _both(_saved(1, 2, 3), _push)(world)
+    _remote_gc(world, day=1)
+
+
+def _remote_gc(world: World, day: int = 2) -> None:
+    repo = world.new_repo()
+    for entry in repo.checkpoints()[1:]:
+        world.take_back("on the shelf", entry.id)
+    now = datetime.now(UTC) + timedelta(days=day)
+    policy = Policy(keep=1, keep_latest=1, keep_optimizer=1)
+    repo.config.remotes["collector"] = "m"
+    collect_remote(repo, world.shelf, policy, machine="m", grace=timedelta(), now=now)
+
+
 def _nothing(_: World) -> None: ...
 
 
@@ -307,16 +355,20 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "deduplicated": (_nothing, _again_elsewhere),
     "gc": (_saved(1, 2, 3), _gc),
     "gc after a cut gc": (_cut_gc, _gc),
+    "gc on a full disk": (_saved(1, 2, 3), _gc_on_a_full_disk),
     "save after gc": (_both(_saved(1, 2), _gc, _give_up), _saved(1)),
     "add": (_nothing, _add),
     "checkout": (_add, _check_out),
     "import": (_nothing, _import),
     "pin": (_saved(1), _pin),
     "tag": (_saved(1), _tag),
+    "unpin": (_both(_saved(1), _pin), _unpin),
+    "untag": (_both(_saved(1), _tag), _untag),
     "forget": (_saved(1, 2), _forget),
     "record": (_saved(1), _record),
     "export": (_saved(1), _export),
     "push": (_saved(1), _push),
+    "remote gc": (_useless_on_the_shelf, _remote_gc),
     "repair": (_damaged_shelf, functools.partial(_push, repair=True)),
     "pull": (_only_on_the_shelf, _pull),
     "load": (_only_on_the_shelf, _load),
@@ -395,7 +447,9 @@ def check(root: Path, promises: Sequence[Promise], done: int) -> None:
     _check_verify(repo, kept, holding.get("given up", set()))
     _check_loads(repo, root, kept)
     _require(repo.catalog.pins() >= holding.get("pinned", set()), "a pin is gone")
-    if "tagged" in holding:
+    _require(not repo.catalog.pins() & holding.get("unpinned", set()), "a pin is back")
+    _require(not holding.get("untagged") or repo.catalog.tagged("good") is None, "a tag is back")
+    if holding.get("tagged"):
         _require({repo.catalog.tagged("good")} == holding["tagged"], "a tag is gone")
     records, broken = repo.catalog.records()
     _require(not broken and {record.bundle for record in records} >= holding.get("recorded", set()), "a record is gone")
@@ -406,6 +460,8 @@ def check(root: Path, promises: Sequence[Promise], done: int) -> None:
     if "written" in holding:
         _require(_files(root / "out" / "tree") == TREE, "a file that was checked out is gone")
     _check_shelf(root, holding.get("on the shelf", set()), may_be_damaged="damaged shelf" in holding)
+    if read_manifests(Folder("shelf", root / "shelf")) and "damaged shelf" not in holding:
+        _check_push(repo, root, kept)
     again = repo.save(content(1), run="later", step=1)
     collect_garbage(repo, KEEP_ALL, grace=timedelta())
     _require(exact(repo.load(again.id)) == exact(content(1)), "what is saved afterwards loads as something else")
@@ -476,9 +532,22 @@ def _check_shelf(root: Path, pushed: set[str], *, may_be_damaged: bool) -> None:
     _require(not findings, f"on the shelf, verify finds {findings}")
     for entry in listed:
         fresh.catalog.add(entry.manifest)
-        fresh.fetch(entry, remotes=[shelf])
+        try:
+            fresh.fetch(entry, remotes=[shelf])
+        except DataMissing:
+            _require(entry.id not in pushed, f"{entry.id[:12]} is gone from the shelf")
+            continue
         _require(exact(fresh.load(entry.id)) == exact(content(entry.manifest.step)), "the shelf has something else")
     _good_shelves.add(content_of_all)
+
+
+def _check_push(repo: Repo, root: Path, kept: set[str]) -> None:
+    """A push makes all that is here whole on a shelf where something was under way."""
+    entries = [entry for entry in repo.checkpoints() if entry.id in kept]
+    if entries:
+        repo.push(entries, Folder("shelf", root / "shelf"))
+        shutil.rmtree(root / "fresh", ignore_errors=True)
+        _check_shelf(root, {entry.id for entry in entries}, may_be_damaged=False)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -489,17 +558,33 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def check_state(state: State, promises: Sequence[Promise], done: int) -> str:
     """Write a state to a disk in memory and check it; return what is wrong, or nothing."""
+    wrong = _checked_in_memory(state, lambda root: check(root, promises, done))
+    if not wrong and any("/trash/" in path for path in state):
+        wrong = _checked_in_memory(state, lambda root: _check_trash(root, held(promises, done)))
+    return wrong
+
+
+def _checked_in_memory(state: State, look: Callable[[Path], None]) -> str:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         write_state(state, Path(folder))
         if state.get("work/.castore/config.toml") in (CONFIG.encode(), (CONFIG + SHELF).encode()):
             (Path(folder) / "work/.castore/config.toml").write_text(ONE_THREAD)
         try:
-            check(Path(folder), promises, done)
+            look(Path(folder))
         except Wrong as error:
             return str(error)
         except CastoreError as error:
             return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _check_trash(root: Path, holding: Mapping[str, set[str]]) -> None:
+    """What the next gc begins with is no fault either, should it be cut there: all that is in the trash is back."""
+    repo = Repo.open(root / "work")
+    with repo.lock(exclusive=True):
+        repo.store.restore_trash()
+    _check_verify(repo, holding.get("kept", set()), holding.get("given up", set()))
+    _check_loads(repo, root, holding.get("kept", set()))
 
 
 def every_state(world: World, rng: random.Random, samples: int) -> Iterator[tuple[int, State]]:
@@ -668,6 +753,9 @@ def _results(jobs: Sequence[AsyncResult[Any]], checked: Any, what: str) -> Itera
     for job in jobs:
         while not job.ready():
             job.wait(1)
+            for failed in jobs:
+                if failed.ready() and not failed.successful():
+                    failed.get()
             if time.monotonic() - told > 30:
                 print(f"{checked.value:,} {what} so far", flush=True)
                 told = time.monotonic()

@@ -137,7 +137,7 @@ class Folder:
         return fs.publish(path, data, temporary, replace=replace)
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove files; those that aren't there are no error. StorageError."""
+        """Remove files, durably; those that aren't there are no error. StorageError."""
         for name in names:
             try:
                 os.unlink(self.path / name)
@@ -145,6 +145,9 @@ class Folder:
                 continue
             except OSError as error:
                 raise StorageError("remove", str(self.path / name), error) from error
+        for folder in sorted({(self.path / name).parent for name in names}):
+            if folder.is_dir():
+                fs.sync_directory(folder)
 
     def _make_folders(self, *folders: Path) -> None:
         """Create folders, and those above them, whose names are durable then, whoever created them."""

@@ -168,9 +168,7 @@ class Catalog:
     def forget(self, entry: Entry) -> Path:
         """Remove a manifest from the work tree; return its path. Git's history and other branches still have it."""
         path = self.root / entry.manifest.file_name(entry.id)
-        fs.unlink(path)
-        if self._durable:
-            fs.sync_directory(path.parent)
+        self._remove(path)
         return path
 
     # -- pins --------------------------------------------------------------------------------------------------------
@@ -191,10 +189,16 @@ class Catalog:
         if self._durable:
             fs.sync_directory(folder.parent)
 
+    def _remove(self, path: Path) -> None:
+        """Remove a file of the repository, durably; it is no error if it isn't there."""
+        fs.unlink(path)
+        if self._durable and path.parent.is_dir():
+            fs.sync_directory(path.parent)
+
     def unpin(self, checkpoint_id: ObjectId) -> bool:
         """Remove a pin from the work tree; return False if there is none."""
         is_pinned = checkpoint_id in self.pins()
-        fs.unlink(self._pins / checkpoint_id)
+        self._remove(self._pins / checkpoint_id)
         return is_pinned
 
     # -- tags --------------------------------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ class Catalog:
         """Remove a tag from the work tree; return False if there is none."""
         is_there = tag.is_tag_name(name) and safe_paths.status(self._tags / name) is not None
         if is_there:
-            fs.unlink(self._tags / name)
+            self._remove(self._tags / name)
         return is_there
 
     # -- records of bundles ------------------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ class Catalog:
     def remove_record(self, record: Record) -> Path:
         """Remove the record of a bundle that no remote holds any more; return its path."""
         path = self._bundles / record.file_name
-        fs.unlink(path)
+        self._remove(path)
         return path
 
     # -- sessions ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,43 +273,38 @@ class ObjectStore:
     def discard(self, object_ids: Iterable[ObjectId], rank: Callable[[ObjectId], int] = _unranked) -> None:
         """Move objects to the trash, lower ranks first, also if the power fails. The caller holds the exclusive lock.
 
-        On a disk so full that the trash can't take another name, delete what was moved, and the rest where it lies.
+        On a disk so full that the trash can't take another name, delete them all, in the same order.
         """
-        moved: list[ObjectId] = []
-        is_full = not self._make_trash()
-        for number, (_, group) in enumerate(itertools.groupby(sorted(object_ids, key=rank), key=rank)):
-            if number and self.durable and not is_full:
-                fs.sync_directory(self.trash)
-            for object_id in group:
-                is_full = is_full or not self._move_to_trash(object_id, moved)
-                if is_full:
-                    fs.unlink(self.path(object_id))
-                self._settled.pop(object_id, None)
-
-    def _make_trash(self) -> bool:
-        """Whether the trash is there, or could be made."""
+        groups = [list(group) for _, group in itertools.groupby(sorted(object_ids, key=rank), key=rank)]
+        for object_id in itertools.chain(*groups):
+            self._settled.pop(object_id, None)
+        moved: set[ObjectId] = set()
         with _unless_full() as room:
             fs.make_directory(self.trash)
-        _refuse_link(self.trash)
-        return bool(room)
-
-    def _move_to_trash(self, object_id: ObjectId, moved: list[ObjectId]) -> bool:
-        """Move one object; if there is no room, delete those ``moved`` before, and return False."""
-        with _unless_full() as room:
-            fs.rename(self.path(object_id), self.trash / object_id)
-        if room:
-            moved.append(object_id)
-        else:
-            for earlier in moved:
-                fs.unlink(self.trash / earlier)
-        return bool(room)
+            _refuse_link(self.trash)
+            for number, group in enumerate(groups):
+                if number and self.durable:
+                    fs.sync_directory(self.trash)
+                for object_id in group:
+                    fs.rename(self.path(object_id), self.trash / object_id)
+                    moved.add(object_id)
+        if not room:
+            places = {object_id: self.trash / object_id for object_id in moved}
+            self._delete([[places.get(object_id, self.path(object_id)) for object_id in group] for group in groups])
 
     def empty_trash(self, rank: Callable[[ObjectId], int] = _unranked) -> None:
-        """Delete what is in the trash for good, lower ranks first.
+        """Delete what is in the trash for good, lower ranks first, also if the power fails.
 
         Needs no lock: restoring an object from it is one atomic rename.
         """
-        for group in self._trash_by_rank(rank):
+        self._delete(self._trash_by_rank(rank))
+
+    def _delete(self, groups: Sequence[Sequence[Path]]) -> None:
+        """Delete files; that those of a group are gone is sure before those of the next one go."""
+        for number, group in enumerate(groups):
+            if number and self.durable:
+                for folder in sorted({path.parent for path in groups[number - 1]}):
+                    fs.sync_directory(folder)
             for path in group:
                 fs.unlink(path)
 
