@@ -747,19 +747,17 @@ def _count() -> None:
             _checked.value += 1
 
 
-def _results(jobs: Sequence[AsyncResult[Any]], checked: Any, what: str) -> Iterator[Any]:
-    """Yield the results of jobs, in their order, and say every half minute how far they are."""
-    told, checked.value = time.monotonic(), 0
-    for job in jobs:
-        while not job.ready():
-            job.wait(1)
-            for failed in jobs:
-                if failed.ready() and not failed.successful():
-                    failed.get()
-            if time.monotonic() - told > 30:
-                print(f"{checked.value:,} {what} so far", flush=True)
-                told = time.monotonic()
-        yield job.get()
+def _first(jobs: Collection[AsyncResult[Any]], checked: Any, what: str) -> tuple[AsyncResult[Any], Any]:
+    """Wait for a job to end, and say every half minute how far all are; return it with its result."""
+    told = time.monotonic()
+    while True:
+        for job in jobs:
+            if job.ready():
+                return job, job.get()
+        if time.monotonic() - told > 30:
+            print(f"{checked.value:,} {what} so far", flush=True)
+            told = time.monotonic()
+        next(iter(jobs)).wait(0.2)
 
 
 def count_states(name: str) -> int:
@@ -791,6 +789,7 @@ def survey(name: str, seed: int, least: int) -> tuple[str, int, int, float]:
         assert world.record is not None
         seen: set[str] = set()
         rng = random.Random(f"{seed} {name}")
+        barren = 0  # rounds in a row without a new state
         for number in itertools.count():
             before = len(seen)
             for at, done, state in _round(name, world, rng, number):
@@ -802,7 +801,8 @@ def survey(name: str, seed: int, least: int) -> tuple[str, int, int, float]:
                 _count()
                 if number and len(seen) >= least:
                     break
-            if len(seen) >= least or len(seen) == before:
+            barren = barren + 1 if len(seen) == before else 0
+            if len(seen) >= least or barren == 4:
                 break
     return name, len(world.record.log), len(seen), time.monotonic() - begun
 
@@ -818,26 +818,38 @@ def main() -> None:
     parser.add_argument("--no-kills", action="store_true", help="power cuts alone")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     given = parser.parse_args()
-    chosen = given.names or list(SCENARIOS)
+    names = given.names or list(SCENARIOS)
+    chosen = list(names)
     print(f"seed {given.seed}", flush=True)
     total = 0
     context = multiprocessing.get_context("forkserver")
     checked = context.Value("q", 0)
-    with context.Pool(initializer=_share, initargs=(checked,)) as pool:
+    workers = len(os.sched_getaffinity(0))
+    with context.Pool(workers, initializer=_share, initargs=(checked,)) as pool:
         counts = dict(zip(chosen, pool.map(count_states, chosen, chunksize=1), strict=True))
-        # where there are more states, more are tried; small scenarios have too few for their share
-        shares = {name: 1.05 * given.states * count / sum(counts.values()) for name, count in counts.items()}
-        chosen.sort(key=lambda name: -counts[name])  # the longest first, so that no processor waits at the end
-        jobs = [pool.apply_async(survey, (name, given.seed, math.ceil(shares[name]))) for name in chosen]
-        for name, operations, count, seconds in _results(jobs, checked, "states"):
+        # small scenarios first, in proportion to their systematic states: what they lack, larger ones make up for
+        chosen.sort(key=lambda name: counts[name])
+        left = 1.02 * given.states
+        running: dict[AsyncResult[Any], int] = {}
+        while chosen or running:
+            while chosen and len(running) < workers:
+                share = math.ceil(left * counts[chosen[0]] / sum(counts[name] for name in chosen))
+                left -= share
+                running[pool.apply_async(survey, (chosen.pop(0), given.seed, share))] = share
+            job, (name, operations, count, seconds) = _first(running, checked, "states")
+            left += max(0, running.pop(job) - count)
             total += count
             print(f"{name:18} {operations:5,} operations {count:8,} states {seconds:7.1f} s", flush=True)
         print(f"{total:,} states that a power cut may leave: nothing lost, nothing wrong", flush=True)
         if given.no_kills:
             return
-        each = -(-given.kills // len(chosen))
-        kills = [pool.apply_async(survey_kills, (name, given.seed, each)) for name in chosen]
-        total = sum(count for _, count in _results(kills, checked, "kills"))
+        each = -(-given.kills // len(names))
+        checked.value = total = 0
+        kills = [pool.apply_async(survey_kills, (name, given.seed, each)) for name in names]
+        while kills:
+            job, (_, count) = _first(kills, checked, "kills")
+            kills.remove(job)
+            total += count
         print(f"{total:,} kills: nothing lost, nothing wrong")
 
 
