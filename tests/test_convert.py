@@ -400,9 +400,10 @@ def test_a_compressed_or_lying_zip_is_refused(repo: Repo, tmp_path: Path) -> Non
         convert.import_file(repo, tmp_path / "bomb.pt")
     lying = archive(tmp_path / "lying.pt", pickled, **{"data/0": b"12345678"})
     data = lying.read_bytes()
-    lying.write_bytes(data.replace(struct.pack("<II", 8, 8), struct.pack("<II", 1 << 30, 1 << 30)))
-    with pytest.raises(errors.InvalidFile):
-        convert.import_file(repo, lying)
+    for stored, meant in ((1 << 30, 1 << 30), (1 << 30, 8), (8, 1 << 30)):
+        lying.write_bytes(data.replace(struct.pack("<II", 8, 8), struct.pack("<II", stored, meant)))
+        with pytest.raises(errors.InvalidFile, match="claims more bytes"):
+            convert.import_file(repo, lying)
     archive(tmp_path / "script.pt", pickled, **{"code/__torch__.py": b"", "constants.pkl": pickled})
     with pytest.raises(errors.InvalidFile, match="one state alone"):
         convert.import_file(repo, tmp_path / "script.pt")
