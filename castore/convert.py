@@ -458,7 +458,7 @@ def _check_pt(path: Path, size: int) -> None:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
                 raise InvalidFile(str(path), "it is compressed or encrypted, which torch.save never does")
-            # as stored and as it is meant: the first is what is read of it
+            # compress_size is how much zipfile reads, whatever file_size says
             if sum(max(member.compress_size, member.file_size) for member in members) > size:
                 raise InvalidFile(str(path), "it claims more bytes than it has")
             pickles = [member for member in members if member.filename.endswith((".pkl", ".pickle"))]

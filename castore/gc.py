@@ -8,7 +8,7 @@ an object is gone for good, a save or a load that wants it takes it back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -18,7 +18,15 @@ from castore.format import part_index
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
 from castore.parallel import map_ahead
-from castore.policy.retention import RESUME_PARTS, Decision, Policy, Source, Usability, decide, kept_parts
+from castore.policy.retention import (
+    Decision,
+    Policy,
+    Source,
+    Usability,
+    decide,
+    deletion_rank,
+    kept_parts,
+)
 from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback
 from castore.repo import Repo
@@ -31,7 +39,7 @@ _LEFTOVER_AGE = timedelta(hours=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GCPlan:
-    """What gc deletes, or would delete. ``delete`` maps each object to its stored bytes; indexes come first.
+    """What gc deletes, or would delete. ``delete`` maps each object to its stored bytes.
 
     ``decisions`` say for every manifest which parts are kept and why, newest first. ``kept_bytes`` is what all kept
     objects take. ``young`` counts the objects that no manifest refers to and that are too new to delete.
@@ -104,7 +112,7 @@ def collect_garbage(
             plan, unverified = _plan(repo, request, damaged, restore=not dry_run)
             if not (unverified and verify):
                 if not dry_run:
-                    rank = _deletion_rank(decision.entry for decision in plan.decisions)
+                    rank = deletion_rank(decision.entry for decision in plan.decisions)
                     repo.store.discard(plan.delete, rank)
                     repo.store.remove_leftovers((request.now - _LEFTOVER_AGE).timestamp())
                 break
@@ -135,7 +143,7 @@ def _plan(
     entries = _entries(roots)
     if restore:
         # a gc that was cut short left it: what is kept by now must not be emptied with the rest
-        repo.store.restore_trash(_deletion_rank(entries.values()))
+        repo.store.restore_trash(deletion_rank(entries.values()))
     plan = plan_garbage(repo, request, roots, damaged)
     if not any(plan.deleted_parts(decision) for decision in plan.decisions):
         return plan, set()
@@ -172,18 +180,6 @@ def _find_damage(repo: Repo, object_ids: Collection[ObjectId], progress: Progres
     return damaged
 
 
-def _deletion_rank(entries: Iterable[Entry]) -> Callable[[ObjectId], int]:
-    """Return in which order objects go, so that what is left of a checkpoint at any moment makes sense.
-
-    First the indexes of parts that only serve to resume, then those of models, then chunks. They come back in reverse.
-    """
-    ranks: dict[ObjectId, int] = {}
-    for entry in entries:
-        for name, part in entry.manifest.parts.items():
-            ranks[part.index] = max(ranks.get(part.index, 0), 0 if name in RESUME_PARTS else 1)
-    return lambda object_id: ranks.get(object_id, 2)
-
-
 def _entries(roots: Roots) -> dict[ObjectId, Entry]:
     """Return every manifest that counts, by id."""
     sources = (roots.here, *(entries for _, entries in roots.elsewhere))
@@ -208,7 +204,6 @@ def plan_garbage(repo: Repo, request: _Request, roots: Roots, damaged: Collectio
         for object_id in stored
         if object_id not in live and (object_id in dropped or stored[object_id].modified <= oldest_kept)
     ]
-    delete.sort(key=_deletion_rank(_entries(roots).values()))
     return GCPlan(
         decisions=decisions,
         delete={object_id: stored[object_id].size for object_id in delete},

@@ -8,7 +8,7 @@ the grace period loses nothing, though no lock is held in common.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +17,7 @@ from castore.format import part_index
 from castore.format.frame import decode_frame, plain_length
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry
-from castore.policy.retention import RESUME_PARTS, Decision, Policy, Source, Usability, decide, kept_parts
+from castore.policy.retention import Decision, Policy, Source, Usability, decide, deletion_rank, kept_parts
 from castore.remotes import marks, packs
 from castore.remotes.base import PublishingRemote, RemoteFile
 from castore.remotes.marks import Marks
@@ -199,18 +199,6 @@ def _is_marked(marked: Marks, name: str) -> bool:
     return name in marked.files or name.rpartition("/")[2] in marked.objects
 
 
-def _deletion_rank(entries: Iterable[Entry]) -> Callable[[str], int]:
-    """Return in which order files go, by their names, so that what is left of a checkpoint at any moment makes sense.
-
-    What names packs, then the indexes of parts that only serve to resume, then those of models, then all others.
-    """
-    ranks: dict[str, int] = {}
-    for entry in entries:
-        for name, part in entry.manifest.parts.items():
-            ranks[part.index] = max(ranks.get(part.index, 0), 1 if name in RESUME_PARTS else 2)
-    return lambda name: 0 if name.startswith(packs.PARTS) else ranks.get(name.rpartition("/")[2], 3)
-
-
 def _usability(shelf: _Shelf, entries: Iterable[Entry]) -> Usability:
     """Tell which manifests have nothing in the remote, or not all."""
     gone, weights_only = set(), set()
@@ -225,12 +213,14 @@ def _usability(shelf: _Shelf, entries: Iterable[Entry]) -> Usability:
 
 def _apply(shelf: _Shelf, plan: RemoteGCPlan) -> None:
     """Delete, and then write new marks: a pass that is cut short deletes the rest the next time."""
-    rank = _deletion_rank(decision.entry for decision in plan.decisions)
+    rank_of_object = deletion_rank(decision.entry for decision in plan.decisions)
+
+    def rank(name: str) -> int:  # what names packs goes before their indexes do
+        return -1 if name.startswith(packs.PARTS) else rank_of_object(ObjectId(name.rpartition("/")[2]))
+
     # one call for each rank: a bucket deletes the files of one in any order, and a disk may after a power cut
-    for _, ranked in itertools.groupby(sorted(plan.delete, key=rank), key=rank):
-        names = list(ranked)
-        for start in range(0, len(names), 1000):
-            shelf.remote.remove(names[start : start + 1000])
+    for _, names in itertools.groupby(sorted(plan.delete, key=rank), key=rank):
+        shelf.remote.remove(list(names))
     if plan.mark:
         objects = {ObjectId(name) for path in plan.mark if is_object_id(name := path.rpartition("/")[2])}
         marks.write(shelf.remote, Marks(objects, frozenset(plan.mark)))

@@ -150,7 +150,7 @@ MUTANTS = (
         "if hash_bytes(git.blobs(repo.root, {blob: commit}, MAX_BYTES)[blob]) == entry.id", "if True", _pytest("tests/test_signatures.py"),
     ),
     Mutant("hash: what is deduplicated against", _STORE, "            self._store.read_into(object_id, memoryview(bytearray(length)))\n", "            pass\n", _pytest("tests/storage/test_object_store.py")),
-    Mutant("order: chunks before indexes", "castore/gc.py", "return lambda object_id: ranks.get(object_id, 2)", "return lambda object_id: -ranks.get(object_id, 2)", _pytest("tests/test_gc_damage.py", "tests/test_gc.py")),
+    Mutant("order: chunks before indexes", "castore/policy/retention.py", "return lambda object_id: ranks.get(object_id, 2)", "return lambda object_id: -ranks.get(object_id, 2)", _pytest("tests/test_gc_damage.py", "tests/test_gc.py")),
     Mutant(
         "order: name before data", _STORE, "            fs.rename(temp, path)\n", "", ("tests/crash_states.py", "--no-kills", "save"),
     ),

@@ -285,3 +285,15 @@ def _eviction_order(draft: _Draft) -> tuple[bool, int, str, ObjectId]:
 def kept_parts(decisions: Iterable[Decision]) -> list[tuple[Entry, str]]:
     """Return every (entry, part name) that is kept."""
     return [(decision.entry, part) for decision in decisions for part in decision.parts]
+
+
+def deletion_rank(entries: Iterable[Entry]) -> Callable[[ObjectId], int]:
+    """Return in which order objects go, so that what is left of a checkpoint at any moment makes sense.
+
+    First the indexes of parts that only serve to resume, then those of models, then chunks. They come back in reverse.
+    """
+    ranks: dict[ObjectId, int] = {}
+    for entry in entries:
+        for name, part in entry.manifest.parts.items():
+            ranks[part.index] = max(ranks.get(part.index, 0), 0 if name in RESUME_PARTS else 1)
+    return lambda object_id: ranks.get(object_id, 2)

@@ -67,6 +67,10 @@ def _unranked(_object_id: ObjectId) -> int:
     return 0
 
 
+def _by_rank(object_ids: Iterable[ObjectId], rank: Callable[[ObjectId], int]) -> list[list[ObjectId]]:
+    return [list(group) for _, group in itertools.groupby(sorted(object_ids, key=rank), key=rank)]
+
+
 class ObjectStore:
     """Objects at ``root/objects/ab/<id>``. Safe for any number of threads and processes at once.
 
@@ -275,7 +279,7 @@ class ObjectStore:
 
         On a disk so full that the trash can't take another name, delete them all, in the same order.
         """
-        groups = [list(group) for _, group in itertools.groupby(sorted(object_ids, key=rank), key=rank)]
+        groups = _by_rank(object_ids, rank)
         for object_id in itertools.chain(*groups):
             self._settled.pop(object_id, None)
         moved: set[ObjectId] = set()
@@ -343,8 +347,7 @@ class ObjectStore:
         _refuse_link(self.trash)
         with os.scandir(self.trash) as files:
             names = [ObjectId(file.name) for file in files if not file.is_dir(follow_symlinks=False)]
-        groups = itertools.groupby(sorted(names, key=rank), key=rank)
-        return [[self.trash / name for name in group] for _, group in groups]
+        return [[self.trash / name for name in group] for group in _by_rank(names, rank)]
 
     def quarantined(self) -> frozenset[ObjectId]:
         """Return the ids of the objects of which a damaged copy was moved to quarantine."""
