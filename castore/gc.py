@@ -29,6 +29,7 @@ from castore.policy.retention import (
 )
 from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback
+from castore.remotes.base import is_publishing
 from castore.repo import Repo
 from castore.storage import catalog
 from castore.storage.catalog import Roots
@@ -218,6 +219,8 @@ def _decide(
     sources = [Source("the work tree", roots.here), *(Source(name, entries) for name, entries in roots.elsewhere)]
     entries = _entries(roots)
     indexes = {part.index for entry in entries.values() for part in entry.manifest.parts.values()}
+    for each in filter(is_publishing, repo.remotes):
+        each.refresh()  # what a process saw there long ago may be gone
     remote = fallback.may_have(repo.remotes, indexes - contents.stored.keys())
     confirmed: set[ObjectId] = set()
 

@@ -348,7 +348,10 @@ class PublishingConformance(Conformance):
             "manifests/main/two.json": 4,
         }
         assert all(before - 2 <= file.modified <= time.time() + 2 for file in listed.values())
-        remote.remove(["manifests/main/one.json", "manifests/main/never.json"])
+        others = [f"manifests/main/{number}.json" for number in range(30)]
+        for name in others:
+            remote.write_file(name, b"{}")
+        remote.remove(["manifests/main/never.json", *others, "manifests/main/one.json"])
         assert [file.name for file in remote.files("manifests")] == ["manifests/main/two.json"]
 
     def test_more_objects_than_are_asked_for_one_by_one(self, shelf: PublishingShelf) -> None:

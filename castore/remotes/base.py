@@ -75,6 +75,10 @@ class PublishingRemote(Remote, Protocol):
         """Whether this one takes objects: a website doesn't."""
         ...
 
+    def refresh(self) -> None:
+        """Forget what was found to be there, since others may have deleted it; what is corrupt stays known."""
+        ...
+
     def put(self, object_id: ObjectId, frame: bytes, *, renew: bool = False) -> bool:
         """Publish a frame that the caller has verified; return False if a good copy was there already.
 

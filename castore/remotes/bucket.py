@@ -65,7 +65,7 @@ class Bucket:
         self._opening = threading.Lock()
         self._corrupt: dict[ObjectId, str] = {}
         self._corrupt_in_pack: dict[ObjectId, str] = {}
-        self._seen: set[ObjectId] = set()  # that lie there by themselves: asked for once
+        self._seen: set[ObjectId] = set()  # that lie there by themselves: asked for once, until refresh()
         self._packs = Packs(self)
         self._creates = True  # until a server says that it can't put only what is absent
         self._down: tuple[float, str] = (0.0, "")
@@ -107,12 +107,17 @@ class Bucket:
     def has(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
         """Return those that are there. Few are asked for one by one; of many, names are listed first."""
         asked = set(object_ids) - self._corrupt.keys()
-        rest = asked - self._seen - {object_id for object_id in asked if self._packs.holds(object_id)}
+        rest = asked - self._seen - self.packed(asked).keys()
         if len(rest) > _LIST_ABOVE:
             rest -= self._list_some(rest)
         there = map_all(self._is_there, sorted(rest), REQUESTS, name="castore-ask") if rest else []
         self._seen.update(object_id for object_id, is_there in zip(sorted(rest), there, strict=True) if is_there)
         return (asked & self._seen) | self._packs.find(asked - self._seen)
+
+    def refresh(self) -> None:
+        """Forget what was found to be there: others may have deleted it since."""
+        self._seen = set()
+        self._packs.refresh()
 
     def may_have(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
         """Return all that are not known to be corrupt there: only asking tells."""
@@ -135,7 +140,7 @@ class Bucket:
 
         An object in a pack may also lie there by itself, where a repair has put it: then that copy counts from now on.
         """
-        if self._packs.forget(object_id):
+        if self._packs.forget(object_id, is_corrupt=True):
             self._corrupt_in_pack[object_id] = reason
         else:
             self._corrupt[object_id] = reason
@@ -233,7 +238,12 @@ class Bucket:
         """Remove files; those that aren't there are no error. RemoteUnavailable."""
         obstore = _load_obstore(self.name)
         for start in range(0, len(names), 1000):
-            self._ask(functools.partial(obstore.delete, paths=list(names[start : start + 1000])))
+            some = list(names[start : start + 1000])
+            try:
+                self._ask(functools.partial(obstore.delete, paths=some), passed=(FileNotFoundError,))
+            except FileNotFoundError:  # of one, and where it stopped isn't known
+                for name in some:
+                    self._ask(functools.partial(obstore.delete, paths=[name]))
 
     def _create(self, name: str, data: bytes, *, replace: bool) -> bool:
         obstore = _load_obstore(self.name)
