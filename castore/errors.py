@@ -269,6 +269,16 @@ class PushIncomplete(RemoteError):
         )
 
 
+class CollectionStopped(RemoteError):
+    """A collection in a remote was told to stop. What it had not deleted by then is still marked."""
+
+    def __init__(self, remote: str) -> None:
+        self.remote = remote
+        super().__init__(
+            f"gc in {remote} stopped: another one began there, or a push waited in vain for it; run it again later"
+        )
+
+
 class NotPushed(RemoteError):
     """A commit could not be made or pushed; its files are staged or committed locally.
 

@@ -1,18 +1,28 @@
 """Delete in a remote what no kept checkpoint needs, in two passes.
 
 The first marks what is of no use; a later one, when the marks are older than the grace period, deletes what is marked,
-is still of no use, and was not written again since. A push writes again what is marked. So whoever pushes for less than
-the grace period loses nothing, though no lock is held in common.
+is still of no use, and was not written again since. A push writes again what is marked, and looks afterwards whether a
+pass was at work (see :mod:`castore.remotes.marks`). So whoever pushes for less than the grace period loses nothing,
+though no lock is held in common.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from castore.errors import CorruptBundle, CorruptObject, RootsUnreadable, UsageError
+from castore.errors import (
+    CorruptBundle,
+    CorruptionError,
+    CorruptObject,
+    RemoteError,
+    RootsUnreadable,
+    StorageError,
+    UsageError,
+)
 from castore.format import part_index
 from castore.format.frame import decode_frame, plain_length
 from castore.format.ids import ObjectId, is_object_id
@@ -20,10 +30,13 @@ from castore.format.manifest import Entry
 from castore.policy.retention import Decision, Policy, Source, Usability, decide, deletion_rank, kept_parts
 from castore.remotes import marks, packs
 from castore.remotes.base import PublishingRemote, RemoteFile
-from castore.remotes.marks import Marks
+from castore.remotes.marks import Marks, Pass
 from castore.repo import Repo
 from castore.storage import catalog
 from castore.transfer import read_manifests
+
+_AT_ONCE = 1000  # files that are deleted after a sign of life
+_MAX_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +71,11 @@ def collect_remote(
 ) -> RemoteGCPlan:
     """Make one pass over a remote, and return what it did.
 
-    Manifests in git, in any branch, and in the remote count. UsageError unless config.toml names this ``machine`` as
-    the collector; a dry run needs no permission. RootsUnreadable, CorruptionError, RemoteError or StorageError if it
-    can't be told what is needed: then nothing was deleted.
+    Manifests in git, in any branch, and in the remote count. ``now`` is, when None, what the remote's clock says, which
+    the times of its files are by; in a dry run, what this machine's says. UsageError unless config.toml names this
+    ``machine`` as the collector (a dry run needs no permission), and for the folder of a repository, whose pins and
+    branches aren't known here. RootsUnreadable, CorruptionError, RemoteError or StorageError if it can't be told what
+    is needed: then nothing was deleted. CollectionStopped if another pass began.
     """
     collector = repo.config.collector
     if not dry_run and machine != collector:
@@ -69,12 +84,22 @@ def collect_remote(
             f"only one machine may delete in {remote.name}: the collector {named}, and this machine is {machine}; "
             f'write collector = "{machine}" in [remotes], or set CASTORE_COLLECTOR'
         )
-    now = now or datetime.now(UTC)
+    if remote.read_file("config.toml", _MAX_CONFIG) is not None:
+        raise UsageError(f"{remote.name} is the folder of a repository: run `castore gc` there")
     with repo.lock():
-        shelf = _Shelf(repo, remote)
-        plan = _plan(repo, shelf, policy, grace, now)
-        if not dry_run:
-            _apply(shelf, plan)
+        if dry_run:
+            return _plan(repo, _Shelf(repo, remote), policy, grace, now or datetime.now(UTC))
+        at_work = Pass(remote)
+        at_work.begin()
+        try:
+            plan = _plan(repo, _Shelf(repo, remote), policy, grace, now or datetime.fromtimestamp(at_work.began, UTC))
+        except BaseException:
+            with contextlib.suppress(RemoteError, StorageError):
+                at_work.end()
+            raise
+        # not in the end if it fails: whoever pushes must know then that some is gone
+        _apply(remote, plan, at_work)
+        at_work.end()
     return plan
 
 
@@ -83,6 +108,7 @@ class _Shelf:
 
     def __init__(self, repo: Repo, remote: PublishingRemote) -> None:
         self.remote = remote
+        remote.refresh()
         # marks first: what is written after them is younger than they are
         self.marks = marks.read(remote)
         self.marked_at = next((file.modified for file in remote.files("gc") if file.name == marks.NAME), 0.0)
@@ -179,20 +205,39 @@ def _plan(repo: Repo, shelf: _Shelf, policy: Policy, grace: timedelta, now: date
             live_files |= shelf.packs_of(index_id)
     useless = {file.name: file for object_id, file in shelf.objects.items() if object_id not in live}
     useless |= {name: file for name, file in shelf.packs.items() if name not in live_files}
+    kept_bytes = sum(file.size for file in (*shelf.objects.values(), *shelf.packs.values()))
+    kept_bytes -= sum(file.size for file in useless.values())
+    useless |= {file.name: file for file in shelf.remote.files("tmp")}  # of pushes that were killed
     oldest = now.timestamp() - grace.total_seconds()
     old = {name: file for name, file in useless.items() if file.modified <= oldest}
     is_ripe = 0 < shelf.marked_at <= oldest
     marked = {name for name in old if _is_marked(shelf.marks, name) and old[name].modified <= shelf.marked_at}
-    delete = marked if is_ripe else set()
+    delete = _without_needed(shelf, entries.values(), marked) if is_ripe else set()
     mark = set(old) - delete if is_ripe or not shelf.marked_at else set()
     return RemoteGCPlan(
         decisions=decisions,
         delete={name: old[name].size for name in sorted(delete)},
         mark={name: old[name].size for name in sorted(mark)},
         waiting={name: useless[name].size for name in sorted(useless.keys() - delete - mark)},
-        kept_bytes=sum(file.size for file in (*shelf.objects.values(), *shelf.packs.values()))
-        - sum(file.size for file in useless.values()),
+        kept_bytes=kept_bytes,
     )
+
+
+def _without_needed(shelf: _Shelf, entries: Iterable[Entry], delete: set[str]) -> set[str]:
+    """Return the names in ``delete`` less the chunks and packs of parts whose index stays for now.
+
+    An index may be younger than the chunks it shares with others, and whoever finds it takes its part for whole.
+    """
+    needed: set[str] = set()
+    for index_id in {part.index for entry in entries for part in entry.manifest.parts.values()}:
+        own = {file.name for files in (shelf.objects, shelf.pointers) if (file := files.get(index_id))}
+        if not own or own <= delete or not shelf.has_part(index_id):
+            continue
+        with contextlib.suppress(CorruptionError):  # nobody can use it, and it goes when it is old enough
+            needed |= shelf.packs_of(index_id)
+            chunks = (shelf.objects.get(chunk_id) for chunk_id in shelf.chunks_of(index_id))
+            needed |= {file.name for file in chunks if file}
+    return delete - needed
 
 
 def _is_marked(marked: Marks, name: str) -> bool:
@@ -211,18 +256,21 @@ def _usability(shelf: _Shelf, entries: Iterable[Entry]) -> Usability:
     return Usability(frozenset(gone), frozenset(), frozenset(weights_only))
 
 
-def _apply(shelf: _Shelf, plan: RemoteGCPlan) -> None:
+def _apply(remote: PublishingRemote, plan: RemoteGCPlan, at_work: Pass) -> None:
     """Delete, and then write new marks: a pass that is cut short deletes the rest the next time."""
     rank_of_object = deletion_rank(decision.entry for decision in plan.decisions)
 
     def rank(name: str) -> int:  # what names packs goes before their indexes do
         return -1 if name.startswith(packs.PARTS) else rank_of_object(ObjectId(name.rpartition("/")[2]))
 
-    # one call for each rank: a bucket deletes the files of one in any order, and a disk may after a power cut
-    for _, names in itertools.groupby(sorted(plan.delete, key=rank), key=rank):
-        shelf.remote.remove(list(names))
+    # no call for two ranks: a bucket deletes the files of one in any order, and a disk may after a power cut
+    for _, group in itertools.groupby(sorted(plan.delete, key=rank), key=rank):
+        names = list(group)
+        for start in range(0, len(names), _AT_ONCE):
+            at_work.go_on()
+            remote.remove(names[start : start + _AT_ONCE])
     if plan.mark:
         objects = {ObjectId(name) for path in plan.mark if is_object_id(name := path.rpartition("/")[2])}
-        marks.write(shelf.remote, Marks(objects, frozenset(plan.mark)))
+        marks.write(remote, Marks(objects, frozenset(plan.mark)))
     elif plan.delete:
-        marks.clear(shelf.remote)
+        marks.clear(remote)

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from castore import transfer
-from castore.errors import CastoreError, NotFound, UsageError
+from castore.errors import CastoreError, NotFound, UploadRefused, UsageError
 from castore.format import chunking, manifest, part_index
 from castore.format.ids import Buffer, ObjectId
 from castore.format.manifest import Entry, Manifest, Part
@@ -127,7 +127,9 @@ class _Saving:
             stored = self._store(writer)
             written = writer.commit()
         if not self._has_all:
-            self._push([object_id for _, object_id in stored])
+            transfer.push_objects(
+                self._repo.store, self._repo.publishing_remote(), [object_id for _, object_id in stored]
+            )
         sizes = [(number, object_id, self._repo.store.stored_size(object_id) or 0) for number, object_id in stored]
         return _Report(sizes, written.objects, written.bytes)
 
@@ -196,12 +198,6 @@ class _Saving:
                     arrived.append(received[sender][at : done[sender]])
             yield number, job, arrived
 
-    def _push(self, object_ids: Sequence[ObjectId]) -> None:
-        """Push objects to the remote that brings the stores together."""
-        remote = self._repo.publishing_remote()
-        missing = set(object_ids) - remote.has(object_ids)
-        map_all(lambda one: remote.put(one, self._repo.store.frame(one)), missing, fallback.ASKERS, name="castore-push")
-
     def commit(self, draft: Manifest, reports: Sequence[_Report]) -> SaveResult:
         """Write the indexes and the manifest of what all ranks have stored."""
         stored = {number: (one, size) for report in reports for number, one, size in report.stored}
@@ -228,7 +224,11 @@ class _Saving:
         if not self._has_all:
             entry = Entry(*manifest.decode(manifest.encode(final)))
             remote = self._repo.publishing_remote()
-            transfer.push(self._repo.store, contextlib.nullcontext, [entry], remote)
+            # what gc had marked there, each rank has written again
+            renewed = {one for one, _ in stored.values()}
+            pushed = transfer.push(self._repo.store, contextlib.nullcontext, [entry], remote, renewed=renewed)
+            if pushed.left_out:
+                raise UploadRefused(remote.name, next(iter(pushed.left_out.values())))
         checkpoint_id, path = self._repo.catalog.add(final)
         return SaveResult(
             id=checkpoint_id,

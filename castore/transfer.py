@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from castore.errors import (
     AmbiguousId,
@@ -28,6 +28,7 @@ from castore.remotes import fallback, marks
 from castore.remotes.base import PublishingRemote, Remote, is_publishing
 from castore.remotes.bucket import Bucket
 from castore.remotes.fallback import ErrorRecorder
+from castore.remotes.marks import Marks
 from castore.remotes.packs import MAX_BYTES, PACK_ABOVE
 from castore.state.parts import locate_errors
 from castore.storage.object_store import ObjectStore
@@ -218,37 +219,85 @@ def push(
     remote: PublishingRemote,
     *,
     repair: bool = False,
+    renewed: Collection[ObjectId] = (),
     progress: Progress = ignore_progress,
 ) -> Pushed:
     """Copy what a remote lacks of these checkpoints: chunks, then indexes, then manifests, each verified before.
 
     Whoever reads there finds a part whole or not at all. What is interrupted goes on where it stopped. Without
     ``repair``, a part whose index is there counts as whole, and its copies there are not read; with it they are, and
-    bad ones replaced. ``progress`` counts stored bytes. UploadRefused, RemoteUnavailable or StorageError: then what was
-    pushed until then stays.
+    bad ones replaced. ``renewed`` are objects that others wrote there a moment ago, though they had been marked.
+    ``progress`` counts stored bytes. UploadRefused, RemoteUnavailable or StorageError: then what was pushed until then
+    stays.
     """
     if not remote.writable:
         raise UploadRefused(remote.name, "it is for reading alone")
-    return _Push(store, lock, remote, repair, progress).run(entries)
+    done = Pushed(objects=0, bytes=0, checkpoints=(), left_out={})
+    while True:
+        push = _Push(store, lock, remote, repair, progress, renewed=renewed, trusting=not done.checkpoints)
+        pushed = push.run(entries)
+        done = replace(pushed, objects=done.objects + pushed.objects, bytes=done.bytes + pushed.bytes)
+        # what it needed was marked, so it may have been deleted as soon as it was written again
+        if not push.needs_marked or marks.nothing_deleted_since(remote, push.activity):
+            return done
+
+
+def push_objects(store: ObjectStore, remote: PublishingRemote, object_ids: Collection[ObjectId]) -> None:
+    """Copy what a remote lacks of these objects, or is about to delete. Nobody finds them before they are pushed.
+
+    Errors are those of :func:`push`, and ObjectMissing or CorruptObject.
+    """
+    remote.refresh()
+    marked = marks.read(remote)
+    missing = set(object_ids) - remote.has(object_ids)
+    missing |= _find_marked(remote, object_ids, marked)
+
+    def put(object_id: ObjectId) -> None:
+        remote.put(object_id, store.frame(object_id), renew=object_id in marked.objects)
+
+    map_all(put, missing, fallback.ASKERS, name=_THREADS)
+
+
+def _find_marked(remote: PublishingRemote, object_ids: Collection[ObjectId], marked: Marks) -> set[ObjectId]:
+    """Return those that gc is about to delete, by themselves or with the packs that are known to hold them."""
+    found = marked.objects & set(object_ids)
+    if isinstance(remote, Bucket):
+        found |= {name for name, pack in remote.packed(object_ids).items() if pack in marked.files}
+    return set(found)
 
 
 class _Push:
     """One run of :func:`push`."""
 
     def __init__(
-        self, store: ObjectStore, lock: Lock, remote: PublishingRemote, repair: bool, progress: Progress
+        self,
+        store: ObjectStore,
+        lock: Lock,
+        remote: PublishingRemote,
+        repair: bool,
+        progress: Progress,
+        *,
+        renewed: Collection[ObjectId],
+        trusting: bool,
     ) -> None:
         self._store, self._lock, self._remote = store, lock, remote
         self._repair, self._progress = repair, progress
+        self._trusting = trusting and not repair
+        """Whether a part whose index is there counts as whole."""
+        remote.refresh()
+        self.activity = marks.Activity.of(remote)
         # gc there is about to delete these: writing one again tells it that it is needed
-        marked = marks.read(remote)
-        self._marked, self._marked_files = marked.objects, marked.files
+        self._marked = marks.read(remote)
+        self.needs_marked = not self._marked.objects.isdisjoint(renewed)
+        """Whether anything that was pushed had been marked."""
+        self._renewed = frozenset(renewed)
         self._objects = self._bytes = self._total = 0
         self._left_out: dict[tuple[ObjectId, str], str] = {}
 
     def run(self, entries: Sequence[Entry]) -> Pushed:
         parts = {part.index: (entry, name) for entry in entries for name, part in entry.manifest.parts.items()}
-        whole = set() if self._repair else self._remote.has(parts) - self._marked
+        there = set() if self._repair else self._there(parts)
+        whole = {index_id for index_id in there if self._trusting or not self._store.has(index_id)}
         chunks = {
             index_id: found
             for index_id, (entry, name) in parts.items()
@@ -290,13 +339,19 @@ class _Push:
 
     def _missing(self, chunk_ids: set[ObjectId]) -> set[ObjectId]:
         """Return those that the remote lacks, or is about to delete; with ``repair``, those that are bad there, too."""
-        there = self._remote.has(chunk_ids) - self._marked
-        if isinstance(self._remote, Bucket):
-            there -= {name for name, pack in self._remote.packed(there).items() if pack in self._marked_files}
+        there = self._there(chunk_ids)
         if self._repair:
             good = map_all(self._is_good, sorted(there), fallback.ASKERS, name=_THREADS)
             there = {object_id for object_id, is_good in zip(sorted(there), good, strict=True) if is_good}
         return chunk_ids - there
+
+    def _there(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return those that the remote has, and that are not marked there."""
+        asked = set(object_ids)
+        there = self._remote.has(asked)
+        marked = _find_marked(self._remote, asked, self._marked) - self._renewed
+        self.needs_marked |= bool(marked)
+        return there - marked
 
     def _is_good(self, object_id: ObjectId) -> bool:
         return fallback.check(self._remote, object_id) is None
@@ -312,7 +367,7 @@ class _Push:
             return
         for size in map_ahead(self._put, wanted, fallback.ASKERS, name=_THREADS):
             self._count(size)
-        is_there = self._repair and self._is_good(index_id)
+        is_there = self._is_good(index_id) if self._repair else bool(not self._trusting and self._there([index_id]))
         if bucket and bucket.packed(listed):
             # in packs of other parts: gc must know that this part needs them, too, and a reader where they are
             self._count([] if is_there else self._put_packed([index_id]))
@@ -337,13 +392,13 @@ class _Push:
         """Return the stored bytes of each object that was moved."""
         assert isinstance(self._remote, Bucket)
         frames = [(object_id, self._store.frame(object_id)) for object_id in object_ids]
-        self._remote.put_packed(frames, renew=bool(self._marked_files))
+        self._remote.put_packed(frames, renew=bool(self._marked.files))
         return [len(data) for _, data in frames]
 
     def _put(self, object_id: ObjectId) -> list[int]:
         """Return the stored bytes of each object that was moved."""
         data = self._store.frame(object_id)
-        return [len(data)] if self._remote.put(object_id, data, renew=object_id in self._marked) else []
+        return [len(data)] if self._remote.put(object_id, data, renew=object_id in self._marked.objects) else []
 
     def _count(self, sizes: Sequence[int]) -> None:
         self._objects += len(sizes)
@@ -352,12 +407,12 @@ class _Push:
 
     def _push_manifests(self, entries: Sequence[Entry]) -> None:
         """Write each manifest for those who list, then as an object: one that is there was written both ways."""
-        there = set() if self._repair else self._remote.has(entry.id for entry in entries) - self._marked
+        there = set() if self._repair else self._there(entry.id for entry in entries)
 
         def put(entry: Entry) -> None:
             data = manifest.encode(entry.manifest)
             self._remote.write_file(f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}", data, replace=True)
             if not self._repair or not self._is_good(entry.id):
-                self._remote.put(entry.id, frame.encode_frame(data), renew=entry.id in self._marked)
+                self._remote.put(entry.id, frame.encode_frame(data), renew=entry.id in self._marked.objects)
 
         map_all(put, [entry for entry in entries if entry.id not in there], fallback.ASKERS, name=_THREADS)

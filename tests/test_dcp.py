@@ -25,6 +25,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import castore
 import castore.ranks
 from castore import Repo, dcp
+from castore.format.ids import ObjectId
+from castore.remotes import marks
+from castore.remotes.base import is_publishing
+from castore.remotes.marks import Marks
 from castore.transfer import find_manifest
 
 # -- what a state may hold ---------------------------------------------------------------------------------------------
@@ -434,6 +438,38 @@ def test_machines_without_a_common_disk_meet_in_a_remote(
     assert torch.equal(loaded["w"], expected)
     alone = third.save({"model": {"w": expected, "c": expected.T.contiguous(), "b": 1}}, run="alone", step=1)
     assert alone.manifest.parts["model"].index == entry.manifest.parts["model"].index
+
+
+def save_what_is_marked(rank: int, roots: list[Path]) -> Any:
+    repo, mesh = Repo.open(roots[rank]), init_device_mesh("cpu", (2,))
+    tensor = torch.randn(500, 301, generator=torch.Generator().manual_seed(3))
+    state = {"w": distribute_tensor(tensor, mesh, [Shard(0)])}
+    dcp.save(repo, {"model": state}, run="two", step=1)
+    remote = repo.remote()
+    assert is_publishing(remote)
+    if rank == 0:
+        files = frozenset(file.name for file in remote.files("objects"))
+        marks.write(remote, Marks({ObjectId(name.rpartition("/")[2]) for name in files}, files))
+    dist.barrier()
+    marked_at = next(file.modified for file in remote.files("gc"))
+    saved = dcp.save(repo, {"model": {**state, "n": 2}}, run="two", step=2)
+    return saved.id, marked_at
+
+
+def test_each_rank_writes_again_what_gc_has_marked_in_the_remote(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "shared").mkdir()
+    roots = two_machines(tmp_path, f'shared = "{tmp_path / "shared"}"')
+    results = run(start, tmp_path, 2, save_what_is_marked, roots)
+    assert not any(isinstance(result, Raised | Died) for result in results), results
+    (saved_id, marked_at), _ = results
+    third = Repo.open(roots[2])
+    remote = third.remote()
+    assert is_publishing(remote)
+    entry = find_manifest(remote, saved_id)
+    third.fetch(entry)
+    written = {file.name.rpartition("/")[2]: file.modified for file in remote.files("objects")}
+    needed = [entry.id, *third.store.stored()]
+    assert [name for name in needed if written[name] < marked_at] == []
 
 
 def test_without_a_remote_two_stores_are_an_error_before_anything_is_written(tmp_path: Path, start: Start) -> None:

@@ -340,6 +340,25 @@ def test_what_is_marked_for_deletion_is_written_again(repo: Repo) -> None:
     assert {name for name in files if not name.startswith("manifests/")} <= {*again.written}
 
 
+@pytest.mark.parametrize("chunks", [3, 30])
+@pytest.mark.usefixtures("small_packs")
+def test_what_a_remote_had_at_the_last_push_is_looked_for_again(repo: Repo, tmp_path: Path, chunks: int) -> None:
+    """A process pushes for weeks, and others delete meanwhile."""
+    first = large(repo, chunks=chunks)
+    kept_open = Watched()
+    repo.push([first], kept_open)
+    gone = [file.name for file in kept_open.files("") if not file.name.startswith("manifests")]
+    kept_open.again().remove(gone)
+    state = repo.load(first.id)
+    state["model"]["more"] = 1
+    saved = repo.save(state, run="main", step=2)
+    second = Entry(saved.id, saved.manifest)
+    assert repo.push([second], kept_open).left_out == {}
+    other = clone(repo, tmp_path / "other")
+    other.fetch(second, remotes=[kept_open.again()])
+    assert other.load(second.id)
+
+
 # -- manifests in a remote -------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from builders import parts
@@ -13,12 +19,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castore import Repo
-from castore.errors import CastoreError, CorruptBundle, CorruptManifest, RootsUnreadable, UsageError
+from castore.errors import (
+    CastoreError,
+    CollectionStopped,
+    CorruptBundle,
+    CorruptManifest,
+    RootsUnreadable,
+    StorageError,
+    UsageError,
+)
 from castore.format.manifest import Entry
 from castore.policy.retention import Policy
 from castore.remote_gc import RemoteGCPlan, collect_remote
+from castore.remote_verify import verify_remote
 from castore.remotes import marks
+from castore.remotes.base import RemoteFile
 from castore.remotes.folder import Folder
+from castore.transfer import Pushed
 
 HOUR = timedelta(hours=1)
 KEEP_ONE = Policy(keep=1, keep_latest=0, keep_optimizer=0)
@@ -173,6 +190,208 @@ def test_what_can_not_be_read_stops_it(collecting: Repo, remote: Folder, tmp_pat
         assert marks.read(remote).files == frozenset()
 
 
+# -- pushes while a pass is at work ----------------------------------------------------------------------------------
+
+
+class Meddling(Folder):
+    """A folder in which something happens just before the first files are deleted."""
+
+    before_removal: ClassVar[Callable[[], None]]
+
+    def remove(self, names: Sequence[str]) -> None:
+        if list(names) != [marks.PASS]:
+            happen, Meddling.before_removal = Meddling.before_removal, lambda: None
+            happen()
+        super().remove(names)
+
+
+@pytest.fixture
+def marked(collecting: Repo, remote: Folder, monkeypatch: pytest.MonkeyPatch) -> tuple[Entry, Entry]:
+    """Two checkpoints that were pushed, the second of which a pass is about to delete."""
+    monkeypatch.setattr(marks, "_POLL", 0.01)
+    entries = save(collecting, 1, 2.0), save(collecting, 2, 3.0)
+    collecting.push(entries, remote)
+    clock = Clock(remote)
+    clock.pass_by(2 * HOUR)
+    assert collect(collecting, remote).mark
+    clock.pass_by(2 * HOUR)
+    return entries
+
+
+@pytest.fixture
+def pusher(collecting: Repo, tmp_path: Path) -> Repo:
+    """Another machine's."""
+    (tmp_path / "pusher").mkdir()
+    Repo.init(tmp_path / "pusher")
+    shutil.copy(collecting.root / "config.toml", tmp_path / "pusher" / ".castore")
+    return Repo.open(tmp_path / "pusher")
+
+
+def good_again(pusher: Repo) -> Entry:
+    """Save what was marked as part of the best checkpoint, which the collector knows nothing of."""
+    saved = pusher.save(parts(2), run="main", step=3, metrics={"val_loss": 0.5})
+    return Entry(saved.id, saved.manifest)
+
+
+def fetch_elsewhere(remote: Folder, entry: Entry, path: Path) -> None:
+    path.mkdir()
+    other = Repo.init(path)
+    other.catalog.add(entry.manifest)
+    other.fetch(entry, remotes=[remote])
+    assert other.load(entry.id)
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_push_during_the_deletion_writes_again_what_was_deleted(
+    collecting: Repo, pusher: Repo, remote: Folder, tmp_path: Path
+) -> None:
+    wanted = good_again(pusher)
+    meddling = Meddling("shared", remote.path)
+
+    with ThreadPoolExecutor(1) as thread:
+        pushes: list[Future[Pushed]] = []
+
+        def push() -> None:
+            pushes.append(thread.submit(pusher.push, [wanted], remote))
+            while not (remote.has([wanted.id]) or pushes[0].done()):
+                time.sleep(0.01)
+
+        Meddling.before_removal = push
+        assert collect(collecting, meddling).delete
+        assert pushes[0].result().checkpoints == (wanted.id,)
+    assert list(verify_remote(collecting, remote)) == []
+    fetch_elsewhere(remote, wanted, tmp_path / "other")
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_push_waits_in_vain_for_a_pass_that_was_killed(
+    collecting: Repo, pusher: Repo, remote: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die() -> None:
+        for name in list(marks.read(remote).files)[::2]:
+            (remote.path / name).unlink()
+        raise StorageError("remove", "a file", OSError(errno.EIO, "a test says so"))
+
+    Meddling.before_removal = die
+    with pytest.raises(StorageError):
+        collect(collecting, Meddling("shared", remote.path))
+    monkeypatch.setattr(marks, "PATIENCE", 0.1)
+    wanted = good_again(pusher)
+    pusher.push([wanted], remote)
+    assert list(verify_remote(collecting, remote)) == []
+    fetch_elsewhere(remote, wanted, tmp_path / "other")
+    assert collect(collecting, remote).decisions  # another pass may begin
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_pass_that_a_push_took_for_dead_deletes_nothing_more(
+    collecting: Repo, pusher: Repo, remote: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "PATIENCE", 0.1)
+    wanted = good_again(pusher)
+
+    class Slow(Folder):
+        def read_file(self, name: str, limit: int) -> bytes | None:
+            if name == marks.PASS:  # what is to be deleted has been planned
+                pusher.push([wanted], remote)
+            return super().read_file(name, limit)
+
+    before = names(remote)
+    with pytest.raises(CollectionStopped, match="run it again later"):
+        collect(collecting, Slow("shared", remote.path))
+    assert names(remote) >= before
+    assert list(verify_remote(collecting, remote)) == []
+
+
+def test_of_two_passes_the_later_one_goes_on(collecting: Repo, remote: Folder, marked: tuple[Entry, Entry]) -> None:
+    class Twice(Folder):
+        def files(self, folder: str) -> Iterator[RemoteFile]:
+            yield from list(super().files(folder))
+            if folder == "packs":
+                assert collect(collecting, remote).delete
+
+    with pytest.raises(CollectionStopped):
+        collect(collecting, Twice("shared", remote.path))
+    assert remote.has([marked[1].manifest.parts["model"].index]) == set()
+    assert marks.Activity.of(remote).at_work == b""
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_push_that_needs_nothing_marked_waits_for_nobody(collecting: Repo, remote: Folder) -> None:
+    remote.write_file(marks.PASS, b"one that is at work")
+    new = save(collecting, 9, 1.0)
+    assert collecting.push([new], remote).checkpoints == (new.id,)
+
+
+# -- other ways to delete too much -----------------------------------------------------------------------------------
+
+
+def test_chunks_stay_for_as_long_as_an_index_that_lists_them(collecting: Repo, remote: Folder) -> None:
+    import torch
+
+    frozen = torch.randn(100_000)
+
+    def save_model(step: int, loss: float, **more: object) -> Entry:
+        saved = collecting.save({"model": more}, run="main", step=step, metrics={"val_loss": loss})
+        return Entry(saved.id, saved.manifest)
+
+    old, best = save_model(1, 3.0, frozen=frozen), save_model(2, 1.0, n=2)
+    collecting.push([old, best], remote)
+    clock = Clock(remote)
+    clock.pass_by(2 * HOUR)
+    young = save_model(3, 2.0, frozen=frozen, n=3)
+    collecting.push([young], remote)
+    assert collect(collecting, remote).mark
+    index_id = young.manifest.parts["model"].index
+    seen = set()
+    for _ in range(6):
+        clock.pass_by(HOUR * 0.7)
+        collect(collecting, remote)
+        is_there = bool(remote.has([index_id]))
+        seen.add(is_there)
+        assert not is_there or not list(verify_remote(collecting, remote))
+    assert seen == {True, False}
+
+
+def test_the_folder_of_a_repository_is_refused(collecting: Repo, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    theirs = Repo.init(tmp_path / "theirs")
+    save(theirs, 1, 2.0)
+    before = theirs.store.stored().keys()
+    with pytest.raises(UsageError, match="folder of a repository"):
+        collect(collecting, Folder("theirs", theirs.root))
+    assert theirs.store.stored().keys() == before
+
+
+def test_the_age_of_files_is_told_by_the_clock_of_the_remote(collecting: Repo, remote: Folder) -> None:
+    class Behind(Folder):
+        """Its clock is two days behind this machine's."""
+
+        def files(self, folder: str) -> Iterator[RemoteFile]:
+            for file in super().files(folder):
+                yield RemoteFile(file.name, file.size, file.modified - 48 * 3600)
+
+    behind = Behind("shared", remote.path)
+    entries = [save(collecting, 1, 2.0), save(collecting, 2, 3.0)]
+    collecting.push(entries, remote)
+    for _ in range(3):
+        plan = collect(collecting, behind)
+        assert (plan.mark, plan.delete) == ({}, {})
+        assert plan.waiting
+
+
+def test_what_a_killed_push_left_goes(collecting: Repo, remote: Folder) -> None:
+    collecting.push([save(collecting, 1, 2.0)], remote)
+    leftover = remote.path / "tmp" / "123-of-a-dead-process"
+    leftover.write_bytes(b"half an object")
+    clock = Clock(remote)
+    for _ in range(2):
+        assert leftover.exists()
+        clock.pass_by(2 * HOUR)
+        collect(collecting, remote)
+    assert not leftover.exists()
+
+
 @settings(max_examples=20)
 @given(st.data())
 def test_whatever_happens_between_passes_kept_checkpoints_stay_whole(data: st.DataObject) -> None:
@@ -209,5 +428,6 @@ def test_whatever_happens_between_passes_kept_checkpoints_stay_whole(data: st.Da
         other.remotes.append(remote)
         for decision in plan.decisions:
             if decision.entry.id in pushed:
-                kept = [name for name in decision.parts if remote.has([decision.entry.manifest.parts[name].index])]
-                other.fetch(decision.entry, kept)  # whatever looks whole is whole
+                parts_there = decision.entry.manifest.parts.items()
+                there = [name for name, part in parts_there if remote.has([part.index])]
+                other.fetch(decision.entry, there)  # whatever looks whole is whole
