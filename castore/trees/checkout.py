@@ -230,7 +230,10 @@ def _surplus(tree: Tree, folder: Path) -> set[str]:
 
 
 def _held_by_none(repo: Repo, entry: Entry, folder: Path, paths: set[str]) -> set[str]:
-    """Return those of ``paths`` whose content is that of no version whose data is in the store."""
+    """Return those of ``paths`` whose content is that of no version whose data is in the store, and good.
+
+    Nothing in the store changes: what is only in the trash may be deleted for good at any moment.
+    """
     lost = set(paths)
     names = {path.partition("/")[0] for path in paths}
     for other in newest_first(repo.catalog.listing().entries):
@@ -239,17 +242,29 @@ def _held_by_none(repo: Repo, entry: Entry, folder: Path, paths: set[str]) -> se
         if other.id == entry.id or other.manifest.kind != KIND or other.manifest.info.get("name") not in names:
             continue
         with contextlib.suppress(CastoreError):  # one that is damaged or gone holds nothing
-            index = part_index.decode(repo.store.read(other.manifest.parts[PART].index))
+            index = part_index.decode(repo.store.read(other.manifest.parts[PART].index, mend=False))
             lost -= matching(
                 index,
                 read_tree(index),
                 folder,
                 lost,
-                holds=lambda chunk: repo.store.has(chunk.id),
-                read=lambda chunk: memoryview(repo.store.read(chunk.id)),
+                holds=lambda chunk: _holds(repo, chunk),
+                read=lambda chunk: _read_held(repo, chunk),
                 threads=repo.threads,
             )
     return lost
+
+
+def _holds(repo: Repo, chunk: ChunkRef) -> bool:
+    """Whether the store has a good copy of a chunk: it is read, as a damaged one may be all that is left."""
+    return repo.store.is_verified(chunk.id) or _read_held(repo, chunk) is not None
+
+
+def _read_held(repo: Repo, chunk: ChunkRef) -> memoryview | None:
+    try:
+        return memoryview(repo.store.read(chunk.id, mend=False))
+    except CastoreError:  # damaged or gone
+        return None
 
 
 def _read_chunk(repo: Repo, chunk: ChunkRef) -> memoryview:

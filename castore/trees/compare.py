@@ -29,8 +29,9 @@ def matching(
 ) -> set[str]:
     """Return those of ``paths`` that are a file or link of ``tree`` with that very content, below ``folder``.
 
-    Permissions may differ. A chunk that ``holds`` denies matches nothing. ``read`` is asked for a chunk whose hash does
-    not match, as another file in it may be the one that differs; None stands for one that can't be read.
+    Permissions may differ. A chunk whose hash matches is not read; if ``holds`` denies it, it matches nothing all the
+    same. ``read`` is asked for a chunk whose hash does not match, as another file in it may be the one that differs;
+    None stands for one that can't be read.
     """
     files = {
         number: folder / file.path
@@ -42,11 +43,9 @@ def matching(
 
     def differing(item: tuple[ChunkRef, list[Piece]]) -> set[int]:
         chunk, pieces = item
-        if holds is not None and not holds(chunk):
-            return {piece.tensor for piece in pieces}
         there = [_read(files[piece.tensor], piece) for piece in pieces]
         if _fill(pieces, chunk.length) and hash_bytes(b"".join(there)) == chunk.id:
-            return set()
+            return set() if holds is None or holds(chunk) else {piece.tensor for piece in pieces}
         data = read(chunk)
         return {
             piece.tensor

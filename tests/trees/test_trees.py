@@ -363,6 +363,36 @@ def test_a_version_whose_data_is_gone_holds_nothing(repo: Repo, tmp_path: Path) 
     assert file.read_text() == "old"
 
 
+def test_a_version_whose_data_is_damaged_holds_only_what_is_left(
+    repo: Repo, tmp_path: Path, rng: random.Random
+) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    old_bytes = {name: rng.randbytes(5_000_000) for name in ("intact", "rotten", "surplus")}
+    for name, content in old_bytes.items():
+        (folder / name).write_bytes(content)
+    old = add_tree(repo, folder)
+    for name in ("intact", "rotten"):
+        (folder / name).write_bytes(rng.randbytes(1000))
+    (folder / "surplus").unlink()
+    new = add_tree(repo, folder)
+    checkout.check_out(repo, old.id, tmp_path)
+    chunks = part_index.decode(repo.store.read(old.manifest.parts["files"].index)).chunks
+    plain = {chunk.id: repo.store.read(chunk.id) for chunk in chunks}
+    for name in ("rotten", "surplus"):
+        damaged = repo.store.path(next(chunk_id for chunk_id, data in plain.items() if data in old_bytes[name]))
+        data = bytearray(damaged.read_bytes())
+        data[200] ^= 1
+        damaged.write_bytes(data)
+    other = Repo.open(tmp_path)  # it has verified nothing yet
+    with pytest.raises(errors.RefusedPath, match=r"rotten: it exists and 1 more as no version"):
+        checkout.check_out(other, new.id, tmp_path, delete=True)
+    assert {name: (folder / name).read_bytes() for name in old_bytes} == old_bytes
+    done = checkout.check_out(other, new.id, tmp_path, delete=True, force=True)
+    assert set(done.overwritten) == {"d/intact", "d/rotten"}
+    assert done.lost == ("d/rotten", "d/surplus")
+
+
 def test_delete_spares_git_pipes_and_what_is_beside_the_tree(repo: Repo, tmp_path: Path) -> None:
     (tmp_path / "d" / "kept").mkdir(parents=True)
     added = add_tree(repo, tmp_path / "d")
