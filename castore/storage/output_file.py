@@ -110,13 +110,17 @@ class OutputFile:
         fs.set_mode(self._temporary, mode, descriptor)
         return os.fstat(descriptor).st_size
 
-    def finish(self, *, replace: bool, durable: bool) -> None:
-        """Give the file its name. Raise RefusedPath if something of that name appeared and ``replace`` is not set."""
+    def finish(self, *, replace: bool, durable: bool, seen: os.stat_result | None = None) -> None:
+        """Give the file its name. Raise RefusedPath if something of that name appeared and ``replace`` is not set.
+
+        With ``seen``, what is replaced must still be that: see :func:`check_unchanged`.
+        """
         try:
             with fs.closing(self._descriptor, self._temporary):
                 if durable:
                     fs.sync(self._descriptor, self._temporary)
             if replace:
+                check_unchanged(self._target, seen)
                 fs.rename(self._temporary, self._target)
             elif not fs.link(self._temporary, self._target):
                 raise RefusedPath(str(self._target), "it appeared in the meantime: --force replaces it")
@@ -130,8 +134,11 @@ class OutputFile:
         _discard(self._temporary)
 
 
-def write_link(target: Path, text: str, *, replace: bool = False) -> None:
-    """Create a symbolic link at ``target`` that says ``text``; with ``replace`` it replaces a file or link there."""
+def write_link(target: Path, text: str, *, replace: bool = False, seen: os.stat_result | None = None) -> None:
+    """Create a symbolic link at ``target`` that says ``text``; with ``replace`` it replaces a file or link there.
+
+    With ``seen``, what is replaced must still be that: see :func:`check_unchanged`.
+    """
     if not replace:
         fs.symlink(text, target)
         return
@@ -140,9 +147,25 @@ def write_link(target: Path, text: str, *, replace: bool = False) -> None:
     fs.unlink(temporary)
     try:
         fs.symlink(text, temporary)
+        check_unchanged(target, seen)
         fs.rename(temporary, target)
     finally:
         _discard(temporary)
+
+
+def check_unchanged(path: Path, seen: os.stat_result | None) -> None:
+    """Raise RefusedPath if a file or link is not the one that was ``seen`` there, as far as its status tells.
+
+    That is no lock, but it notices an edit while gigabytes are read for another file. One that is gone is no error, as
+    then nothing is lost; without ``seen`` there is nothing to compare.
+    """
+    status = safe_paths.status(path)
+    if status is None or seen is None:
+        return
+    is_same = (status.st_ino, status.st_size, status.st_mtime_ns) == (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    # an edit may set the time of modification back, but not this one; of a file with two names, replacing one sets it
+    if not is_same or (seen.st_nlink == 1 and status.st_ctime_ns != seen.st_ctime_ns):
+        raise RefusedPath(str(path), "it changed meanwhile: run the checkout again")
 
 
 def is_same_file(folder: Path, first: str, second: str) -> bool:

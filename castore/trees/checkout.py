@@ -2,7 +2,8 @@
 
 The tree comes from an index, which is as hostile as the author of its manifest: :mod:`castore.trees.tree` checks all of
 it before anything is written. What is there already as it should be is left alone. What was added once can be had
-again, so it may be replaced; what no version holds is somebody's work, and stays unless ``force`` says otherwise.
+again, so it may be replaced; what no version holds is somebody's work, and stays unless ``force`` says otherwise. That
+is decided before data is read, so each file is looked at once more just before it goes.
 
 A few chunks are in memory at a time, whatever the size of the files.
 """
@@ -76,7 +77,9 @@ def check_out(
 
     Raise UnsafePath or CorruptIndex for a tree that could write elsewhere, and RefusedPath if ``folder`` may not be
     written to or something is in the way that no added version holds (``force`` replaces such files and links, never
-    folders): then nothing was written. Raise ObjectMissing or CorruptObject for data that is missing or damaged.
+    folders): then nothing was written. With ``force``, too, raise RefusedPath if a file or link that was to be replaced
+    or deleted changed after it was compared: it stays, as does what was written by then. Raise ObjectMissing or
+    CorruptObject for data that is missing or damaged.
     """
     safe_paths.check_target(folder)
     entry = repo.find(selector, kind=KIND)
@@ -113,15 +116,16 @@ def check_out(
 class _Plan:
     """What differs between a tree and the disk: ``files`` by the number of their tensor, and paths.
 
-    ``replaced`` are those of files and links that exist, ``deleted`` what the tree lacks, ``lost`` those of both that
-    no other version holds. ``modes`` are of files whose content is right and whose permissions are not.
+    ``replaced`` are those of files and links that exist, ``deleted`` what the tree lacks, both with their status before
+    they were compared; ``lost`` are those of both that no other version holds. ``modes`` are of files whose content is
+    right and whose permissions are not.
     """
 
     files: dict[int, File]
     links: dict[str, str]
     modes: dict[str, int]
-    replaced: set[str]
-    deleted: set[str]
+    replaced: dict[str, os.stat_result]
+    deleted: dict[str, os.stat_result]
     lost: set[str]
 
     @property
@@ -146,9 +150,9 @@ def _plan(
         threads=repo.threads,
         progress=progress,
     )
-    replaced = set(occupied) - right
-    deleted = _surplus(tree, folder) if delete else set()
-    lost = _held_by_none(repo, entry, folder, replaced | deleted)
+    replaced = {path: status for path, status in occupied.items() if path not in right}
+    deleted = _surplus(tree, folder) if delete else {}
+    lost = _held_by_none(repo, entry, folder, {*replaced, *deleted})
     if lost and not force:
         first, more = min(lost), f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         action = "--force overwrites it" if first in replaced else "--force deletes it"
@@ -205,13 +209,13 @@ def _reachable(tree: Tree, folder: Path) -> Iterator[str]:
             absent.add(path)
 
 
-def _surplus(tree: Tree, folder: Path) -> set[str]:
-    """Return the files and links in the tree's folders that the tree lacks. Raise RefusedPath for a device or pipe.
+def _surplus(tree: Tree, folder: Path) -> dict[str, os.stat_result]:
+    """Return the files and links in the tree's folders that the tree lacks, with their status.
 
-    Folders named .git and .castore are passed over, as they are never added.
+    Raise RefusedPath for a device or pipe. Folders named .git and .castore are passed over, as they are never added.
     """
     known = set(tree.paths())
-    surplus = set()
+    surplus = {}
     pending = [path for path in tree.folders if "/" not in path]
     while pending:
         parent = pending.pop()
@@ -225,7 +229,7 @@ def _surplus(tree: Tree, folder: Path) -> set[str]:
             elif path not in known and not safe_paths.is_replaceable(status):
                 raise RefusedPath(str(folder / path), "it is neither a file nor a link: delete it yourself")
             elif path not in known:
-                surplus.add(path)
+                surplus[path] = status
     return surplus
 
 
@@ -295,8 +299,8 @@ class _Checkout:
         self._tree = tree
         self._plan = plan
         self._durable = repo.config.store.fsync
-        self._unfinished: dict[OutputFile, bool] = {}
-        """Files in the making, with whether each may replace one."""
+        self._unfinished: dict[OutputFile, os.stat_result | None] = {}
+        """Files in the making, with the status of what each replaces, if it does."""
 
     def run(self, index: Index, progress: Progress) -> None:
         new_folders = self._make_folders()
@@ -316,7 +320,8 @@ class _Checkout:
             for output in self._unfinished:
                 output.discard()
         for path, target in self._plan.links.items():
-            output_file.write_link(self._folder / path, target, replace=path in self._plan.replaced)
+            seen = self._plan.replaced.get(path)
+            output_file.write_link(self._folder / path, target, replace=seen is not None, seen=seen)
         for path, mode in self._plan.modes.items():
             fs.set_mode(self._folder / path, mode)
         self._delete()
@@ -326,7 +331,8 @@ class _Checkout:
 
     def _delete(self) -> None:
         """Delete what the tree lacks, and the folders that are empty then."""
-        for path in self._plan.deleted:
+        for path, seen in self._plan.deleted.items():
+            output_file.check_unchanged(self._folder / path, seen)
             fs.unlink(self._folder / path)
         emptied = {str(parent) for path in self._plan.deleted for parent in PurePosixPath(path).parents[:-1]}
         for path in sorted(emptied - set(self._tree.folders), reverse=True):
@@ -382,8 +388,9 @@ class _Checkout:
 
     def _create(self, file: File) -> OutputFile:
         output = OutputFile(self._folder / file.path, file.mode)
-        self._unfinished[output] = file.path in self._plan.replaced
+        self._unfinished[output] = self._plan.replaced.get(file.path)
         return output
 
     def _finish(self, output: OutputFile) -> None:
-        output.finish(replace=self._unfinished.pop(output), durable=self._durable)
+        seen = self._unfinished.pop(output)
+        output.finish(replace=seen is not None, durable=self._durable, seen=seen)

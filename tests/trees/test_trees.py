@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,97 @@ def test_delete_spares_git_pipes_and_what_is_beside_the_tree(repo: Repo, tmp_pat
     assert done.deleted == done.lost == ("d/more/deep/link",)
     assert set(look(tmp_path / "d")) == {".git", ".git/config", "kept"}
     assert (tmp_path / "beside").exists()
+
+
+def set_back(path: Path) -> None:
+    """Edit a file in place, and give it the time that it had."""
+    status = path.stat()
+    path.write_bytes(b"EDIT")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+EDITS: list[tuple[str, Callable[[Path], Any]]] = [
+    ("file", lambda path: path.write_bytes(b"EDIT")),
+    ("file", lambda path: path.write_bytes(b"a longer edit")),
+    ("file", set_back),
+    ("file", lambda path: (path.unlink(), path.symlink_to("edited"))),
+    ("file", lambda path: (path.unlink(), path.mkdir())),
+    ("link", lambda path: (path.unlink(), path.symlink_to("edited"))),
+    ("link", lambda path: (path.unlink(), path.write_bytes(b"EDIT"))),
+    ("surplus", lambda path: path.write_bytes(b"EDIT")),
+    ("surplus", lambda path: (path.unlink(), path.symlink_to("edited"))),
+]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(("name", "edit"), EDITS)
+def test_what_changes_while_a_checkout_reads_is_never_lost(
+    repo: Repo, tmp_path: Path, rng: random.Random, name: str, edit: Callable[[Path], Any], force: bool
+) -> None:
+    root = tmp_path / "d"
+    root.mkdir()
+    for path in ("file", "surplus"):
+        (root / path).write_bytes(b"held")
+    (root / "link").symlink_to("old")
+    old = add_tree(repo, root)
+    for path in ("file", "surplus", "link"):
+        (root / path).unlink()
+    (root / "big").write_bytes(rng.randbytes(9_000_000))
+    (root / "file").write_bytes(b"new")
+    (root / "link").symlink_to("new")
+    new = add_tree(repo, root)
+    checkout.check_out(repo, old.id, tmp_path, delete=True)
+    time.sleep(0.05)  # a file system's clock may tick no faster than every 10 ms
+    edited: list[tuple[Any, ...]] = []
+
+    def progress(_done: int, _total: int) -> None:
+        if not edited:  # the first chunk of what is written: what is there has been compared
+            edit(root / name)
+            edited.append(look(root)[name])
+
+    with pytest.raises(errors.RefusedPath, match=f"{name}: it changed meanwhile"):
+        checkout.check_out(repo, new.id, tmp_path, delete=True, force=force, progress=progress)
+    assert look(root)[name] == edited[0]
+    assert leftovers(tmp_path) == []
+
+
+def test_a_file_of_two_names_is_replaced_under_both(repo: Repo, tmp_path: Path) -> None:
+    """Replacing one changes when the other was last changed, by no edit."""
+    root = tmp_path / "d"
+    root.mkdir()
+    for name in "ab":
+        (root / name).write_text("new")
+    (root / "c").write_text("kept")
+    new = add_tree(repo, root)
+    for name in "abc":
+        (root / name).unlink()
+    for name in "abxy":
+        (root / name).write_text("old")
+    add_tree(repo, root)
+    for name in "bxy":
+        (root / name).unlink()
+        (root / name).hardlink_to(root / "a")
+    done = checkout.check_out(repo, new.id, tmp_path, delete=True)
+    assert (done.overwritten, done.deleted, done.lost) == (("d/a", "d/b"), ("d/x", "d/y"), ())
+    assert {name: entry[2] for name, entry in look(root).items()} == {"a": b"new", "b": b"new", "c": b"kept"}
+
+
+def test_what_is_gone_by_now_is_written_and_not_deleted(repo: Repo, tmp_path: Path, rng: random.Random) -> None:
+    root = tmp_path / "d"
+    root.mkdir()
+    (root / "big").write_bytes(rng.randbytes(9_000_000))
+    (root / "file").write_text("new")
+    new = add_tree(repo, root)
+    (root / "big").unlink()
+    for name in ("file", "surplus"):
+        (root / name).write_text("edited")
+
+    def progress(done: int, total: int) -> None:
+        for name in ("file", "surplus") if done < total else ():
+            (root / name).unlink(missing_ok=True)
+
+    checkout.check_out(repo, new.id, tmp_path, delete=True, force=True, progress=progress)
+    assert {name: len(entry[2]) for name, entry in look(root).items()} == {"big": 9_000_000, "file": 3}
 
 
 contents = st.sampled_from([b"", b"1", b"2", b"33"])
