@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from castore import sharding
-from castore.errors import CastoreError
+from castore.errors import CastoreError, describe
 from castore.format.manifest import Entry
 from castore.pushing import BackgroundPusher, pusher_of
 from castore.ranks import TIMEOUT, Ranks, connect
@@ -79,10 +79,10 @@ class AsyncSaver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             self.wait()
-        except CastoreError as save_error:
+        except Exception as save_error:
             if error is None:
                 raise
-            error.add_note(f"a save in the background failed, too: {save_error}")
+            error.add_note(f"a save in the background failed, too: {describe(save_error)}")
         finally:
             try:
                 self.finish_pushing()
@@ -216,7 +216,7 @@ def _finish_late(thread: ThreadPoolExecutor, pending: list[Future[SaveResult]], 
     if not _errors_of(pending):
         del _unfinished[id(pending)]
     for error in _errors_of(pending):
-        warnings.warn(f"castore: a save in the background failed: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"castore: a save in the background failed: {describe(error)}", RuntimeWarning, stacklevel=2)
 
 
 def _errors_of(pending: Sequence[Future[SaveResult]]) -> list[BaseException]:
@@ -229,7 +229,7 @@ def _fail_at_exit(process: int) -> None:
         return
     errors = [error for _, pending in list(_unfinished.values()) for error in _errors_of(pending)]
     for error in errors:
-        sys.stderr.write(f"castore: a save in the background failed: {error}\n")
+        sys.stderr.write(f"castore: a save in the background failed: {describe(error)}\n")
     unpushed = [failure for pusher in _pushers if (failure := pusher.failure())]
     for push_error in unpushed:
         sys.stderr.write(f"castore: {push_error}\n")

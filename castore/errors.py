@@ -33,6 +33,18 @@ def printable(text: str) -> str:
     return "".join(map(_escape_character, text))
 
 
+def describe(error: BaseException) -> str:
+    """Return an error in words. One of castore speaks for itself; of any other the kind is named, too.
+
+    >>> describe(MemoryError()), describe(RuntimeError("can't start new thread"))
+    ('MemoryError', "RuntimeError: can't start new thread")
+    """
+    if isinstance(error, CastoreError):
+        return str(error)
+    kind = type(error).__name__
+    return printable(f"{kind}: {error}" if str(error) else kind)
+
+
 def _escape_character(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
 

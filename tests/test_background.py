@@ -17,7 +17,7 @@ import torch
 from builders import exact, parts
 
 from castore import Experiment, Repo
-from castore.errors import InvalidManifest, NothingAvailable, StorageError, UnsupportedValue, UsageError
+from castore.errors import InvalidManifest, NothingAvailable, PushIncomplete, StorageError, UnsupportedValue, UsageError
 from castore.storage import fs
 from castore.torch import AsyncSaver, Checkpointer
 
@@ -104,10 +104,17 @@ def test_what_cannot_be_stored_is_told_at_once(repo: Repo) -> None:
         saver.save({"model": {"x": object()}}, run="a", step=1)
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(StorageError("write", "x", OSError(28, "full")), "can't write x: full"), (MemoryError(), "MemoryError")],
+)
 def test_an_error_of_the_block_is_not_hidden_by_one_in_the_background(
-    repo: Repo, monkeypatch: pytest.MonkeyPatch
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
 ) -> None:
-    Gate(monkeypatch, OSError(28, "full")).open.set()
+    def write(*_: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(fs, "write", write)
 
     def fail() -> None:
         with AsyncSaver(repo) as saver:
@@ -116,7 +123,7 @@ def test_an_error_of_the_block_is_not_hidden_by_one_in_the_background(
 
     with pytest.raises(ZeroDivisionError) as caught:
         fail()
-    assert "a save in the background failed" in caught.value.__notes__[0]
+    assert caught.value.__notes__ == [f"a save in the background failed, too: {says}"]
 
 
 SCRIPT = """
@@ -297,16 +304,28 @@ def test_tags_notes_and_settings_are_recorded(repo: Repo) -> None:
     assert saved.manifest.run == "mine"
 
 
-UNPUSHED = """
+PUSHING = """
 import pathlib, sys, torch, castore
 from castore.torch import AsyncSaver
 repo = castore.Repo.init(sys.argv[1])
 path = repo.root / "config.toml"
 path.write_text(path.read_text() + 'shared = "' + sys.argv[2] + '"\\npush = "auto"\\n')
 repo = castore.Repo.open(sys.argv[1])
+"""
+UNPUSHED = """
 saver = AsyncSaver(repo)
 saver.save({"model": {"w": torch.ones(3)}}, run="main", step=1)
 """
+
+
+def run_program(script: str, folder: Path, shared: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(shared)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -314,10 +333,8 @@ def test_a_program_that_ends_without_a_with_block_waits_for_the_push_and_fails_w
     tmp_path: Path, works: bool
 ) -> None:
     (tmp_path / "file").touch()
-    folder = str(tmp_path / ("shared" if works else "file/in the way"))
-    process = subprocess.run(
-        [sys.executable, "-c", UNPUSHED, str(tmp_path), folder], capture_output=True, text=True, timeout=60
-    )
+    folder = tmp_path / ("shared" if works else "file/in the way")
+    process = run_program(PUSHING + UNPUSHED, tmp_path, folder)
     (entry,) = Repo.open(tmp_path).checkpoints()
     if works:
         assert (process.returncode, process.stderr) == (0, "")
@@ -325,3 +342,124 @@ def test_a_program_that_ends_without_a_with_block_waits_for_the_push_and_fails_w
     else:
         assert process.returncode == 1
         assert process.stderr.startswith("castore: 1 checkpoint could not be pushed to shared; nothing is lost")
+
+
+UNEXPECTED = """
+def fail(*arguments, **options):
+    raise {ERROR}
+repo.push = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("MemoryError", "MemoryError"),
+        ("RuntimeError('can not start new thread')", "RuntimeError: can not start new thread"),
+        ("BaseException('panicked')", "BaseException: panicked"),
+    ],
+)
+def test_a_push_that_fails_in_a_way_nobody_expected_fails_the_program(tmp_path: Path, error: str, says: str) -> None:
+    script = PUSHING + UNEXPECTED.replace("{ERROR}", error) + UNPUSHED
+    process = run_program(script, tmp_path, tmp_path / "shared")
+    assert process.returncode == 1
+    first, why = process.stderr.splitlines()
+    assert first.startswith("castore: 1 checkpoint could not be pushed to shared; nothing is lost")
+    assert why == f"  {says}"
+
+
+@pytest.fixture
+def pushing(tmp_path: Path) -> Repo:
+    """A repository whose saves are pushed to the folder ``shared``."""
+    path = Repo.init(tmp_path).root / "config.toml"
+    path.write_text(path.read_text() + 'shared = "shared"\npush = "auto"\n')
+    return Repo.open(tmp_path)
+
+
+def pushed(repo: Repo) -> list[str]:
+    return sorted(path.name[10:22] for path in (repo.root.parent / "shared").rglob("manifests/**/*.json"))
+
+
+def save_and_wait(repo: Repo, error: Exception | None = None) -> None:
+    with AsyncSaver(repo) as saver:
+        saver.save(parts(1), run="a", step=1)
+        saver.wait()
+        if error:
+            raise error
+
+
+def test_the_end_of_the_block_tells_of_any_error_of_a_push(pushing: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pushing, "push", fail)
+    with pytest.raises(PushIncomplete, match="1 checkpoint could not be pushed to shared") as caught:
+        save_and_wait(pushing)
+    assert caught.value.reason == "MemoryError"
+    assert isinstance(caught.value.__cause__, MemoryError)
+    (entry,) = pushing.checkpoints()
+    assert caught.value.ids == (entry.id,)
+    with pytest.raises(ZeroDivisionError) as divided:
+        save_and_wait(pushing, ZeroDivisionError())
+    assert "1 checkpoint could not be pushed" in divided.value.__notes__[0]
+
+
+INTERRUPTED = """
+import _thread, threading
+may_fail = threading.Event()
+tries = []
+def fail(*arguments, **options):
+    tries.append(1)
+    if len(tries) == 2:  # the one that is waited for
+        _thread.interrupt_main()
+        may_fail.wait(20)
+    raise MemoryError
+repo.push = fail
+saver = AsyncSaver(repo)
+saver.save({"model": {"w": torch.ones(3)}}, run="main", step=1)
+saver.wait()
+try:
+    saver.finish_pushing()
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+may_fail.set()
+"""
+
+
+def test_a_push_whose_wait_was_interrupted_is_told_of_at_the_end(tmp_path: Path) -> None:
+    process = run_program(PUSHING + INTERRUPTED, tmp_path, tmp_path / "shared")
+    assert (process.stdout, process.returncode) == ("stopped\n", 1), process.stderr
+    assert "1 checkpoint could not be pushed" in process.stderr
+
+
+class NoThread:
+    """Makes the system refuse threads of a name, until ``allowed`` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.allowed = False
+        start = threading.Thread.start
+
+        def limited(thread: threading.Thread) -> None:
+            if thread.name.startswith(name) and not self.allowed:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+
+
+def test_a_push_that_no_thread_can_be_started_for_comes_with_the_next(
+    pushing: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = NoThread(monkeypatch, "castore-push")
+    with pytest.raises(PushIncomplete, match="can't start new thread"):
+        save_and_wait(pushing)
+    with AsyncSaver(pushing) as saver:
+        saver.save(parts(2), run="a", step=2)
+        saved = saver.wait()
+        assert saved is not None  # it is in the store, whatever becomes of the push
+        assert saver.unpushed == (saved.id,)
+        assert not saver.is_pushing
+        limit.allowed = True
+        saver.save(parts(3), run="a", step=3)
+    newest, second, _ = pushing.checkpoints()
+    assert pushed(pushing) == sorted(entry.id[:12] for entry in (newest, second))
