@@ -123,6 +123,8 @@ class AsyncSaver:
         """Start a :meth:`save` and return its future, whose result is for :meth:`take`."""
         self.wait()
         try:
+            # what a pool could start no thread for stays in its queue, for a time when the buffers hold something else
+            self._thread.submit(_start_thread)
             self._repo.check_save(parts, **fields)
             take_apart: Callable[[Any, str], Any] = shards.flatten if self._ranks.may_shard else flatten
             flat = {name: take_apart(state, name) for name, state in parts.items()}
@@ -179,6 +181,10 @@ class AsyncSaver:
             torch.cuda.synchronize()
         self._buffers[name] = buffers
         return dataclasses.replace(flat, sources=[TensorSource(buffer, is_shared=False) for buffer in buffers])
+
+
+def _start_thread() -> None:
+    """Do nothing, in a thread that exists then."""
 
 
 def _wait_at_exit(pending: Sequence[Future[SaveResult]], pusher: BackgroundPusher | None, process: int) -> None:

@@ -463,3 +463,17 @@ def test_a_push_that_no_thread_can_be_started_for_comes_with_the_next(
         saver.save(parts(3), run="a", step=3)
     newest, second, _ = pushing.checkpoints()
     assert pushed(pushing) == sorted(entry.id[:12] for entry in (newest, second))
+
+
+def test_a_save_that_no_thread_can_be_started_for_is_never_made_later(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then its memory holds another state."""
+    limit = NoThread(monkeypatch, "castore-save")
+    with AsyncSaver(repo) as saver:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            saver.save(parts(1), run="a", step=1)
+        limit.allowed = True
+        saver.save(parts(2), run="a", step=2)
+    loaded = {entry.manifest.step: repo.load(entry.id) for entry in repo.checkpoints()}
+    assert exact(loaded) == exact({2: parts(2)})
