@@ -142,7 +142,7 @@ def _wait(remote: PublishingRemote, at_work: bytes) -> None:
             remote.write_file(PASS, b"", replace=True)
             time.sleep(min(_IN_FLIGHT, PATIENCE))
             return
-        time.sleep(_POLL)
+        time.sleep(min(_POLL, PATIENCE))
         before, at_work = at_work, remote.read_file(PASS, _MAX_TOKEN) or b""
         if at_work != before:
             since = time.monotonic()
