@@ -171,6 +171,14 @@ class ManifestsHidden(DataMissing):
         )
 
 
+class GitUnreadable(DataMissing):
+    """Git could not be asked, lacks what it was asked for, or answers in a way that castore does not understand."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
 class RootsUnreadable(DataMissing):
     """The manifests still in use could not all be determined, so nothing was deleted."""
 

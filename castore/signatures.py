@@ -42,7 +42,7 @@ class Vouched:
 def check_signatures(repo: Repo, entries: Iterable[Entry]) -> Iterator[Vouched]:
     """Yield for each entry who vouches for it: any signed commit in the history of HEAD that brought these very bytes.
 
-    RootsUnreadable when git can't be asked, as outside of a work tree.
+    GitUnreadable when git can't be asked, as outside of a work tree.
     """
     added = git.additions(repo.root, "manifests")
     signatures: dict[str, git.Signature] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -117,6 +118,14 @@ def test_a_shallow_clone_is_no_proof(signing: Project, tmp_path: Path) -> None:
     _, err = process.communicate()
     assert process.returncode == 4
     assert "git fetch --unshallow" in err
+    assert "deleted" not in err
+
+
+def test_outside_of_a_work_tree_nobody_vouches_and_nothing_is_said_of_deletion(signing: Project) -> None:
+    save(signing, 1, "-S")
+    shutil.rmtree(signing.root / ".git")
+    err = signing.call("verify", "--signed", code=4)
+    assert err.startswith("castore: git rev-parse failed: fatal: not a git repository")
 
 
 def test_it_is_an_error_to_ask_for_more(signing: Project) -> None:

@@ -18,9 +18,9 @@ from castore.errors import (
     CastoreError,
     CorruptionError,
     DataMissing,
+    GitUnreadable,
     NotPushed,
     RemoteUnavailable,
-    RootsUnreadable,
     UploadRefused,
     UsageError,
 )
@@ -98,7 +98,7 @@ def catch_up(repo: Repo, ref: str) -> CaughtUp:
         there = git.files_at(repo.root, tip, _CAUGHT_UP).files
         missing = {path: blob for path, blob in there.items() if not os.path.lexists(repo.root / path)}
         contents = git.blobs(repo.root, {blob: path for path, blob in missing.items()}, git_files.MAX_BYTES)
-    except (NotPushed, RootsUnreadable) as error:
+    except (NotPushed, GitUnreadable) as error:
         return CaughtUp(branch=name, problem=error.reason)
     added, passed_over = git_files.adopt(repo, {path: contents[blob] for path, blob in missing.items()})
     try:

@@ -7,6 +7,7 @@ manifests, pins and tags of all of them count: :func:`read_roots`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +21,10 @@ from castore.errors import (
     CorruptBundle,
     CorruptManifest,
     CorruptTag,
+    GitUnreadable,
     InvalidManifest,
     ManifestsHidden,
+    RootsUnreadable,
     StorageError,
     UnsupportedVersion,
     UsageError,
@@ -420,6 +423,16 @@ class Roots:
     tags_elsewhere: Mapping[ObjectId, tuple[str, ...]] = field(default_factory=dict)
 
 
+@contextlib.contextmanager
+def _needing_git() -> Iterator[None]:
+    """Raise RootsUnreadable when the block can't read what git has."""
+    try:
+        yield
+    except GitUnreadable as error:
+        raise RootsUnreadable(error.reason) from error
+
+
+@_needing_git()
 def read_roots(catalog: Catalog) -> Roots:
     """Read the manifests, pins and tags of the work tree, the index, every ref's tip, stashes and linked worktrees.
 
@@ -472,7 +485,7 @@ def _all_tags(catalog: Catalog) -> Iterable[_Tag]:
 
 
 def _read_tags(folder: Path, snapshots: Sequence[git.Snapshot]) -> Iterator[list[_Tag]]:
-    """Yield the tags of each snapshot. CorruptTag, RootsUnreadable."""
+    """Yield the tags of each snapshot. CorruptTag, GitUnreadable."""
     places = {
         blob: f"{snapshot.name}:{path}"
         for snapshot in snapshots

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castore.errors import RootsUnreadable, printable
+from castore.errors import GitUnreadable, printable
 from castore.storage.git_process import LONG_SECONDS, SHORT_SECONDS, ask, run, split_lines
 
 
@@ -29,11 +29,11 @@ def commit(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _understanding() -> Iterator[None]:
-    """Raise RootsUnreadable when the block can't make sense of what git printed."""
+    """Raise GitUnreadable when the block can't make sense of what git printed."""
     try:
         yield
     except (ValueError, IndexError, OSError) as error:
-        raise RootsUnreadable("git printed what castore does not understand: check that git works here") from error
+        raise GitUnreadable("git printed what castore does not understand: check that git works here") from error
 
 
 # -- everything that git still holds ---------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def is_inside(path: Path) -> bool:
 def index(top: Path, inside: str, names: Sequence[str]) -> Snapshot:
     """Return the files that the index of the work tree ``top`` has in the sub-folders ``names`` of ``inside``.
 
-    All sides of a conflict are included. RootsUnreadable when git fails.
+    All sides of a conflict are included. GitUnreadable when git fails.
     """
     out = _demand(top, "ls-files", "--stage", "-z", "--full-name", "--", *(f"{inside}/{name}" for name in names))
     files = _files(out, blob_field=1, prefix=f"{inside}/")
@@ -78,7 +78,7 @@ _EMPTY = (
 def tips(folder: Path, names: Sequence[str]) -> list[Snapshot]:
     """Return the files at HEAD, at every branch (local and remote-tracking), tag and stash, and in linked worktrees.
 
-    Tips and not history, so that a shallow clone is as good as a full one. RootsUnreadable when git fails.
+    Tips and not history, so that a shallow clone is as good as a full one. GitUnreadable when git fails.
     """
     prefix = _prefix(folder)
     snapshots: dict[str, Snapshot] = {}
@@ -89,7 +89,7 @@ def tips(folder: Path, names: Sequence[str]) -> list[Snapshot]:
 
 
 def files_at(folder: Path, commit_id: str, names: Sequence[str]) -> Snapshot:
-    """Return the files that a commit has in the sub-folders ``names`` of ``folder``. RootsUnreadable when git fails."""
+    """Return the files that a commit has in the sub-folders ``names`` of ``folder``. GitUnreadable when git fails."""
     return _snapshot(folder, _prefix(folder), commit_id, commit_id, names)
 
 
@@ -115,7 +115,7 @@ def _tips(folder: Path) -> list[tuple[str, str]]:
         git_id, _, name = ref.partition(" ")
         peeled_id, _, kind = line.rpartition(" ")[0].partition(" ")
         if kind not in ("commit", "tree", "blob"):
-            raise RootsUnreadable(f"git can't read {name} ({git_id}): fetch it first, or delete the ref")
+            raise GitUnreadable(f"git can't read {name} ({git_id}): fetch it first, or delete the ref")
         if kind != "blob":
             found.append((name, peeled_id))
     if head := ask(folder, "rev-parse", "--verify", "--quiet", "HEAD"):
@@ -139,7 +139,7 @@ def _in_progress(git_dir: Path) -> list[tuple[str, str]]:
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise RootsUnreadable(f"can't read {git_dir / name}: {error}") from error
+            raise GitUnreadable(f"can't read {git_dir / name}: {error}") from error
     return found
 
 
@@ -159,7 +159,7 @@ def altered(folder: Path, names: Sequence[str]) -> list[str] | None:
     try:
         here = _demand_bytes(folder, ["hash-object", "--no-filters", "--stdin-paths"], given).decode().split()
         return [path for path, blob in zip(paths, here, strict=True) if blobs[path] != blob]
-    except (RootsUnreadable, ValueError):
+    except (GitUnreadable, ValueError):
         return None
 
 
@@ -177,7 +177,7 @@ def worktrees(folder: Path) -> tuple[str, list[Path]]:
 def blobs(folder: Path, places: Mapping[str, str], limit: int) -> dict[str, bytes]:
     """Return the content of each blob of ``places``, which maps blob ids to where each was found, for messages.
 
-    RootsUnreadable when one isn't there, as in a partial clone, or is larger than ``limit`` bytes.
+    GitUnreadable when one isn't there, as in a partial clone, or is larger than ``limit`` bytes.
     """
     blob_ids = list(places)
     if not blob_ids:
@@ -187,9 +187,9 @@ def blobs(folder: Path, places: Mapping[str, str], limit: int) -> dict[str, byte
         if not length:
             blob_id = line.partition(" ")[0]
             place = places.get(blob_id)
-            raise RootsUnreadable(f"git has no blob {blob_id} of {place} (a partial clone?): fetch it first")
+            raise GitUnreadable(f"git has no blob {blob_id} of {place} (a partial clone?): fetch it first")
         if int(length) > limit:
-            raise RootsUnreadable(f"{places[blob_id]} has {length} bytes, where at most {limit} make sense: remove it")
+            raise GitUnreadable(f"{places[blob_id]} has {length} bytes, where at most {limit} make sense: remove it")
     out = memoryview(_demand_bytes(folder, ["cat-file", "--batch"], "\n".join(blob_ids).encode() + b"\n"))
     contents = {}
     at = 0
@@ -197,7 +197,7 @@ def blobs(folder: Path, places: Mapping[str, str], limit: int) -> dict[str, byte
         end = bytes(out[at : at + 200]).index(b"\n")
         header = bytes(out[at : at + end]).decode().split(" ")
         if len(header) != 3 or header[1] != "blob":
-            raise RootsUnreadable(f"git has no blob {blob_id} of {places[blob_id]}: fetch it first")
+            raise GitUnreadable(f"git has no blob {blob_id} of {places[blob_id]}: fetch it first")
         size, start = int(header[2]), at + end + 1
         contents[blob_id] = bytes(out[start : start + size])
         at = start + size + 1
@@ -229,16 +229,16 @@ def _demand(folder: Path, *arguments: str) -> str:
 
 
 def _demand_bytes(folder: Path, arguments: Sequence[str], given: bytes = b"") -> bytes:
-    """Return what git prints. RootsUnreadable when it fails."""
+    """Return what git prints. GitUnreadable when it fails."""
     try:
         # the name of a folder may look like a pattern
         done = run(folder, ["--literal-pathspecs", *arguments], given=given, seconds=LONG_SECONDS)
     except OSError as error:
-        raise RootsUnreadable(f"git {arguments[0]} failed: {error}") from error
+        raise GitUnreadable(f"git {arguments[0]} failed: {error}") from error
     if done.returncode:
         lines = split_lines(os.fsdecode(done.stderr)) or [f"exit {done.returncode}"]
         # which line is shown; nothing is decided by it
-        raise RootsUnreadable(
+        raise GitUnreadable(
             f"git {arguments[0]} failed: {next((line for line in lines if 'fatal:' in line), lines[-1])}"
         )
     return done.stdout
@@ -268,11 +268,11 @@ class Signature:
 def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
     """Return which commits of HEAD's history added a file below ``folder / name``: path -> (commit, blob) pairs.
 
-    Paths are relative to ``folder``. A merge that brings a file counts as well. RootsUnreadable when git fails, and in
+    Paths are relative to ``folder``. A merge that brings a file counts as well. GitUnreadable when git fails, and in
     a shallow clone, whose oldest commit seems to have added everything.
     """
     if _demand(folder, "rev-parse", "--is-shallow-repository").strip() == "true":
-        raise RootsUnreadable("who brought a manifest isn't known in a shallow clone: `git fetch --unshallow` first")
+        raise GitUnreadable("who brought a manifest isn't known in a shallow clone: `git fetch --unshallow` first")
     prefix = _prefix(folder)
     out = _demand(
         folder, "log", "--format=%x00%H", "--raw", "-z", "--no-abbrev", "--no-renames", "--diff-filter=A",
@@ -293,7 +293,7 @@ def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def signature(folder: Path, commit_id: str) -> Signature:
-    """Return what git says of a commit's signature, by the keys that its settings allow. RootsUnreadable."""
+    """Return what git says of a commit's signature, by the keys that its settings allow. GitUnreadable."""
     code, _, signer = _demand(folder, "log", "-1", "--format=%G?%x00%GS", commit_id).strip("\n").partition("\0")
     return Signature(code, printable(signer))
 
