@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from castore.config import Config
-from castore.errors import CastoreError, ConfigError, Locked, RootsUnreadable, StorageError
+from castore.errors import CastoreError, ConfigError, GitUnreadable, Locked, RootsUnreadable, StorageError
 from castore.format.ids import ObjectId
 from castore.gc import collect_garbage
 from castore.remotes.folder import Folder
@@ -83,6 +83,8 @@ def examine(now: datetime, path: str | os.PathLike[str] = ".") -> Iterator[Check
             yield from checks
         except StorageError as error:
             yield Check(subject, "problem", str(error), "let this user read it, or repair the disk")
+        except GitUnreadable as error:
+            yield Check(subject, "problem", str(error), "until then gc deletes nothing")
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------

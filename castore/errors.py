@@ -179,6 +179,18 @@ class GitUnreadable(DataMissing):
         super().__init__(reason)
 
 
+class BareRepository(GitUnreadable):
+    """The folder ``path`` passes for a git repository of its own: git was not run, which would obey its settings."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"{printable(path)} looks like a git repository of its own, by its HEAD, objects and refs: git was not "
+            "asked, as it would run the programs that settings there name. Remove HEAD there, and don't trust the "
+            "commit that brought it; or move .castore elsewhere"
+        )
+
+
 class RootsUnreadable(DataMissing):
     """The manifests still in use could not all be determined, so nothing was deleted."""
 

@@ -23,6 +23,7 @@ import pkgutil
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -47,7 +48,8 @@ _MEMORY = 1 << 30
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("log",), ("log", "--graph"), ("log", "--json"), ("show", "latest"), ("show", "latest", "--json"), ("ls", "latest"),
     ("stats",), ("status",), ("find", "*"), ("diff", "latest", "best"), ("resolve",), ("doctor",), ("verify",),
-    ("report", "-o", "report.html", "--force"), ("report", "--format", "md"), ("report", "--format", "json"),
+    ("verify", "--signed"), ("report", "-o", "report.html", "--force"), ("report", "--format", "md"),
+    ("report", "--format", "json"), ("forget", "latest"),
     ("gc", "--dry-run"), ("tag", "latest", "again"), ("pin", "latest"), ("push", "shelf"), ("gc",), ("init",),
 )  # fmt: skip
 
@@ -276,6 +278,39 @@ def is_accepted(data: bytes) -> bool:
     return True
 
 
+# -- a repository in the repository ------------------------------------------------------------------------------------
+
+
+def plant_repository(folder: Path, program: str) -> None:
+    """Make a folder pass for a bare repository, as a commit can bring one, whose settings name a program to run."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", f"--git-dir={folder}", f"--work-tree={folder}"]
+    empty = folder.parent / "empty-template"
+    empty.mkdir()
+    names = [path.name for path in folder.iterdir()]
+    for arguments in (["init", "-q", f"--template={empty}"], ["add", "-f", *names], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    empty.rmdir()
+    settings = {"core.bare": "false", "core.worktree": ".", "filter.x.clean": f"{program}; cat", "gpg.format": "ssh"}
+    settings |= {"gpg.ssh.program": program, "core.fsmonitor": program, "core.hooksPath": "hooks"}
+    for name, value in settings.items():
+        subprocess.run(["git", "config", "--file", str(folder / "config"), name, value], check=True)
+    (folder / "info").mkdir(exist_ok=True)
+    (folder / "info" / "attributes").write_text("* filter=x\n")
+
+
+def try_repositories(commands: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield what goes wrong where .castore, a folder in it or the one above passes for a repository of its own."""
+    _load_all()
+    for place in (".castore", ".castore/manifests/main", "."):
+        with tempfile.TemporaryDirectory() as folder:
+            work = make(Path(folder))
+            plant_repository(work / place, f"touch {work.parent / 'outside' / 'ran'}")
+            subprocess.run(["git", "init", "-q", folder], check=True)
+            for arguments in commands:
+                if wrong := what_is_wrong(work, arguments):
+                    yield f"{place} is a repository: {wrong}"
+
+
 def main() -> int:
     """Try everything."""
     wrong = []
@@ -287,8 +322,10 @@ def main() -> int:
             print(f"{place[:60]:60} {len(THINGS) * len(COMMANDS):4} commands, {len(found)} wrong", flush=True)
     found = list(try_texts(0, 1, COMMANDS))
     print(f"{'hostile texts':60} {len(COMMANDS):4} commands, {len(found)} wrong")
-    print(*wrong, *found, sep="\n")
-    return 1 if wrong or found else 0
+    planted = list(try_repositories(COMMANDS))
+    print(f"{'a repository in the repository':60} {3 * len(COMMANDS):4} commands, {len(planted)} wrong")
+    print(*wrong, *found, *planted, sep="\n")
+    return 1 if wrong or found or planted else 0
 
 
 def _try_all(place: str) -> list[str]:

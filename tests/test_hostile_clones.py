@@ -23,6 +23,10 @@ def test_no_text_of_a_manifest_reaches_a_terminal_a_page_or_a_shell_as_more_than
     assert 40 < sum(accepted) < len(accepted)  # both kinds are there: those that are shown, and those that are refused
 
 
+def test_a_repository_in_the_repository_runs_nothing() -> None:
+    assert list(hostile_clones.try_repositories(COMMANDS)) == []
+
+
 def test_what_should_not_happen_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile_clones._load_all()
     work = hostile_clones.make(tmp_path)

@@ -35,7 +35,7 @@ from castore.format.bundle import MAX_RECORD_BYTES, Record, decode_record, encod
 from castore.format.ids import ObjectId, is_object_id
 from castore.format.manifest import Entry, Manifest
 from castore.policy.order import newest_first
-from castore.storage import fs, git, manifest_cache, safe_paths
+from castore.storage import fs, git, git_process, manifest_cache, safe_paths
 from castore.storage.manifest_cache import ManifestCache
 
 _SESSION = re.compile(r"sessions/(?P<run>[^/]+)/(?P<name>\d{8}T\d{6}\.\d{6}Z\.json)", re.ASCII)
@@ -444,6 +444,7 @@ def read_roots(catalog: Catalog) -> Roots:
     tags, tags_elsewhere = {*_all_tags(catalog)}, set[_Tag]()
     sources: dict[str, dict[ObjectId, Entry]] = {}
     folder = catalog.root.parent
+    git_process.refuse_bare(catalog.root)  # elsewhere git is asked from there
     if git.is_inside(folder):
         inside, (top, *linked) = git.worktrees(folder)
         for path in linked:

@@ -1,4 +1,7 @@
-"""What git knows of a folder. Nothing here changes a repository, fetches anything or takes a lock."""
+"""What git knows of a folder. Nothing here changes a repository, fetches anything or takes a lock.
+
+Everything raises BareRepository where a folder passes for a repository that a commit has brought.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castore.errors import GitUnreadable, printable
+from castore.errors import BareRepository, GitUnreadable, printable
 from castore.storage.git_process import LONG_SECONDS, SHORT_SECONDS, ask, run, split_lines
 
 
@@ -250,6 +253,8 @@ def problem(path: Path) -> str:
         done = run(path, ["rev-parse", "--show-toplevel"], seconds=SHORT_SECONDS)
     except OSError as error:
         return f"git can't be run: {type(error).__name__}"
+    except BareRepository as error:
+        return str(error)
     return "" if done.returncode == 0 else printable(" ".join(os.fsdecode(done.stderr).split()))[:500]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from castore.errors import NotPushed, printable
+from castore.errors import BareRepository, NotPushed, printable
 from castore.storage.git_process import LONG_SECONDS, Done, ask, run, split_lines
 
 _BOT = ("github-actions[bot]", "41898282+github-actions[bot]@users.noreply.github.com")
@@ -139,7 +139,7 @@ def push(folder: Path, remote: str, name: str, commit_id: str, *, dry_run: bool 
     arguments = [*_NO_HOOKS, "push", *options, remote, f"{commit_id}:refs/heads/{name}"]
     try:
         done = run(folder, arguments, seconds=LONG_SECONDS, read_only=False, secrets=True)
-    except OSError as error:
+    except (OSError, BareRepository) as error:
         return PushResult("failed", f"git push: {error}")
     if done.returncode == 0:
         return PushResult("pushed")
@@ -180,7 +180,7 @@ def _act(
         done = run(
             folder, arguments, given=given, seconds=LONG_SECONDS, read_only=False, extra=extra or {}, secrets=network
         )
-    except OSError as error:
+    except (OSError, BareRepository) as error:
         raise NotPushed(f"git {what}: {error}") from error
     if done.returncode:
         raise NotPushed(_failure(what, done))

@@ -11,12 +11,13 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from castore.errors import UsageError
+from castore.errors import BareRepository, UsageError
 
 # what a repository's settings would change in the output that is read, or have run as a program for it
 _SETTINGS_OF_OURS = (
     "-c", "core.quotePath=false",
     "-c", "core.fsmonitor=false",
+    "-c", "safe.bareRepository=explicit",
     "-c", "log.showSignature=false",
 )  # fmt: skip
 _MAX_SETTINGS = 1000  # in the environment
@@ -48,11 +49,14 @@ def run(
     extra: Mapping[str, str] | None = None,
     secrets: bool = False,
 ) -> Done:
-    """Run git in ``path`` with ``given`` as its input, and wait for it. OSError, of which TimeoutError is one.
+    """Run git in ``path`` with ``given`` as its input, and wait for it.
+
+    BareRepository, see :func:`refuse_bare`; OSError, of which TimeoutError is one.
 
     Unless it is ``read_only`` git may take locks and fetch. Only with ``secrets`` does it see tokens for a server;
     ``extra`` variables are added to its environment.
     """
+    refuse_bare(path)
     # hooks and helpers are other people's programs: they don't get the job's access to GitHub's cache
     environment = {
         name: value for name, value in os.environ.items() if name not in _LOCAL and not name.startswith("ACTIONS_")
@@ -69,8 +73,25 @@ def run(
         raise TimeoutError(f"git did not end within {seconds} s") from None
 
 
+def refuse_bare(path: Path) -> None:
+    """Raise BareRepository if ``path``, or a folder between it and the top of its work tree, passes for a repository.
+
+    A commit can bring such a folder. git would take it for the repository, and settings in it name programs to run.
+    """
+    # safe.bareRepository forbids the same, in git 2.38 and later alone
+    real = Path(os.path.realpath(path))
+    for folder in (real, *real.parents):
+        if os.path.exists(folder / ".git"):
+            return
+        if os.path.lexists(folder / "HEAD") and (
+            os.path.lexists(folder / "commondir")  # says where objects and refs are
+            or (os.path.lexists(folder / "objects") and os.path.lexists(folder / "refs"))
+        ):
+            raise BareRepository(str(folder))
+
+
 def ask(path: Path, *arguments: str) -> str | None:
-    """Return what git prints, without the last newline; None when it fails or isn't installed."""
+    """Return what git prints, without the last newline; None when it fails or isn't installed. BareRepository."""
     try:
         done = run(path, arguments, seconds=SHORT_SECONDS)
     except OSError:

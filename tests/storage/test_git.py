@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hostile_clones import plant_repository
 from project import Project
 
+from castore import Repo
+from castore.doctor import examine
+from castore.storage import git_process
 from castore.storage.git import commit, root
 
 
@@ -78,3 +84,65 @@ def test_settings_of_the_repository_run_no_program(tmp_path: Path) -> None:
     project.run("gc", "--dry-run")
     project.run("stats")
     assert not (tmp_path / "ran").exists()
+
+
+def clone_with_a_repository_in_it(tmp_path: Path, place: str) -> Project:
+    """A clone of a project in sub/ that has a git repository committed in a place: what it runs makes tmp_path/ran."""
+    (tmp_path / "origin").mkdir()
+    origin = Project(tmp_path / "origin")
+    (origin.root / "sub").mkdir()
+    Repo.init(origin.root / "sub").save({"model": {"w": 1}}, run="main", step=1)
+    plant_repository(origin.root / place, f"touch {tmp_path}/ran")
+    origin.git("add", "-A", "-f", ".")
+    origin.git("commit", "-qm", "one")
+    origin.git("clone", "-q", ".", str(tmp_path / "clone"))
+    (tmp_path / "ran").unlink(missing_ok=True)
+    origin.root = tmp_path / "clone" / "sub"
+    return origin
+
+
+@pytest.mark.parametrize("place", ["sub", "sub/.castore"])
+@pytest.mark.parametrize("left_out", ["nothing", "what git is told", "the look at the folders"])
+def test_a_repository_in_the_work_tree_run_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, left_out: str
+) -> None:
+    clone = clone_with_a_repository_in_it(tmp_path, place)
+    if left_out == "what git is told":  # which git before 2.38 doesn't know
+        monkeypatch.setattr(git_process, "_SETTINGS_OF_OURS", ())
+    elif left_out == "the look at the folders":
+        monkeypatch.setattr(git_process, "refuse_bare", lambda _: None)
+    for command in (("status",), ("doctor",), ("verify", "--signed"), ("gc",), ("stats",)):
+        with contextlib.suppress(AssertionError):  # whatever it exits with
+            clone.call(*command)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["sub", "sub/.castore"])
+def test_a_repository_in_the_work_tree_is_told_and_keeps_gc_from_deleting(tmp_path: Path, place: str) -> None:
+    clone = clone_with_a_repository_in_it(tmp_path, place)
+    told = f"{tmp_path / 'clone' / place} looks like a git repository of its own"
+    assert told in clone.call("status", code=4)
+    assert told in clone.call("verify", "--signed", code=4)
+    assert "nothing was deleted" in (err := clone.call("gc", code=4))
+    assert told in err
+    problems = {check.subject: check.text for check in examine(datetime.now(UTC), clone.root) if check.level != "ok"}
+    assert told in problems["git"]
+    assert told in problems["gc"]
+    (clone.root.parent / place / "HEAD").unlink()
+    clone.call("status")
+
+
+def test_a_repository_among_the_manifests_does_not_say_what_is_committed(tmp_path: Path) -> None:
+    clone = clone_with_a_repository_in_it(tmp_path, "sub/.castore/manifests/main")
+    assert "looks like a git repository of its own" in clone.call("forget", "latest", code=4)
+
+
+def test_a_repository_in_the_work_tree_is_told_wherever_its_objects_are(tmp_path: Path) -> None:
+    """git follows the file ``commondir`` to the folder that has objects, refs and the settings."""
+    clone = clone_with_a_repository_in_it(tmp_path, "sub/.castore")
+    folder = clone.root / ".castore"
+    (folder / "inner").mkdir()
+    for name in ("objects", "refs", "config"):
+        (folder / name).rename(folder / "inner" / name)
+    (folder / "commondir").write_text("inner")
+    assert "looks like a git repository of its own" in clone.call("status", code=4)
