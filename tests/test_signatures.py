@@ -108,6 +108,29 @@ def test_a_forged_signature_is_told(signing: Project) -> None:
     assert vouched(signing, code=5) == {checkpoint: "its signature is wrong"}
 
 
+@pytest.mark.parametrize("way", ["the file of grafts", "a replaced commit"])
+def test_a_commit_that_lost_its_parents_has_brought_no_more_for_it(signing: Project, way: str) -> None:
+    unsigned = save(signing, 1, "--no-gpg-sign")
+    second = save(signing, 2, "-S")
+    signed = signing.git("rev-parse", "HEAD").strip()
+    if way == "a replaced commit":
+        signing.git("replace", "--graft", signed)
+    else:
+        grafts = signing.root / ".git" / "info" / "grafts"
+        grafts.parent.mkdir(exist_ok=True)
+        grafts.write_text(f"{signed}\n")
+    assert vouched(signing, code=5) == {unsigned: "it has no signature", second: "me@example.com"}
+    assert "hint" not in signing.run("verify", "--signed", code=5)
+
+
+def test_what_stands_in_for_a_signed_tree_is_not_vouched_for(signing: Project) -> None:
+    signing.git("commit", "-q", "-S", "--allow-empty", "-m", "nothing")
+    signed = signing.git("rev-parse", "HEAD^{tree}").strip()
+    checkpoint = save(signing, 1, "--no-gpg-sign")
+    signing.git("replace", signed, signing.git("rev-parse", "HEAD^{tree}").strip())
+    assert vouched(signing, code=5) == {checkpoint: "it has no signature"}
+
+
 def test_a_shallow_clone_is_no_proof(signing: Project, tmp_path: Path) -> None:
     save(signing, 1, "-S")
     save(signing, 2, "-S")

@@ -19,6 +19,7 @@ _SETTINGS_OF_OURS = (
     "-c", "core.fsmonitor=false",
     "-c", "safe.bareRepository=explicit",
     "-c", "log.showSignature=false",
+    "-c", "advice.graftFileDeprecated=false",
 )  # fmt: skip
 _MAX_SETTINGS = 1000  # in the environment
 
@@ -26,6 +27,9 @@ SHORT_SECONDS = 10  # for what git answers from what it has in its hands
 LONG_SECONDS = 300
 
 Done = subprocess.CompletedProcess[bytes]
+
+# a replaced object or a graft shows another history than the one that was signed and pushed
+_HISTORY_AS_IT_IS = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_GRAFT_FILE": os.devnull}
 
 # Set by git for hooks and aliases (`git rev-parse --local-env-vars`): with them, git would answer for another
 # repository or index than the one that the folder lies in.
@@ -60,7 +64,7 @@ def run(
     # hooks and helpers are other people's programs: they don't get the job's access to GitHub's cache
     environment = {
         name: value for name, value in os.environ.items() if name not in _LOCAL and not name.startswith("ACTIONS_")
-    } | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", **(extra or {})}
+    } | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", **_HISTORY_AS_IT_IS, **(extra or {})}
     if not secrets:
         environment = _without_secrets(environment)
     if read_only:
