@@ -151,6 +151,13 @@ def test_outside_of_a_work_tree_nobody_vouches_and_nothing_is_said_of_deletion(s
     assert err.startswith("castore: git rev-parse failed: fatal: not a git repository")
 
 
+def test_files_named_like_commits_are_no_obstacle(signing: Project) -> None:
+    checkpoint = save(signing, 1, "-S")
+    for name in (signing.git("rev-parse", "HEAD").strip(), "HEAD", "FETCH_HEAD", "-"):
+        (signing.root / ".castore" / name).touch()
+    assert vouched(signing, code=0) == {checkpoint: "me@example.com"}
+
+
 def test_it_is_an_error_to_ask_for_more(signing: Project) -> None:
     assert "nothing to check" in signing.call("verify", "--signed", code=7)
     assert "leave out --repair" in signing.call("verify", "--signed", "--repair", code=2)

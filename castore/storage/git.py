@@ -299,7 +299,7 @@ def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
 
 def signature(folder: Path, commit_id: str) -> Signature:
     """Return what git says of a commit's signature, by the keys that its settings allow. GitUnreadable."""
-    code, _, signer = _demand(folder, "log", "-1", "--format=%G?%x00%GS", commit_id).strip("\n").partition("\0")
+    code, _, signer = _demand(folder, "log", "-1", "--format=%G?%x00%GS", commit_id, "--").strip("\n").partition("\0")
     return Signature(code, printable(signer))
 
 

@@ -158,7 +158,7 @@ def push(folder: Path, remote: str, name: str, commit_id: str, *, dry_run: bool 
 def fetch_branch(folder: Path, remote: str, name: str) -> str:
     """Fetch a branch of a remote; return its commit. NotPushed."""
     _act(folder, *_NO_HOOKS, "fetch", "--quiet", remote, f"refs/heads/{name}", network=True)
-    return _act(folder, "rev-parse", "FETCH_HEAD").strip()
+    return _act(folder, "rev-parse", "--verify", "FETCH_HEAD").strip()
 
 
 def _identity(folder: Path) -> list[str]:
