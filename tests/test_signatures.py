@@ -158,6 +158,58 @@ def test_files_named_like_commits_are_no_obstacle(signing: Project) -> None:
     assert vouched(signing, code=0) == {checkpoint: "me@example.com"}
 
 
+SETTINGS = (
+    ("log.showRoot", "false"), ("i18n.logOutputEncoding", "UTF-16"), ("log.follow", "true"), ("diff.relative", "true"),
+    ("diff.renames", "copies"), ("log.diffMerges", "off"), ("color.ui", "always"), ("log.decorate", "full"),
+    ("log.showSignature", "true"), ("log.abbrevCommit", "true"), ("core.abbrev", "5"), ("format.pretty", "raw"),
+)  # fmt: skip
+
+
+def test_what_a_commit_brought_does_not_depend_on_settings_for_people(signing: Project) -> None:
+    signing.git("add", ".castore")
+    checkpoint = save(signing, 1, "-S")
+    assert signing.git("rev-list", "--count", "HEAD").strip() == "1"
+    for name, value in SETTINGS:
+        signing.git("config", name, value)
+        assert vouched(signing, code=0) == {checkpoint: "me@example.com"}, name
+        signing.git("config", "--unset", name)
+
+
+def test_what_was_wrong_and_is_corrected_by_a_signed_commit_is_vouched_for(signing: Project) -> None:
+    checkpoint = save(signing, 1)
+    (manifest,) = (signing.root / ".castore" / "manifests" / "main").glob("*.json")
+    good = manifest.read_bytes()
+    for data, sign in ((b"{}", "--no-gpg-sign"), (good, "-S")):
+        manifest.write_bytes(data)
+        signing.git("add", "-A", ".castore")
+        signing.git("commit", "-q", "-m", "x", sign)
+    assert vouched(signing, code=0) == {checkpoint: "me@example.com"}
+
+
+def test_a_signed_commit_that_only_lets_a_manifest_be_run_vouches_for_nothing(signing: Project) -> None:
+    checkpoint = save(signing, 1, "--no-gpg-sign")
+    (manifest,) = (signing.root / ".castore" / "manifests" / "main").glob("*.json")
+    manifest.chmod(0o755)
+    signing.git("commit", "-q", "-a", "-S", "-m", "mode")
+    assert vouched(signing, code=5) == {checkpoint: "it has no signature"}
+
+
+def test_before_the_first_commit_nobody_vouches(signing: Project) -> None:
+    checkpoint = save(signing, 1)
+    assert vouched(signing, code=5) == {checkpoint: "no commit in the history of HEAD brought it: commit it"}
+
+
+@pytest.mark.parametrize("name", [":(top)x", ":", "-x", "a\nb", '"q', os.fsdecode(b"caf\xe9")])
+def test_the_name_of_the_folder_does_not_matter(signing: Project, name: str) -> None:
+    (signing.root / name).mkdir()
+    shutil.move(signing.root / ".castore", signing.root / name / ".castore")
+    checkpoint = Repo.open(signing.root / name).save({"model": {"step": 1}}, run="main", step=1).id
+    signing.git("add", ".")
+    signing.git("commit", "-q", "-S", "-m", "x")
+    signing.root = signing.root / name
+    assert vouched(signing, code=0) == {checkpoint: "me@example.com"}
+
+
 def test_it_is_an_error_to_ask_for_more(signing: Project) -> None:
     assert "nothing to check" in signing.call("verify", "--signed", code=7)
     assert "leave out --repair" in signing.call("verify", "--signed", "--repair", code=2)

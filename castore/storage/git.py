@@ -271,30 +271,42 @@ class Signature:
 
 @_understanding()
 def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
-    """Return which commits of HEAD's history added a file below ``folder / name``: path -> (commit, blob) pairs.
+    """Return which commits of HEAD's history brought files below ``folder / name``: path -> (commit, blob) pairs.
 
-    Paths are relative to ``folder``. A merge that brings a file counts as well. GitUnreadable when git fails, and in
-    a shallow clone, whose oldest commit seems to have added everything.
+    Paths are relative to ``folder``. A commit brings a regular file with other bytes than before, too. A merge that
+    brings a file counts as well. Nothing before the first commit. GitUnreadable when git fails, and in a shallow clone,
+    whose oldest commit seems to have added everything.
     """
     if _demand(folder, "rev-parse", "--is-shallow-repository").strip() == "true":
         raise GitUnreadable("who brought a manifest isn't known in a shallow clone: `git fetch --unshallow` first")
+    if ask(folder, "rev-parse", "--verify", "--quiet", "HEAD") is None:
+        return {}
     prefix = _prefix(folder)
     out = _demand(
-        folder, "log", "--format=%x00%H", "--raw", "-z", "--no-abbrev", "--no-renames", "--diff-filter=A",
+        folder, "log", "--format=%x00%H", "--raw", "-z", "--no-abbrev", "--no-renames", "--diff-filter=AMT",
         "--diff-merges=first-parent", "--full-history", "HEAD", "--", name,
     )  # fmt: skip
-    added: dict[str, list[tuple[str, str]]] = {}
-    commit_id = blob = ""
+    brought: dict[str, list[tuple[str, str]]] = {}
+    commit_id = change = ""
     for field in out.split("\0"):
         text = field.strip("\n")
-        if text.startswith(":"):
-            blob = text.split(" ")[3]
-        elif blob:
-            added.setdefault(field.removeprefix(prefix), []).append((commit_id, blob))
-            blob = ""
+        if change:  # asked first, as a path may begin with anything
+            if blob := _new_blob(change):
+                brought.setdefault(field.removeprefix(prefix), []).append((commit_id, blob))
+            change = ""
+        elif text.startswith(":"):
+            change = text
         elif text:
             commit_id = text
-    return added
+    return brought
+
+
+def _new_blob(change: str) -> str:
+    """Return the blob of a regular file that none of the parents has, by a line of `git log --raw`; empty if it has."""
+    fields = change.lstrip(":").split(" ")
+    parents = len(change) - len(change.lstrip(":"))
+    mode, old, blob = fields[parents], fields[parents + 1 : 2 * parents + 1], fields[2 * parents + 1]
+    return blob if mode.startswith("100") and blob not in old else ""
 
 
 def signature(folder: Path, commit_id: str) -> Signature:

@@ -19,6 +19,9 @@ _SETTINGS_OF_OURS = (
     "-c", "core.fsmonitor=false",
     "-c", "safe.bareRepository=explicit",
     "-c", "log.showSignature=false",
+    "-c", "log.showRoot=true",
+    "-c", "log.follow=false",
+    "-c", "i18n.logOutputEncoding=UTF-8",
     "-c", "advice.graftFileDeprecated=false",
 )  # fmt: skip
 _MAX_SETTINGS = 1000  # in the environment
