@@ -90,6 +90,51 @@ def test_a_signature_of_another_branch_counts_once_it_is_merged(signing: Project
     assert vouched(signing, second, code=0) == {second: "me@example.com"}
 
 
+@pytest.fixture
+def unsigned_side(signing: Project) -> tuple[Project, str]:
+    """A signed history, beside which a branch ``side`` has a checkpoint that nobody signed; and its id."""
+    save(signing, 1, "-S")
+    signing.git("checkout", "-q", "-b", "side")
+    checkpoint = save(signing, 2, "--no-gpg-sign")
+    signing.git("checkout", "-q", "-")
+    save(signing, 3, "-S")
+    return signing, checkpoint
+
+
+def test_a_signed_merge_does_not_vouch_for_what_it_merges(unsigned_side: tuple[Project, str]) -> None:
+    project, checkpoint = unsigned_side
+    project.git("merge", "-q", "-S", "-m", "merge", "side")
+    assert vouched(project, checkpoint, code=5) == {checkpoint: "it has no signature"}
+
+
+def test_a_signed_squash_merge_vouches_for_what_it_merges(unsigned_side: tuple[Project, str]) -> None:
+    project, checkpoint = unsigned_side
+    project.git("merge", "-q", "--squash", "side")
+    project.git("commit", "-q", "-S", "-m", "squashed")
+    assert vouched(project, code=0)[checkpoint] == "me@example.com"
+
+
+def test_who_merged_unsigned_work_can_sign_it_again(unsigned_side: tuple[Project, str]) -> None:
+    """As docs/reliability.md says."""
+    project, checkpoint = unsigned_side
+    project.git("merge", "-q", "-S", "-m", "merge", "side")
+    project.git("rm", "-q", "-r", "--cached", ".castore/manifests")
+    project.git("commit", "-q", "-S", "-m", "out")
+    project.git("add", ".castore")
+    project.git("commit", "-q", "-S", "-m", "in again")
+    assert vouched(project, code=0)[checkpoint] == "me@example.com"
+
+
+def test_a_signed_merge_vouches_for_what_none_of_its_parents_has(unsigned_side: tuple[Project, str]) -> None:
+    project, unsigned = unsigned_side
+    project.git("merge", "-q", "--no-commit", "side")
+    checkpoint = save(project, 4, "-S")
+    assert len(project.git("rev-parse", "HEAD^@").split()) == 2
+    shown = vouched(project, code=5)
+    assert shown[checkpoint] == "me@example.com"
+    assert shown[unsigned] == "it has no signature"
+
+
 def test_a_forged_signature_is_told(signing: Project) -> None:
     checkpoint = save(signing, 1, "-S")
     raw = subprocess.run(

@@ -48,8 +48,11 @@ def verify(
     """Read everything in the store again, and check it.
 
     Exits with 5 when something is wrong that was not repaired. Stray files among the objects are listed, but are
-    harmless and don't count. Without --repair nothing is moved or changed. With --signed, 5 means that no commit
-    vouches for a checkpoint by the signature of a key that git is told to trust, as by gpg.ssh.allowedSignersFile.
+    harmless and don't count. Without --repair nothing is moved or changed.
+
+    With --signed, 5 means that no commit vouches for a checkpoint by the signature of a key that git is told to trust,
+    as by gpg.ssh.allowedSignersFile. A signed merge vouches for what it adds, not for what it merges: that takes a
+    squash merge, or signed commits in what is merged.
     """
     from castore.verify import verify
 

@@ -273,9 +273,9 @@ class Signature:
 def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
     """Return which commits of HEAD's history brought files below ``folder / name``: path -> (commit, blob) pairs.
 
-    Paths are relative to ``folder``. A commit brings a regular file with other bytes than before, too. A merge that
-    brings a file counts as well. Nothing before the first commit. GitUnreadable when git fails, and in a shallow clone,
-    whose oldest commit seems to have added everything.
+    Paths are relative to ``folder``. A commit brings a regular file with other bytes than before, too; a merge brings
+    only what none of its parents has. Nothing before the first commit. GitUnreadable when git fails, and in a shallow
+    clone, whose oldest commit seems to have added everything.
     """
     if _demand(folder, "rev-parse", "--is-shallow-repository").strip() == "true":
         raise GitUnreadable("who brought a manifest isn't known in a shallow clone: `git fetch --unshallow` first")
@@ -284,7 +284,7 @@ def additions(folder: Path, name: str) -> dict[str, list[tuple[str, str]]]:
     prefix = _prefix(folder)
     out = _demand(
         folder, "log", "--format=%x00%H", "--raw", "-z", "--no-abbrev", "--no-renames", "--diff-filter=AMT",
-        "--diff-merges=first-parent", "--full-history", "HEAD", "--", name,
+        "--diff-merges=combined", "--full-history", "HEAD", "--", name,
     )  # fmt: skip
     brought: dict[str, list[tuple[str, str]]] = {}
     commit_id = change = ""
