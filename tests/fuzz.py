@@ -127,9 +127,10 @@ _GIT_CALLS: tuple[Callable[[Path], object], ...] = (
     lambda folder: git.worktrees(folder),
     lambda folder: git.altered(folder, ["manifests"]),
     lambda folder: git.additions(folder, "manifests"),
-    lambda folder: git.signature(folder, "HEAD"),
+    lambda folder: git.signatures(folder, [_COMMIT]),
     lambda folder: git.uncommitted(folder, ["manifests"]),
 )
+_COMMIT = "1c6e54c9922a68be46e0f63200044b920a16daf6"  # the one that _git_seeds makes
 _CUT = b"\xfe\xfe\xfe"  # between what git prints the first time, the second time and so on
 
 
@@ -153,8 +154,9 @@ def _git_seeds(folder: Path) -> tuple[bytes, ...]:
     (folder / "manifests").mkdir()
     (folder / "manifests" / "a.json").write_text("{}")
     settings = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    environment = os.environ | {f"GIT_{who}_DATE": "2026-01-01T00:00:00Z" for who in ("AUTHOR", "COMMITTER")}
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "x"], ["tag", "v1"]):
-        subprocess.run(["git", "-C", folder, *settings, *arguments], check=True, capture_output=True)
+        subprocess.run(["git", "-C", folder, *settings, *arguments], check=True, capture_output=True, env=environment)
     seeds = []
     for number, call in enumerate(_GIT_CALLS):
         printed = []

@@ -6,12 +6,16 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project import Project
 
 from castore import Repo
+from castore.signatures import check_signatures
+from castore.storage import git, git_process
 
 
 @pytest.fixture
@@ -77,6 +81,14 @@ def test_a_key_that_is_not_allowed_vouches_for_nothing(signing: Project) -> None
     signing.git("config", "user.signingkey", str(signing.root.parent / "other"))
     checkpoint = save(signing, 1, "-S")
     assert vouched(signing, code=5) == {checkpoint: "the key is good, and not one that git is told to trust"}
+
+
+def test_a_key_that_git_trusts_too_little_vouches_for_nothing(signing: Project) -> None:
+    checkpoint = save(signing, 1, "-S")
+    signing.git("config", "gpg.minTrustLevel", "ultimate")
+    with pytest.raises(subprocess.CalledProcessError):
+        signing.git("verify-commit", "HEAD")
+    assert vouched(signing, code=5) == {checkpoint: "git verify-commit refuses it, as by gpg.minTrustLevel"}
 
 
 def test_a_signature_of_another_branch_counts_once_it_is_merged(signing: Project) -> None:
@@ -150,7 +162,7 @@ def test_a_forged_signature_is_told(signing: Project) -> None:
         check=True,
     )
     signing.git("update-ref", "HEAD", made.stdout.decode().strip())
-    assert vouched(signing, code=5) == {checkpoint: "its signature is wrong"}
+    assert vouched(signing, code=5) == {checkpoint: "its signature is wrong, or git can't check it"}
 
 
 @pytest.mark.parametrize("way", ["the file of grafts", "a replaced commit"])
@@ -174,6 +186,84 @@ def test_what_stands_in_for_a_signed_tree_is_not_vouched_for(signing: Project) -
     checkpoint = save(signing, 1, "--no-gpg-sign")
     signing.git("replace", signed, signing.git("rev-parse", "HEAD^{tree}").strip())
     assert vouched(signing, code=5) == {checkpoint: "it has no signature"}
+
+
+def told(project: Project, *arguments: str) -> str:
+    """What is said of the first checkpoint that nobody vouches for, and what git says of it."""
+    process = project.start("verify", "--signed", *arguments)
+    out, err = process.communicate()
+    assert process.returncode == 5, err
+    return out
+
+
+def test_git_that_is_not_told_whom_to_trust_says_so(signing: Project) -> None:
+    save(signing, 1, "-S")
+    signing.git("config", "--unset", "gpg.ssh.allowedSignersFile")
+    out = told(signing)
+    assert "git isn't told whose keys to trust: `git config gpg.ssh.allowedSignersFile FILE`" in out
+    assert "git says: error: gpg.ssh.allowedSignersFile needs to be configured" in out
+
+
+def test_a_program_that_is_missing_is_told_by_git(signing: Project) -> None:
+    save(signing, 1, "-S")
+    signing.git("config", "gpg.ssh.program", "/nowhere/ssh-keygen")
+    out = told(signing)
+    assert "its signature is wrong, or git can't check it" in out
+    assert "git says: " in out
+    assert "/nowhere/ssh-keygen" in out
+
+
+def test_a_broken_file_of_allowed_signers_is_told_by_git(signing: Project) -> None:
+    save(signing, 1, "-S")
+    allowed = signing.root.parent / "allowed"
+    allowed.write_text("me@example.com garbage\n")
+    out = told(signing)
+    assert "git says: " in out
+    assert f"{allowed}:1: " in out
+
+
+def test_a_revoked_key_vouches_for_nothing(signing: Project) -> None:
+    checkpoint = save(signing, 1, "-S")
+    signing.git("config", "gpg.ssh.revocationFile", str(signing.root.parent / "mine.pub"))
+    assert vouched(signing, code=5) == {checkpoint: "its signature is wrong, or git can't check it"}
+
+
+def test_without_gpg_a_signature_of_gpg_is_one_that_can_not_be_checked(signing: Project) -> None:
+    signing.git("config", "gpg.format", "openpgp")
+    fake = signing.root.parent / "fake-gpg"
+    fake.write_text("#!/bin/sh\necho '[GNUPG:] SIG_CREATED x' >&2\necho '-----BEGIN PGP SIGNATURE-----'\n")
+    fake.chmod(0o755)
+    signing.git("config", "gpg.program", str(fake))
+    checkpoint = save(signing, 1, "-S")
+    signing.git("config", "gpg.program", "/nowhere/gpg")
+    assert vouched(signing, code=5) == {checkpoint: "git can't check its signature"}
+    assert "/nowhere/gpg" in told(signing)
+
+
+def test_words_of_git_control_no_terminal(signing: Project) -> None:
+    save(signing, 1, "-S")
+    program = signing.root.parent / "program"
+    program.write_text("#!/bin/sh\nprintf '\\033[2Jhostile' >&2\nexit 1\n")
+    program.chmod(0o755)
+    signing.git("config", "gpg.ssh.program", str(program))
+    assert "\\x1b[2Jhostile" in told(signing)
+
+
+def test_many_commits_take_few_processes(signing: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(4):
+        save(signing, step, "-S")
+    save(signing, 5, "--no-gpg-sign")
+    commands = []
+
+    def run(path: Path, arguments: Sequence[str], **options: Any) -> git_process.Done:
+        commands.append(arguments)
+        return real(path, arguments, **options)
+
+    real = git_process.run
+    monkeypatch.setattr(git, "run", run)
+    repo = Repo.open(signing.root)
+    assert len(list(check_signatures(repo, repo.catalog.listing().entries))) == 5
+    assert len(commands) < 10
 
 
 def test_a_shallow_clone_is_no_proof(signing: Project, tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def _verify_signed(repo: castore.Repo, selectors: list[str] | None, as_json: boo
         for item in open_:
             commit = f"commit {item.commit[:12]}: " if item.commit else ""
             say(f"nobody  {item.id[:12]}, step {item.step:,} of {item.run}: {commit}{item.reason}")
+            if item.git:
+                say(f"        git says: {item.git}")
         signers = ", ".join(sorted({item.signer for item in vouched if not item.reason}))
         good = len(vouched) - len(open_)
         say(f"verify  {plural(good, 'manifest')} of {len(vouched)} signed{f' by {signers}' if signers else ''}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def _understanding() -> Iterator[None]:
     """Raise GitUnreadable when the block can't make sense of what git printed."""
     try:
         yield
-    except (ValueError, IndexError, OSError) as error:
+    except (ValueError, LookupError, OSError) as error:
         raise GitUnreadable("git printed what castore does not understand: check that git works here") from error
 
 
@@ -176,33 +177,37 @@ def worktrees(folder: Path) -> tuple[str, list[Path]]:
     return str(folder.resolve().relative_to(top)), [top, *others]
 
 
-@_understanding()
 def blobs(folder: Path, places: Mapping[str, str], limit: int) -> dict[str, bytes]:
     """Return the content of each blob of ``places``, which maps blob ids to where each was found, for messages.
 
     GitUnreadable when one isn't there, as in a partial clone, or is larger than ``limit`` bytes.
     """
-    blob_ids = list(places)
-    if not blob_ids:
+    return _contents(folder, "blob", places, limit)
+
+
+@_understanding()
+def _contents(folder: Path, kind: str, places: Mapping[str, str], limit: int) -> dict[str, bytes]:
+    git_ids = list(places)
+    if not git_ids:
         return {}
-    for line in _check(folder, blob_ids):
-        blob_id, _, length = line.partition(" blob ")
+    for line in _check(folder, git_ids):
+        git_id, _, length = line.partition(f" {kind} ")
         if not length:
-            blob_id = line.partition(" ")[0]
-            place = places.get(blob_id)
-            raise GitUnreadable(f"git has no blob {blob_id} of {place} (a partial clone?): fetch it first")
+            git_id = line.partition(" ")[0]
+            place = places.get(git_id)
+            raise GitUnreadable(f"git has no {kind} {git_id} of {place} (a partial clone?): fetch it first")
         if int(length) > limit:
-            raise GitUnreadable(f"{places[blob_id]} has {length} bytes, where at most {limit} make sense: remove it")
-    out = memoryview(_demand_bytes(folder, ["cat-file", "--batch"], "\n".join(blob_ids).encode() + b"\n"))
+            raise GitUnreadable(f"{places[git_id]} has {length} bytes, where at most {limit} make sense: remove it")
+    out = memoryview(_demand_bytes(folder, ["cat-file", "--batch"], "\n".join(git_ids).encode() + b"\n"))
     contents = {}
     at = 0
-    for blob_id in blob_ids:
+    for git_id in git_ids:
         end = bytes(out[at : at + 200]).index(b"\n")
         header = bytes(out[at : at + end]).decode().split(" ")
-        if len(header) != 3 or header[1] != "blob":
-            raise GitUnreadable(f"git has no blob {blob_id} of {places[blob_id]}: fetch it first")
+        if len(header) != 3 or header[1] != kind:
+            raise GitUnreadable(f"git has no {kind} {git_id} of {places[git_id]}: fetch it first")
         size, start = int(header[2]), at + end + 1
-        contents[blob_id] = bytes(out[start : start + size])
+        contents[git_id] = bytes(out[start : start + size])
         at = start + size + 1
     return contents
 
@@ -261,12 +266,27 @@ def problem(path: Path) -> str:
 # -- who vouches -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """git's word on the signature of a commit: ``G`` for good and trusted, see ``%G?`` in git-log; and whose it is."""
+    """git's word on the signature of a commit, by the keys that its settings allow; and whose it is.
+
+    ``code`` is ``%G?`` of git-log, such as ``G`` for good and trusted. ``is_accepted``: whether `git verify-commit`
+    succeeds, which minds gpg.minTrustLevel, too; ``words`` are git's reasons if it doesn't. ``is_signed``: whether
+    there is a signature at all; ``is_ssh``: whether one that was not accepted is of an SSH key.
+    """
 
     code: str
     signer: str
+    is_accepted: bool
+    words: str = ""
+    is_signed: bool = True
+    is_ssh: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the commit counts as signed by a key that git is told to trust."""
+        # `git verify-commit` alone takes a key of GPG of which nothing is known
+        return self.code == "G" and self.is_accepted
 
 
 @_understanding()
@@ -309,10 +329,61 @@ def _new_blob(change: str) -> str:
     return blob if mode.startswith("100") and blob not in old else ""
 
 
-def signature(folder: Path, commit_id: str) -> Signature:
-    """Return what git says of a commit's signature, by the keys that its settings allow. GitUnreadable."""
-    code, _, signer = _demand(folder, "log", "-1", "--format=%G?%x00%GS", commit_id, "--").strip("\n").partition("\0")
-    return Signature(code, printable(signer))
+def signatures(folder: Path, commit_ids: Sequence[str]) -> dict[str, Signature]:
+    """Return what git says of the signature of each commit. GitUnreadable when git fails."""
+    found: dict[str, Signature] = {}
+    for start in range(0, len(commit_ids), _AT_ONCE):
+        found |= _signatures(folder, commit_ids[start : start + _AT_ONCE])
+    return found
+
+
+_AT_ONCE = 500  # git runs a program or two for each, and has to end in time
+_MAX_COMMIT = 1 << 20
+_SIGNED = re.compile(rb"^gpgsig(?:-sha256)? (.*)$", re.MULTILINE)
+
+
+@_understanding()
+def _signatures(folder: Path, commit_ids: Sequence[str]) -> dict[str, Signature]:
+    given = "".join(f"{commit_id}\n" for commit_id in commit_ids).encode()
+    options = ["--stdin", "--no-walk=unsorted", "-z", "--format=%H%x00%G?%x00%GS"]
+    fields = os.fsdecode(_demand_bytes(folder, ["log", *options], given)).removesuffix("\0").split("\0")
+    shown = {fields[at]: (fields[at + 1], printable(fields[at + 2])) for at in range(0, len(fields), 3)}
+    good = [commit_id for commit_id in commit_ids if shown[commit_id][0] == "G"]
+    are_all_accepted = bool(good) and _refusal(folder, good) is None
+    accepted = {commit_id for commit_id in good if are_all_accepted or _refusal(folder, [commit_id]) is None}
+    others = {commit_id: f"commit {commit_id}" for commit_id in commit_ids if commit_id not in accepted}
+    texts = _contents(folder, "commit", others, _MAX_COMMIT)
+    found = {}
+    for commit_id in commit_ids:
+        code, signer = shown[commit_id]
+        if commit_id in accepted:
+            found[commit_id] = Signature(code=code, signer=signer, is_accepted=True)
+            continue
+        header = _SIGNED.search(texts[commit_id].partition(b"\n\n")[0])
+        words = _refusal(folder, [commit_id]) if header else ""
+        found[commit_id] = Signature(
+            code=code,
+            signer=signer,
+            is_accepted=words is None,
+            words=words or "",
+            is_signed=header is not None,
+            is_ssh=header is not None and b"SSH SIGNATURE" in header[1],
+        )
+    return found
+
+
+def _refusal(folder: Path, commit_ids: Sequence[str]) -> str | None:
+    """Return what `git verify-commit` says against any of the commits; None if it accepts all."""
+    try:
+        done = run(folder, ["verify-commit", *commit_ids], seconds=LONG_SECONDS)
+    except OSError as error:
+        raise GitUnreadable(f"git verify-commit failed: {error}") from error
+    return printable(" ".join(os.fsdecode(done.stderr).split()))[:500] if done.returncode else None
+
+
+def knows_allowed_signers(folder: Path) -> bool:
+    """Return whether git is told whose SSH keys to trust."""
+    return bool(ask(folder, "config", "--get", "gpg.ssh.allowedSignersFile"))
 
 
 # -- for reports to people -----------------------------------------------------------------------------------------
