@@ -66,6 +66,28 @@ def test_a_signed_commit_vouches_for_what_it_brings(signing: Project) -> None:
     assert vouched(signing, third, code=5)[third].startswith("no commit in the history of HEAD")
 
 
+def test_a_manifest_that_can_not_be_read_is_vouched_for_by_nobody(signing: Project) -> None:
+    checkpoint = save(signing, 1)
+    folder = signing.root / ".castore" / "manifests" / "main"
+    broken = folder / "000000002-0123456789ab.json"
+    broken.write_text("{}")
+    save(signing, 3, "-S")
+    process = signing.start("verify", "--signed", "--json")
+    out, _ = process.communicate()
+    assert process.returncode == 5
+    shown = json.loads(out)
+    assert not shown["ok"]
+    assert [file["path"] for file in shown["broken"]] == [str(broken)]
+    assert len(shown["checkpoints"]) == 2
+    out = told(signing)
+    assert f"nobody  {broken}: " in out
+    assert "2 manifests of 3 signed" in out
+    assert vouched(signing, checkpoint, code=0) == {checkpoint: "me@example.com"}
+    for path in folder.iterdir():
+        path.write_text("{}")
+    assert "0 manifests of 3 signed" in told(signing)
+
+
 def test_a_signed_commit_vouches_for_the_bytes_that_it_brought_and_no_others(signing: Project) -> None:
     checkpoint = save(signing, 1)
     (manifest,) = (signing.root / ".castore" / "manifests" / "main").glob("*.json")

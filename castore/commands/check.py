@@ -17,6 +17,7 @@ from castore.commands.console import Display, JsonOption, plural, print_json, sa
 from castore.text import format_size
 
 if TYPE_CHECKING:
+    from castore.signatures import Vouched
     from castore.verify import Finding
 
 app = typer.Typer()
@@ -100,26 +101,37 @@ def _verify_remote(repo: castore.Repo, name: str, selectors: list[str] | None, r
 
 def _verify_signed(repo: castore.Repo, selectors: list[str] | None, as_json: bool) -> None:
     from castore.signatures import check_signatures
+    from castore.storage.catalog import Listing
 
-    entries = [repo.find(selector) for selector in selectors] if selectors else repo.catalog.listing().entries
-    if not entries:
+    listing = Listing(tuple(map(repo.find, selectors)), ()) if selectors else repo.catalog.listing()
+    entries, broken = listing.entries, listing.broken
+    if not entries and not broken:
         raise errors.NothingToDo("nothing to check: there is no manifest")
     with Display("verify signatures", "spinner"):
         vouched = list(check_signatures(repo, entries))
     open_ = [item for item in vouched if item.reason]
+    is_ok = not open_ and not broken
     if as_json:
-        print_json({"ok": not open_, "checkpoints": [dataclasses.asdict(item) for item in vouched]})
+        checkpoints = [dataclasses.asdict(item) for item in vouched]
+        files = [{"path": str(file.path), "reason": file.reason} for file in broken]
+        print_json({"ok": is_ok, "checkpoints": checkpoints, "broken": files})
     else:
+        for file in broken:
+            say(f"nobody  {file.path}: {file.reason}")
         for item in open_:
-            commit = f"commit {item.commit[:12]}: " if item.commit else ""
-            say(f"nobody  {item.id[:12]}, step {item.step:,} of {item.run}: {commit}{item.reason}")
-            if item.git:
-                say(f"        git says: {item.git}")
+            say(*_describe_open(item))
         signers = ", ".join(sorted({item.signer for item in vouched if not item.reason}))
-        good = len(vouched) - len(open_)
-        say(f"verify  {plural(good, 'manifest')} of {len(vouched)} signed{f' by {signers}' if signers else ''}")
-    if open_:
+        good = plural(len(vouched) - len(open_), "manifest")
+        say(f"verify  {good} of {len(vouched) + len(broken)} signed{f' by {signers}' if signers else ''}")
+    if not is_ok:
         sys.exit(5)
+
+
+def _describe_open(item: Vouched) -> Iterator[str]:
+    commit = f"commit {item.commit[:12]}: " if item.commit else ""
+    yield f"nobody  {item.id[:12]}, step {item.step:,} of {item.run}: {commit}{item.reason}"
+    if item.git:
+        yield f"        git says: {item.git}"
 
 
 def _finding_json(finding: Finding) -> dict[str, Any]:
