@@ -116,12 +116,13 @@ def collect_garbage(
                     rank = deletion_rank(decision.entry for decision in plan.decisions)
                     repo.store.discard(plan.delete, rank)
                     repo.store.remove_leftovers((request.now - _LEFTOVER_AGE).timestamp())
+                    trash = repo.store.list_trash(rank)
                 break
         # data is to go because better data stays: that is read first, while others may work
         with repo.lock(wait=wait):
             damaged |= _find_damage(repo, unverified, progress, mend=not dry_run)
     if not dry_run:
-        repo.store.empty_trash(rank)
+        repo.store.empty_trash(trash)
     return plan
 
 

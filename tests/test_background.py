@@ -288,7 +288,7 @@ def test_a_first_start_is_at_step_0_and_one_without_data_is_an_error(repo: Repo)
     assert loop.checkpointer.resume() == 0
     loop.train(0, 2)
     repo.store.discard(list(repo.store.stored()))
-    repo.store.empty_trash()
+    repo.store.empty_trash(repo.store.list_trash())
     fresh = Loop(Repo.open(repo.root))
     with pytest.raises(NothingAvailable):
         fresh.checkpointer.resume()

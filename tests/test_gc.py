@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,7 +26,10 @@ import castore
 from castore import Repo, errors
 from castore.format.ids import ObjectId
 from castore.policy.retention import Policy
+from castore.state import parts as state_parts
 from castore.storage import fs
+from castore.storage.object_store import ObjectStore
+from castore.verify import verify
 
 ONE = Policy(keep=1, keep_latest=0, keep_optimizer=1)
 
@@ -533,7 +539,7 @@ def test_a_load_takes_back_from_the_trash_what_it_wants(repo: Repo) -> None:
     repo.store.discard(sorted(repo.store.stored()))
     assert where(repo, checkpoint_id) == GONE
     assert exact(repo.load(checkpoint_id)) == exact(parts(1))
-    repo.store.empty_trash()
+    repo.store.empty_trash(repo.store.list_trash())
     assert exact(repo.load(checkpoint_id)) == exact(parts(1))
 
 
@@ -544,8 +550,76 @@ def test_a_save_takes_back_from_the_trash_what_it_needs(repo: Repo) -> None:
     again = repo.save(parts(1), run="again", step=1, metrics={"val_loss": 5.0})
     assert again.new_objects == 0
     assert objects(repo) == before
-    repo.store.empty_trash()
+    repo.store.empty_trash(repo.store.list_trash())
     assert exact(Repo.open(repo.root.parent).load(again.id)) == exact(parts(1))
+
+
+def collect_beside_a_load(repo: Repo, checkpoint_id: str, names: list[str], moment: int) -> bool:
+    """Collect garbage, and begin a load at that moment of emptying the trash; its chunks are read when gc is done.
+
+    Return whether emptying took so many moments: its beginning is one, and each removal. What is loaded must be right.
+    """
+    expected = {name: exact(parts(0)[name]) for name in names}
+    reader = Repo.open(repo.root.parent)
+    is_under_way, is_collected = threading.Event(), threading.Event()
+    read_chunks, empty_trash, unlink = state_parts._read_chunks, ObjectStore.empty_trash, fs.unlink
+    moments = 0
+
+    def read_later(*arguments: Any) -> None:
+        is_under_way.set()
+        assert is_collected.wait(60)
+        read_chunks(*arguments)
+
+    def load() -> None:
+        with contextlib.suppress(errors.ObjectMissing):
+            loaded = reader.load(checkpoint_id, names)
+            assert {name: exact(part) for name, part in loaded.items()} == expected
+        is_under_way.set()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as loader:
+        loading = []
+
+        def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                nonlocal moments
+                if moments == moment:
+                    loading.append(loader.submit(load))
+                    assert is_under_way.wait(60)
+                moments += 1
+                return operation(*arguments)
+
+            return run
+
+        patch.setattr(state_parts, "_read_chunks", read_later)
+        patch.setattr(ObjectStore, "empty_trash", counted(empty_trash))
+        patch.setattr(fs, "unlink", counted(unlink))
+        castore.collect_garbage(repo, ONE)
+        is_collected.set()
+        for one in loading:
+            one.result()
+    return moments > moment
+
+
+@pytest.mark.parametrize("names", [["model"], ["optimizer", "model"], ["model", "optimizer", "trainer"]])
+def test_a_load_while_the_trash_is_emptied_finds_a_part_whole_or_not_at_all(
+    repo: Repo, tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    dropped, kept = save(repo, 0, 5.0), save(repo, 1, 1.0)
+    saved = repo.root.parent
+    found, moment = [], 0
+    while True:
+        repo = Repo.open(shutil.copytree(saved, tmp_path_factory.mktemp("copy") / str(moment)))
+        if not collect_beside_a_load(repo, dropped, names, moment):
+            break
+        assert list(verify(repo)) == []
+        assert where(repo, kept) == WHOLE
+        found.append(where(repo, dropped)[names[0]])
+        castore.collect_garbage(repo, ONE)
+        assert where(repo, dropped) == GONE
+        assert not any(repo.store.trash.iterdir())
+        moment += 1
+    assert found == sorted(found)
+    assert set(found) == {"local", "missing"}
 
 
 def test_a_gc_cut_short_takes_nothing_along_that_is_kept_by_now(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:

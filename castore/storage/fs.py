@@ -181,10 +181,14 @@ def set_mode(path: Path, mode: int, descriptor: int | None = None) -> None:
         os.chmod(path if descriptor is None else descriptor, mode)
 
 
-def unlink(path: Path) -> None:
-    """Remove a file; one that is gone already is no error."""
-    with _reporting("remove", path), contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def unlink(path: Path) -> bool:
+    """Remove a file; return False if it is gone already, which is no error."""
+    with _reporting("remove", path):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def discard(path: Path) -> None:

@@ -296,28 +296,43 @@ class ObjectStore:
             places = {object_id: self.trash / object_id for object_id in moved}
             self._delete([[places.get(object_id, self.path(object_id)) for object_id in group] for group in groups])
 
-    def empty_trash(self, rank: Callable[[ObjectId], int] = _unranked) -> None:
-        """Delete what is in the trash for good, lower ranks first, also if the power fails.
+    def list_trash(self, rank: Callable[[ObjectId], int] = _unranked) -> list[list[Path]]:
+        """List the files in the trash by rank, lower ranks first; castore puts no folders there: any are left alone."""
+        if not self.trash.is_dir():
+            return []
+        _refuse_link(self.trash)
+        with os.scandir(self.trash) as files:
+            names = [ObjectId(file.name) for file in files if not file.is_dir(follow_symlinks=False)]
+        return [[self.trash / name for name in group] for group in _by_rank(names, rank)]
 
-        Needs no lock: restoring an object from it is one atomic rename.
+    def empty_trash(self, listed: Sequence[Sequence[Path]]) -> None:
+        """Delete for good what :meth:`list_trash` found, lower ranks first, also if the power fails.
+
+        Listed under the exclusive lock, but this needs none: either another process restores an object, by one atomic
+        rename, or it is deleted here. If an object was restored since it was listed, higher ranks are left to the next
+        gc: an index needs its chunks.
         """
-        self._delete(self._trash_by_rank(rank))
+        self._delete(listed)
 
     def _delete(self, groups: Sequence[Sequence[Path]]) -> None:
-        """Delete files; that those of a group are gone is sure before those of the next one go."""
+        """Delete files; that those of a group are gone is sure before those of the next one go.
+
+        After a group of which one was gone already, because it was restored, the next ones stay.
+        """
         for number, group in enumerate(groups):
             if number and self.durable:
                 for folder in sorted({path.parent for path in groups[number - 1]}):
                     fs.sync_directory(folder)
-            for path in group:
-                fs.unlink(path)
+            was_there = [fs.unlink(path) for path in group]
+            if not all(was_there):
+                return
 
     def restore_trash(self, rank: Callable[[ObjectId], int] = _unranked) -> None:
         """Restore every object from the trash, higher ranks first, also if the power fails.
 
         The caller holds the exclusive lock.
         """
-        for group in reversed(self._trash_by_rank(rank)):
+        for group in reversed(self.list_trash(rank)):
             folders = set()
             for path in group:
                 if is_object_id(path.name) and not self.has(ObjectId(path.name)):
@@ -339,15 +354,6 @@ class ObjectStore:
                 return False
             raise
         return True
-
-    def _trash_by_rank(self, rank: Callable[[ObjectId], int]) -> list[list[Path]]:
-        """List the files in the trash, grouped by rank; castore puts no folders there, so any are left alone."""
-        if not self.trash.is_dir():
-            return []
-        _refuse_link(self.trash)
-        with os.scandir(self.trash) as files:
-            names = [ObjectId(file.name) for file in files if not file.is_dir(follow_symlinks=False)]
-        return [[self.trash / name for name in group] for group in _by_rank(names, rank)]
 
     def quarantined(self) -> frozenset[ObjectId]:
         """Return the ids of the objects of which a damaged copy was moved to quarantine."""

@@ -262,7 +262,7 @@ def test_weights_alone_are_taken_when_there_is_nothing_else(world: World, one: c
     repo = machine.repo
     optimizer = [repo.find(one.id).manifest.parts[name].index for name in ("optimizer", "trainer")]
     repo.store.discard(optimizer)
-    repo.store.empty_trash()
+    repo.store.empty_trash(repo.store.list_trash())
     for entry in world.cache.entries():
         world.cache.evict(entry.key)
     machine.save()

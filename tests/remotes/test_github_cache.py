@@ -631,6 +631,6 @@ def test_connecting_makes_the_cache_a_remote(repo: Repo, cache: Cache, box: Box)
     assert remote.records == (box.record,)
     assert repo.remotes[-1] is remote
     repo.store.discard(list(repo.store.stored()))
-    repo.store.empty_trash()
+    repo.store.empty_trash(repo.store.list_trash())
     assert {state.where for state in repo.part_states(repo.find(box.saved.id)).values()} == {"remote"}
     assert repo.load(box.saved.id).keys() == box.saved.manifest.parts.keys()
