@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,7 +29,8 @@ from castore import Repo, errors
 from castore.format.ids import ObjectId
 from castore.policy.retention import Policy
 from castore.state import parts as state_parts
-from castore.storage import fs
+from castore.storage import fs, git_process
+from castore.storage import git as git_module
 from castore.storage.object_store import ObjectStore
 from castore.verify import verify
 
@@ -251,6 +254,86 @@ def test_a_manifest_counts_wherever_git_has_it(repo: Repo, git: Git, place: Call
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     assert where(repo, checkpoint_id) == (GONE if place is nowhere else WHOLE)
+
+
+def on_older_stash(git: Git, path: Path) -> None:
+    on_stash(git, path)
+    (path.parent / "x").write_text("x")
+    git("stash", "push", "-q", "--include-untracked", "--", "x")
+
+
+def on_older_stash_beside_a_linked_worktree(git: Git, path: Path) -> None:
+    on_older_stash(git, path)
+    git("worktree", "add", "-q", "--detach", "linked")
+
+
+def pop(git: Git, path: Path) -> None:  # noqa: ARG001
+    git("stash", "pop", "-q", "stash@{1}")
+
+
+def pop_onto_a_branch(git: Git, path: Path) -> None:
+    pop(git, path)
+    on_branch(git, path)
+
+
+def pop_in_linked_worktree(git: Git, path: Path) -> None:
+    git("stash", "pop", "-q", "stash@{1}", cwd=path.parent / "linked")
+
+
+Change = Callable[[Git, Path], None]
+MOVES: dict[str, tuple[Change | None, Change]] = {
+    "into a stash": (None, on_stash),
+    "onto a branch": (None, on_branch),
+    "from a stash": (on_older_stash, pop),
+    "from a stash onto a branch": (on_older_stash, pop_onto_a_branch),
+    "from a stash into a linked worktree": (on_older_stash_beside_a_linked_worktree, pop_in_linked_worktree),
+}
+
+
+def collect_while_it_moves(repo: Repo, git: Git, move: Change, moment: int) -> bool:
+    """Collect garbage, and move what is not committed before that question to git; return if there were so many."""
+    run = git_process.run
+    asked = 0
+
+    def run_then(*arguments: Any, **options: Any) -> git_process.Done:
+        nonlocal asked
+        asked += 1
+        if asked == moment:
+            move(git, repo.root)
+        return run(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(git_module, "run", run_then)
+        patch.setattr(git_process, "run", run_then)
+        # to verify what stays, gc would read the roots twice
+        castore.collect_garbage(repo, ONE, grace=timedelta(), verify=False)
+    return asked >= moment
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_git_moves_while_gc_reads_counts(
+    repo: Repo, git: Git, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """A manifest, a pin and a tag, moved at once before any question to git."""
+    before, move = MOVES[name]
+    pinned, tagged, _ = ObjectId(save(repo, 1, 5.0)), ObjectId(save(repo, 2, 5.0)), save(repo, 3, 1.0)
+    git("add", ".castore")
+    git("commit", "-qm", "saved")
+    alone = save(repo, 4, 5.0, experiment=castore.Experiment(data="other"))
+    repo.catalog.pin(pinned)
+    repo.catalog.add_tag("release", tagged)
+    entries = {"pinned": repo.find(pinned), "tagged": repo.find(tagged), "alone": repo.find(alone)}
+    for moment in itertools.count(1):
+        copied = Repo.open(shutil.copytree(repo.root.parent, tmp_path_factory.mktemp("copy") / "top"))
+        git_there = functools.partial(git, cwd=copied.root.parent)
+        if before:
+            before(git_there, copied.root)
+        if not collect_while_it_moves(copied, git_there, move, moment):
+            break
+        for why, entry in entries.items():
+            states = {part: state.where for part, state in copied.part_states(entry).items()}
+            assert states == WHOLE, f"{why}: moved before question {moment} to git"
+    assert moment > 5
 
 
 def test_a_tag_counts_on_any_branch(repo: Repo, git: Git) -> None:
@@ -641,7 +724,8 @@ def test_chunks_stay_while_the_index_that_lists_them_is_in_quarantine(repo: Repo
     assert not path.exists()
     before = objects(repo)
     with pytest.raises(errors.CorruptObject, match="in quarantine"):
-        castore.collect_garbage(repo, ONE, grace=timedelta())
+        # to verify what stays, gc would read the roots twice
+        castore.collect_garbage(repo, ONE, grace=timedelta(), verify=False)
     assert objects(repo) == before
 
 

@@ -85,27 +85,25 @@ class Catalog:
         if stamps and len(cache.paths) == len(stamps) and [stamps.get(path) for path in cache.paths] == cache.stamps:
             return Listing(tuple(cache.entries), tuple(broken))  # in their order, too
         before = dict(zip(cache.paths, zip(cache.stamps, cache.entries, strict=True), strict=True))
-        known: dict[str, tuple[manifest_cache.Stamp, Entry]] = {}
-        read_again = 0
-        for path, stamp in stamps.items():
-            if (then := before.get(path)) and then[0] == stamp:
-                known[path] = then
-                continue
-            try:
-                known[path] = stamp, _read_manifest(files[path].path)
-                read_again += 1
-            except (CorruptManifest, UnsupportedVersion, StorageError) as error:
-                file = files[path].path
-                broken.append(BrokenFile(Path(file), str(error).removeprefix(f"{file}: ")))
-            except FileNotFoundError:
-                continue  # removed since it was listed
+        known = {path: before[path] for path, stamp in stamps.items() if path in before and before[path][0] == stamp}
+        read, unreadable = _read_manifests({path: files[path].path for path in stamps if path not in known})
+        known |= {path: (stamps[path], entry) for path, entry in read.items()}
+        broken += unreadable
         if not known and not broken:
             self._refuse_sparse()
         newest = newest_first(entry for _, entry in known.values())
-        if cached and manifest_cache.is_worth_writing(read_again=read_again, entries=len(known)):
+        if cached and manifest_cache.is_worth_writing(read_again=len(read), entries=len(known)):
             paths = (entry.manifest.file_name(entry.id) for entry in newest)
             manifest_cache.write(self._cache, {path: known[path] for path in paths}, self._temporary)
         return Listing(tuple(newest), tuple(broken))
+
+    def listing_beside(self, known: Iterable[Entry]) -> Listing:
+        """Return the manifests of the work tree that are not among ``known``; every file of one is read."""
+        files, broken = self._manifest_files()
+        for entry in known:
+            files.pop(entry.manifest.file_name(entry.id), None)
+        read, unreadable = _read_manifests({path: file.path for path, file in files.items()})
+        return Listing(tuple(newest_first(read.values())), (*broken, *unreadable))
 
     def _refuse_sparse(self) -> None:
         """Raise ManifestsHidden if git has manifests and the work tree has none."""
@@ -387,6 +385,19 @@ def _digits_in(path: str) -> str:
     return path[-_ID_DIGITS - len(".json") : -len(".json")]
 
 
+def _read_manifests(files: Mapping[str, str]) -> tuple[dict[str, Entry], list[BrokenFile]]:
+    """Return the manifests in files, by the keys of these, and those that can't be read; less what is gone by now."""
+    read, broken = {}, []
+    for key, path in files.items():
+        try:
+            read[key] = _read_manifest(path)
+        except (CorruptManifest, UnsupportedVersion, StorageError) as error:
+            broken.append(BrokenFile(Path(path), str(error).removeprefix(f"{path}: ")))
+        except FileNotFoundError:
+            continue
+    return read, broken
+
+
 def _read_manifest(path: str) -> Entry:
     data = _read_bytes(path)
     checkpoint_id, decoded = manifest.decode(data, path)
@@ -437,24 +448,30 @@ def read_roots(catalog: Catalog) -> Roots:
     """Read the manifests, pins and tags of the work tree, the index, every ref's tip, stashes and linked worktrees.
 
     CorruptManifest, CorruptTag, UnsupportedVersion, StorageError or RootsUnreadable when any of it can't be read: then
-    nothing may be deleted.
+    nothing may be deleted. What git moves meanwhile, from a stash into a work tree for example, counts.
     """
-    here = {entry.id: entry for entry in _read_all(catalog)}
-    pins, pins_elsewhere = set(catalog.pins()), set[ObjectId]()
-    tags, tags_elsewhere = {*_all_tags(catalog)}, set[_Tag]()
+    own = _WorkTree(catalog)
+    own.read()
+    here, pins, tags = own.entries, own.pins, own.tags
+    pins_elsewhere, tags_elsewhere = set[ObjectId](), set[_Tag]()
     sources: dict[str, dict[ObjectId, Entry]] = {}
     folder = catalog.root.parent
     git_process.refuse_bare(catalog.root)  # elsewhere git is asked from there
     if git.is_inside(folder):
         inside, (top, *linked) = git.worktrees(folder)
-        for path in linked:
-            linked_catalog = Catalog(path / inside, durable=False)
-            sources[printable(f"worktree {path}")] = {entry.id: entry for entry in _read_all(linked_catalog)}
-            pins_elsewhere.update(linked_catalog.pins())
-            tags_elsewhere.update(_all_tags(linked_catalog))
+        linked_trees = {path: _WorkTree(Catalog(path / inside, durable=False)) for path in linked}
+        for tree in linked_trees.values():
+            tree.read()
         index = git.index(top, inside, ROOT_FOLDERS)
         linked_indexes = [git.index(path, inside, ROOT_FOLDERS) for path in linked]
         snapshots = [index, *linked_indexes, *git.tips(folder, ROOT_FOLDERS)]
+        # again: what has left git since the first time, as by `git stash pop`, is there by now
+        for tree in (own, *linked_trees.values()):
+            tree.read()
+        for path, tree in linked_trees.items():
+            sources[printable(f"worktree {path}")] = tree.entries
+            pins_elsewhere |= tree.pins
+            tags_elsewhere |= tree.tags
         by_blob = _read_blobs(folder, snapshots)
         for snapshot in snapshots:
             blobs = [blob for path, blob in snapshot.files.items() if _is_manifest(path)]
@@ -476,6 +493,26 @@ def read_roots(catalog: Catalog) -> Roots:
 
 
 _Tag = tuple[str, ObjectId]
+
+
+class _WorkTree:
+    """The manifests, pins and tags that a work tree had any of the times that it was read."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self.entries: dict[ObjectId, Entry] = {}
+        self.pins: set[ObjectId] = set()
+        self.tags: set[_Tag] = set()
+
+    def read(self) -> None:
+        """Add what is there now; a manifest that is known is not read again. Errors: :func:`read_roots`."""
+        known = self.entries.values()
+        listing = self._catalog.listing_beside(known) if known else self._catalog.listing(cached=False)
+        for broken in listing.broken:
+            raise CorruptManifest(str(broken.path), f"{broken.reason}; nothing was deleted")
+        self.entries.update((entry.id, entry) for entry in listing.entries)
+        self.pins |= self._catalog.pins()
+        self.tags.update(_all_tags(self._catalog))
 
 
 def _all_tags(catalog: Catalog) -> Iterable[_Tag]:
@@ -527,13 +564,6 @@ def _read_blobs(folder: Path, snapshots: Sequence[git.Snapshot]) -> dict[str, En
 def _pins_in(snapshot: git.Snapshot) -> set[ObjectId]:
     names = (path.removeprefix("pins/").partition("?")[0] for path in snapshot.files if path.startswith("pins/"))
     return {ObjectId(name) for name in names if is_object_id(name)}
-
-
-def _read_all(catalog: Catalog) -> tuple[Entry, ...]:
-    listing = catalog.listing(cached=False)
-    for broken in listing.broken:
-        raise CorruptManifest(str(broken.path), f"{broken.reason}; nothing was deleted")
-    return listing.entries
 
 
 def _is_manifest(path: str) -> bool:

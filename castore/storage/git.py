@@ -111,6 +111,8 @@ def _snapshot(folder: Path, prefix: str, tip: str, commit_id: str, names: Sequen
 @_understanding()
 def _tips(folder: Path) -> list[tuple[str, str]]:
     """Return (name, commit or tree) of everything that git keeps."""
+    # before the refs: what is held without one may get one meanwhile, and then be held by that alone
+    held = _held_without_ref(folder)
     found = []
     refs = split_lines(_demand(folder, "for-each-ref", "--format=%(objectname) %(refname:short)"))
     # to the end of the chain: a tag may be of a tag
@@ -122,6 +124,12 @@ def _tips(folder: Path) -> list[tuple[str, str]]:
             raise GitUnreadable(f"git can't read {name} ({git_id}): fetch it first, or delete the ref")
         if kind != "blob":
             found.append((name, peeled_id))
+    return found + held
+
+
+def _held_without_ref(folder: Path) -> list[tuple[str, str]]:
+    """Return (name, commit) of HEAD, of all stashes, of linked worktrees, and of what is in progress."""
+    found = []
     if head := ask(folder, "rev-parse", "--verify", "--quiet", "HEAD"):
         found.append(("HEAD", head))
     # a stash is a commit whose further parents are the index and the untracked files of that moment
