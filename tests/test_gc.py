@@ -397,6 +397,14 @@ def test_a_pin_counts_on_any_branch(repo: Repo, git: Git) -> None:
     assert where(repo, checkpoint_id) == GONE
 
 
+def test_a_pin_counts_in_the_index_alone(repo: Repo, git: Git) -> None:
+    checkpoint_id = save(repo, 1, 5.0)
+    save(repo, 2, 1.0)
+    in_index(git, repo.catalog.pin(ObjectId(checkpoint_id)))
+    castore.collect_garbage(repo, ONE)
+    assert where(repo, checkpoint_id) == WHOLE
+
+
 def test_claims_on_another_branch_never_make_anything_of_the_work_tree_go(repo: Repo, git: Git) -> None:
     mine = [save(repo, step, 5.0 - step) for step in range(3)]
     boasts = [save(repo, 100 + i, 0.0) for i in range(5)]

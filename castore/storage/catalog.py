@@ -462,8 +462,7 @@ def read_roots(catalog: Catalog) -> Roots:
         linked_trees = {path: _WorkTree(Catalog(path / inside, durable=False)) for path in linked}
         for tree in linked_trees.values():
             tree.read()
-        index = git.index(top, inside, ROOT_FOLDERS)
-        linked_indexes = [git.index(path, inside, ROOT_FOLDERS) for path in linked]
+        index, *linked_indexes = (git.index(path, inside, ROOT_FOLDERS, empty=["pins"]) for path in (top, *linked))
         snapshots = [index, *linked_indexes, *git.tips(folder, ROOT_FOLDERS)]
         # again: what has left git since the first time, as by `git stash pop`, is there by now
         for tree in (own, *linked_trees.values()):

@@ -60,17 +60,17 @@ def is_inside(path: Path) -> bool:
     return bool(os.environ.get("GIT_DIR")) or any((folder / ".git").exists() for folder in (real, *real.parents))
 
 
-def index(top: Path, inside: str, names: Sequence[str]) -> Snapshot:
+def index(top: Path, inside: str, names: Sequence[str], *, empty: Sequence[str] = ()) -> Snapshot:
     """Return the files that the index of the work tree ``top`` has in the sub-folders ``names`` of ``inside``.
 
-    All sides of a conflict are included. GitUnreadable when git fails.
+    Empty files are left out but for those in the sub-folders ``empty``. All sides of a conflict are included.
+    GitUnreadable when git fails.
     """
     out = _demand(top, "ls-files", "--stage", "-z", "--full-name", "--", *(f"{inside}/{name}" for name in names))
     files = _files(out, blob_field=1, prefix=f"{inside}/")
     # a file of `git add --intent-to-add` has no content yet
-    return Snapshot(
-        printable(f"the index of {top}"), {path: blob for path, blob in files.items() if blob not in _EMPTY}
-    )
+    kept = {path: blob for path, blob in files.items() if blob not in _EMPTY or path.partition("/")[0] in empty}
+    return Snapshot(printable(f"the index of {top}"), kept)
 
 
 _EMPTY = (
