@@ -253,7 +253,8 @@ def test_a_revoked_key_vouches_for_nothing(signing: Project) -> None:
 def test_without_gpg_a_signature_of_gpg_is_one_that_can_not_be_checked(signing: Project) -> None:
     signing.git("config", "gpg.format", "openpgp")
     fake = signing.root.parent / "fake-gpg"
-    fake.write_text("#!/bin/sh\necho '[GNUPG:] SIG_CREATED x' >&2\necho '-----BEGIN PGP SIGNATURE-----'\n")
+    signature = "-----BEGIN PGP SIGNATURE-----"
+    fake.write_text(f"#!/bin/sh\ncat >/dev/null\necho '[GNUPG:] SIG_CREATED x' >&2\necho '{signature}'\n")
     fake.chmod(0o755)
     signing.git("config", "gpg.program", str(fake))
     checkpoint = save(signing, 1, "-S")
@@ -265,7 +266,7 @@ def test_without_gpg_a_signature_of_gpg_is_one_that_can_not_be_checked(signing: 
 def test_words_of_git_control_no_terminal(signing: Project) -> None:
     save(signing, 1, "-S")
     program = signing.root.parent / "program"
-    program.write_text("#!/bin/sh\nprintf '\\033[2Jhostile' >&2\nexit 1\n")
+    program.write_text("#!/bin/sh\ncat >/dev/null\nprintf '\\033[2Jhostile' >&2\nexit 1\n")
     program.chmod(0o755)
     signing.git("config", "gpg.ssh.program", str(program))
     assert "\\x1b[2Jhostile" in told(signing)
