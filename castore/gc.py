@@ -7,13 +7,14 @@ an object is gone for good, a save or a load that wants it takes it back.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from castore.errors import CorruptionError, CorruptObject, ObjectMissing, RootsUnreadable
+from castore.errors import CorruptionError, CorruptObject, ObjectMissing, RootsUnreadable, StorageError
 from castore.format import part_index
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
@@ -36,6 +37,7 @@ from castore.storage.catalog import Roots
 from castore.storage.object_store import StoredObject
 
 _LEFTOVER_AGE = timedelta(hours=1)
+_MAX_YOUNG_INDEX = 1 << 20  # stored bytes: one of a part of 100 GB takes as many, and a chunk of 4 MiB mostly more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,8 @@ class GCPlan:
     """What gc deletes, or would delete. ``delete`` maps each object to its stored bytes.
 
     ``decisions`` say for every manifest which parts are kept and why, newest first. ``kept_bytes`` is what all kept
-    objects take. ``young`` counts the objects that no manifest refers to and that are too new to delete.
+    objects take. ``young`` counts the objects that no manifest refers to and that are too new to delete, and what the
+    indexes among them list.
 
     >>> plan = GCPlan(decisions=(), delete={ObjectId("0" * 64): 100, ObjectId("1" * 64): 20}, kept_bytes=500, young=0)
     >>> plan.freed_bytes
@@ -81,7 +84,8 @@ def collect_garbage(
 ) -> GCPlan:
     """Delete what ``policy``, by default that of config.toml, does not keep, and return the plan that was applied.
 
-    Objects that no manifest refers to stay until they are older than ``grace``. Checkpoints whose ids are in
+    Objects that no manifest refers to stay until they are older than ``grace``, the indexes of parts with all their
+    chunks. Checkpoints whose ids are in
     ``in_use`` are kept whole. With ``dry_run`` nothing is touched. ``max_size`` counts what is here and, with
     ``elsewhere``, what remotes have of the rest. Raise Locked if others are at work (with ``wait``, for longer than the
     configured time), and RootsUnreadable, CorruptionError or StorageError if it can't be told what is needed: then
@@ -201,11 +205,12 @@ def plan_garbage(repo: Repo, request: _Request, roots: Roots, damaged: Collectio
     live = _live_objects(decisions, contents)
     dropped = _dropped_objects(decisions, contents)
     oldest_kept = request.now.timestamp() - request.grace.total_seconds()
-    delete = [
-        object_id
-        for object_id in stored
-        if object_id not in live and (object_id in dropped or stored[object_id].modified <= oldest_kept)
-    ]
+    unneeded = {object_id: stored[object_id] for object_id in stored if object_id not in live}
+    young = {id_ for id_, one in unneeded.items() if id_ not in dropped and one.modified > oldest_kept}
+    if len(young) < len(unneeded):
+        # a manifest that comes back from git while its index waits needs what that shares with others, too
+        young |= contents.chunks_of_orphans(young)
+    delete = [object_id for object_id in unneeded if object_id not in young]
     return GCPlan(
         decisions=decisions,
         delete={object_id: stored[object_id].size for object_id in delete},
@@ -339,6 +344,16 @@ class _Contents:
         if index_id not in self._objects:
             self._objects[index_id] = self._read(index_id)
         return self._chunks.get(index_id, frozenset())
+
+    def chunks_of_orphans(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return the chunks that those of the objects list which are indexes; large objects are not looked into."""
+        chunk_ids: set[ObjectId] = set()
+        for object_id in object_ids:
+            if self.stored[object_id].size <= _MAX_YOUNG_INDEX:
+                with contextlib.suppress(CorruptionError, ObjectMissing, StorageError):
+                    chunks = part_index.decode_chunks(self._repo.store.read(object_id, mend=False))
+                    chunk_ids.update(chunk.id for chunk in chunks)
+        return chunk_ids
 
     def absent_chunks(self, entries: Iterable[Entry]) -> set[ObjectId]:
         """Return the chunks that the indexes here list and that are not in the store."""

@@ -431,6 +431,28 @@ def test_what_nobody_refers_to_waits_for_its_time(repo: Repo) -> None:
     assert castore.collect_garbage(repo, grace=timedelta()).young == 0
 
 
+@pytest.mark.parametrize("other", ["dropped", "forgotten"])
+def test_what_is_forgotten_waits_whole_with_what_it_shares(repo: Repo, other: str) -> None:
+    shared = save(repo, 1, 5.0)
+    two_days_ago = time.time() - 2 * 86400
+    for one in objects(repo):
+        os.utime(repo.store.path(ObjectId(one)), (two_days_ago, two_days_ago))
+    repo.save({"model": {"weights": torch.ones(5)}}, run="main", step=2, metrics={"val_loss": 1.0})
+    checkpoint_id = save(repo, 3, 5.0)
+    path = path_of(repo, checkpoint_id)
+    data = path.read_bytes()
+    path.unlink()
+    if other == "forgotten":
+        path_of(repo, shared).unlink()
+    assert castore.collect_garbage(repo, ONE).delete
+    path.write_bytes(data)
+    assert list(verify(repo)) == []
+    assert exact(repo.load(checkpoint_id)) == exact(parts(3))
+    path.unlink()
+    castore.collect_garbage(repo, ONE, grace=timedelta())
+    assert len(objects(repo)) == 2
+
+
 def test_what_killed_processes_left_in_tmp_goes_and_what_is_fresh_stays(repo: Repo) -> None:
     save(repo, 1, 5.0)
     old, fresh = repo.store.temporary / "1-old", repo.store.temporary / "2-fresh"
