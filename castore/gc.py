@@ -85,11 +85,10 @@ def collect_garbage(
     """Delete what ``policy``, by default that of config.toml, does not keep, and return the plan that was applied.
 
     Objects that no manifest refers to stay until they are older than ``grace``, the indexes of parts with all their
-    chunks. Checkpoints whose ids are in
-    ``in_use`` are kept whole. With ``dry_run`` nothing is touched. ``max_size`` counts what is here and, with
-    ``elsewhere``, what remotes have of the rest. Raise Locked if others are at work (with ``wait``, for longer than the
-    configured time), and RootsUnreadable, CorruptionError or StorageError if it can't be told what is needed: then
-    nothing was deleted.
+    chunks. Checkpoints whose ids are in ``in_use`` are kept whole. With ``dry_run`` nothing is touched. ``max_size``
+    counts what is here and, with ``elsewhere``, what remotes have of the rest. Raise Locked if others are at work (with
+    ``wait``, for longer than the configured time), and RootsUnreadable, CorruptionError or StorageError if it can't be
+    told what is needed: then nothing was deleted.
 
     Before the data of a checkpoint is deleted, what stays in its place is read and verified, unless this process has
     done that before; ``progress`` counts those objects. Without ``verify``, for an estimate, it is not read.

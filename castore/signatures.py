@@ -71,9 +71,10 @@ def _bringers(repo: Repo, entries: Sequence[Entry]) -> dict[ObjectId, list[str]]
     added = git.additions(repo.root, "manifests")
     candidates = {entry.id: added.get(f"manifests/{entry.manifest.file_name(entry.id)}", ()) for entry in entries}
     places = {blob: f"commit {commit}" for found in candidates.values() for commit, blob in found}
-    contents = git.blobs(repo.root, places, MAX_BYTES)
+    # a larger one is no manifest, and must not keep the others from being read
+    contents = git.blobs(repo.root, places, MAX_BYTES, leave_out_larger=True)
     return {
-        entry_id: [commit for commit, blob in found if hash_bytes(contents[blob]) == entry_id]
+        entry_id: [commit for commit, blob in found if blob in contents and hash_bytes(contents[blob]) == entry_id]
         for entry_id, found in candidates.items()
     }
 

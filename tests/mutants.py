@@ -147,7 +147,7 @@ MUTANTS = (
     Mutant("hash: of files that are there", "castore/trees/compare.py", ' and hash_bytes(b"".join(there)) == chunk.id', "", _pytest("tests/trees")),
     Mutant(
         "hash: of the blob that a signature covers", "castore/signatures.py",
-        " if hash_bytes(contents[blob]) == entry_id", "", _pytest("tests/test_signatures.py"),
+        " and hash_bytes(contents[blob]) == entry_id", "", _pytest("tests/test_signatures.py"),
     ),
     Mutant("hash: what is deduplicated against", _STORE, "            self._store.read_into(object_id, memoryview(bytearray(length)))\n", "            pass\n", _pytest("tests/storage/test_object_store.py")),
     Mutant("order: chunks before indexes", "castore/policy/retention.py", "return lambda object_id: ranks.get(object_id, 2)", "return lambda object_id: -ranks.get(object_id, 2)", _pytest("tests/test_gc_damage.py", "tests/test_gc.py")),

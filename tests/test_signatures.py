@@ -14,6 +14,7 @@ import pytest
 from project import Project
 
 from castore import Repo
+from castore.format.manifest import MAX_BYTES
 from castore.signatures import check_signatures
 from castore.storage import git, git_process
 
@@ -333,11 +334,12 @@ def test_what_a_commit_brought_does_not_depend_on_settings_for_people(signing: P
         signing.git("config", "--unset", name)
 
 
-def test_what_was_wrong_and_is_corrected_by_a_signed_commit_is_vouched_for(signing: Project) -> None:
+@pytest.mark.parametrize("wrong", [b"{}", b" " * (MAX_BYTES + 1)], ids=["small", "too large"])
+def test_what_was_wrong_and_is_corrected_by_a_signed_commit_is_vouched_for(signing: Project, wrong: bytes) -> None:
     checkpoint = save(signing, 1)
     (manifest,) = (signing.root / ".castore" / "manifests" / "main").glob("*.json")
     good = manifest.read_bytes()
-    for data, sign in ((b"{}", "--no-gpg-sign"), (good, "-S")):
+    for data, sign in ((wrong, "--no-gpg-sign"), (good, "-S")):
         manifest.write_bytes(data)
         signing.git("add", "-A", ".castore")
         signing.git("commit", "-q", "-m", "x", sign)

@@ -185,27 +185,31 @@ def worktrees(folder: Path) -> tuple[str, list[Path]]:
     return str(folder.resolve().relative_to(top)), [top, *others]
 
 
-def blobs(folder: Path, places: Mapping[str, str], limit: int) -> dict[str, bytes]:
+def blobs(folder: Path, places: Mapping[str, str], limit: int, *, leave_out_larger: bool = False) -> dict[str, bytes]:
     """Return the content of each blob of ``places``, which maps blob ids to where each was found, for messages.
 
-    GitUnreadable when one isn't there, as in a partial clone, or is larger than ``limit`` bytes.
+    GitUnreadable when one isn't there, as in a partial clone, or is larger than ``limit`` bytes and not to be left out.
     """
-    return _contents(folder, "blob", places, limit)
+    return _contents(folder, "blob", places, limit, leave_out_larger=leave_out_larger)
 
 
 @_understanding()
-def _contents(folder: Path, kind: str, places: Mapping[str, str], limit: int) -> dict[str, bytes]:
-    git_ids = list(places)
-    if not git_ids:
-        return {}
-    for line in _check(folder, git_ids):
+def _contents(
+    folder: Path, kind: str, places: Mapping[str, str], limit: int, *, leave_out_larger: bool = False
+) -> dict[str, bytes]:
+    git_ids = []
+    for line in _check(folder, list(places)) if places else ():
         git_id, _, length = line.partition(f" {kind} ")
         if not length:
             git_id = line.partition(" ")[0]
             place = places.get(git_id)
             raise GitUnreadable(f"git has no {kind} {git_id} of {place} (a partial clone?): fetch it first")
-        if int(length) > limit:
+        if int(length) <= limit:
+            git_ids.append(git_id)
+        elif not leave_out_larger:
             raise GitUnreadable(f"{places[git_id]} has {length} bytes, where at most {limit} make sense: remove it")
+    if not git_ids:
+        return {}
     out = memoryview(_demand_bytes(folder, ["cat-file", "--batch"], "\n".join(git_ids).encode() + b"\n"))
     contents = {}
     at = 0
