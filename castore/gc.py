@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -30,7 +30,7 @@ from castore.policy.retention import (
 )
 from castore.progress import Progress, ignore_progress
 from castore.remotes import fallback
-from castore.remotes.base import is_publishing
+from castore.remotes.base import PublishingRemote, Remote
 from castore.repo import Repo
 from castore.storage import catalog
 from castore.storage.catalog import Roots
@@ -224,9 +224,9 @@ def _decide(
     sources = [Source("the work tree", roots.here), *(Source(name, entries) for name, entries in roots.elsewhere)]
     entries = _entries(roots)
     indexes = {part.index for entry in entries.values() for part in entry.manifest.parts.values()}
-    for each in filter(is_publishing, repo.remotes):
-        each.refresh()  # what a process saw there long ago may be gone
-    remote = fallback.may_have(repo.remotes, indexes - contents.stored.keys())
+    # what this process saw there long ago may be gone
+    remotes = [one.fresh() if isinstance(one, PublishingRemote) else one for one in repo.remotes]
+    remote = fallback.may_have(remotes, indexes - contents.stored.keys())
     confirmed: set[ObjectId] = set()
 
     def sizes(entry: Entry, part: str) -> Mapping[ObjectId, int]:
@@ -248,7 +248,7 @@ def _decide(
             tagged=roots.tags,
             tagged_elsewhere=roots.tags_elsewhere,
             in_use=request.in_use,
-            usable=_usability(repo, entries.values(), contents, remote, damaged),
+            usable=_usability(repo, remotes, entries.values(), contents, remote, damaged),
         )
 
     while True:
@@ -258,7 +258,7 @@ def _decide(
         asked = (kept & remote) - confirmed
         if not asked:
             return decisions
-        confirmed |= fallback.available(repo.remotes, asked)
+        confirmed |= fallback.available(remotes, asked)
         remote -= asked - confirmed
 
 
@@ -267,6 +267,7 @@ _PartState = Literal["usable", "damaged", "gone"]
 
 def _usability(
     repo: Repo,
+    remotes: Sequence[Remote],
     entries: Iterable[Entry],
     contents: _Contents,
     remote: Collection[ObjectId],
@@ -275,7 +276,7 @@ def _usability(
     """Tell which manifests can't be loaded: what is here counts, and what remotes have."""
     quarantined = repo.store.quarantined()
     absent = contents.absent_chunks(entries) | damaged
-    absent -= fallback.available(repo.remotes, absent)
+    absent -= fallback.available(remotes, absent)
 
     def state_of(entry: Entry, part: str) -> _PartState:
         index_id = entry.manifest.parts[part].index

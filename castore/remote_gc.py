@@ -88,18 +88,18 @@ def collect_remote(
         raise UsageError(f"{remote.name} is the folder of a repository: run `castore gc` there")
     with repo.lock():
         if dry_run:
-            return _plan(repo, _Shelf(repo, remote), policy, grace, now or datetime.now(UTC))
+            return _plan(repo, _Shelf(repo, remote.fresh()), policy, grace, now or datetime.now(UTC))
         at_work = Pass(remote)
         at_work.begin()
         try:
-            plan = _plan(repo, _Shelf(repo, remote), policy, grace, now or datetime.fromtimestamp(at_work.began, UTC))
+            now = now or datetime.fromtimestamp(at_work.began, UTC)
+            plan = _plan(repo, _Shelf(repo, remote.fresh()), policy, grace, now)
+            _apply(remote, plan, at_work)
         except BaseException:
             with contextlib.suppress(RemoteError, StorageError):
-                at_work.end()
+                at_work.end(marks_changed=False)
             raise
-        # not in the end if it fails: whoever pushes must know then that some is gone
-        _apply(remote, plan, at_work)
-        at_work.end()
+        at_work.end(marks_changed=bool(plan.mark or plan.delete))
     return plan
 
 
@@ -108,7 +108,6 @@ class _Shelf:
 
     def __init__(self, repo: Repo, remote: PublishingRemote) -> None:
         self.remote = remote
-        remote.refresh()
         # marks first: what is written after them is younger than they are
         self.marks = marks.read(remote)
         self.marked_at = next((file.modified for file in remote.files("gc") if file.name == marks.NAME), 0.0)

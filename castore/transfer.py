@@ -232,14 +232,13 @@ def push(
     """
     if not remote.writable:
         raise UploadRefused(remote.name, "it is for reading alone")
-    done = Pushed(objects=0, bytes=0, checkpoints=(), left_out={})
-    while True:
-        push = _Push(store, lock, remote, repair, progress, renewed=renewed, trusting=not done.checkpoints)
-        pushed = push.run(entries)
-        done = replace(pushed, objects=done.objects + pushed.objects, bytes=done.bytes + pushed.bytes)
-        # what it needed was marked, so it may have been deleted as soon as it was written again
-        if not push.needs_marked or marks.nothing_deleted_since(remote, push.activity):
-            return done
+    objects = stored_bytes = 0
+    pushed, is_first = None, True
+    while pushed is None:
+        push = _Push(store, lock, remote, repair, progress, renewed=renewed, is_first=is_first)
+        pushed, is_first = push.run(entries), False
+        objects, stored_bytes = objects + push.objects, stored_bytes + push.bytes
+    return replace(pushed, objects=objects, bytes=stored_bytes)
 
 
 def push_objects(store: ObjectStore, remote: PublishingRemote, object_ids: Collection[ObjectId]) -> None:
@@ -247,7 +246,7 @@ def push_objects(store: ObjectStore, remote: PublishingRemote, object_ids: Colle
 
     Errors are those of :func:`push`, and ObjectMissing or CorruptObject.
     """
-    remote.refresh()
+    remote = remote.fresh()
     marked = marks.read(remote)
     missing = set(object_ids) - remote.has(object_ids)
     missing |= _find_marked(remote, object_ids, marked)
@@ -278,23 +277,23 @@ class _Push:
         progress: Progress,
         *,
         renewed: Collection[ObjectId],
-        trusting: bool,
+        is_first: bool,
     ) -> None:
-        self._store, self._lock, self._remote = store, lock, remote
+        self._store, self._lock, self._remote = store, lock, remote.fresh()
         self._repair, self._progress = repair, progress
-        self._trusting = trusting and not repair
+        self._trusting = is_first and not repair
         """Whether a part whose index is there counts as whole."""
-        remote.refresh()
-        self.activity = marks.Activity.of(remote)
+        self._activity = marks.Activity.of(remote)
         # gc there is about to delete these: writing one again tells it that it is needed
         self._marked = marks.read(remote)
-        self.needs_marked = not self._marked.objects.isdisjoint(renewed)
-        """Whether anything that was pushed had been marked."""
         self._renewed = frozenset(renewed)
-        self._objects = self._bytes = self._total = 0
+        self._needs_marked = not self._marked.objects.isdisjoint(renewed)
+        """Whether anything that is pushed was marked: then it may be deleted as soon as it was written again."""
+        self.objects = self.bytes = self._total = 0
         self._left_out: dict[tuple[ObjectId, str], str] = {}
 
-    def run(self, entries: Sequence[Entry]) -> Pushed:
+    def run(self, entries: Sequence[Entry]) -> Pushed | None:
+        """Push; None if something was deleted meanwhile, and all must be looked for again."""
         parts = {part.index: (entry, name) for entry in entries for name, part in entry.manifest.parts.items()}
         there = set() if self._repair else self._there(parts)
         whole = {index_id for index_id in there if self._trusting or not self._store.has(index_id)}
@@ -311,17 +310,23 @@ class _Push:
             try:
                 # for each part alone, so that gc gets its turn: what it deletes meanwhile is left out, and told
                 with self._lock(), locate_errors(name, entry.id):
-                    self._push_part(index_id, wanted, listed)
+                    self._push_chunks(wanted)
+                    index_frame = self._store.frame(index_id)
             except (ObjectMissing, CorruptObject) as error:
                 self._left_out[entry.id, name] = str(error)
                 continue
+            if not self._stands():
+                return None
+            self._push_index(index_id, index_frame, listed)
             missing.difference_update(wanted)
             whole.add(index_id)
         done = [entry for entry in entries if any(part.index in whole for part in entry.manifest.parts.values())]
         self._push_manifests(done)
+        if not self._stands():
+            return None
         return Pushed(
-            objects=self._objects,
-            bytes=self._bytes,
+            objects=self.objects,
+            bytes=self.bytes,
             checkpoints=tuple(entry.id for entry in done),
             left_out=self._left_out,
         )
@@ -350,30 +355,37 @@ class _Push:
         asked = set(object_ids)
         there = self._remote.has(asked)
         marked = _find_marked(self._remote, asked, self._marked) - self._renewed
-        self.needs_marked |= bool(marked)
+        self._needs_marked |= bool(marked)
         return there - marked
 
     def _is_good(self, object_id: ObjectId) -> bool:
         return fallback.check(self._remote, object_id) is None
 
-    def _push_part(self, index_id: ObjectId, wanted: Sequence[ObjectId], listed: Sequence[ObjectId]) -> None:
-        bucket = self._remote if isinstance(self._remote, Bucket) else None
-        if bucket and len(wanted) > PACK_ABOVE and not self._repair:
+    def _stands(self) -> bool:
+        """Whether nothing that was pushed was deleted meanwhile, or will be."""
+        return not self._needs_marked or marks.nothing_deleted_since(self._remote, self._activity)
+
+    def _push_chunks(self, wanted: Sequence[ObjectId]) -> None:
+        if isinstance(self._remote, Bucket) and len(wanted) > PACK_ABOVE and not self._repair:
             for size in map_ahead(self._put_packed, self._batches(wanted), 4, ahead=4, name=_THREADS):
                 self._count(size)
-            # the index in one of its own: a pack that another part needs must not keep it beyond its chunks
-            self._count(self._put_packed([index_id]))
-            bucket.finish_packs(index_id, [*listed, index_id])
             return
         for size in map_ahead(self._put, wanted, fallback.ASKERS, name=_THREADS):
             self._count(size)
-        is_there = self._is_good(index_id) if self._repair else bool(not self._trusting and self._there([index_id]))
-        if bucket and bucket.packed(listed):
-            # in packs of other parts: gc must know that this part needs them, too, and a reader where they are
-            self._count([] if is_there else self._put_packed([index_id]))
-            bucket.finish_packs(index_id, [*listed, index_id])
+
+    def _push_index(self, index_id: ObjectId, data: bytes, listed: Sequence[ObjectId]) -> None:
+        """Write the index of a part whose chunks are all there: from now on the part is whole."""
+        is_there = not self._trusting and index_id in self._there([index_id])
+        if self._repair:
+            is_there = is_there and self._is_good(index_id)
+        if isinstance(self._remote, Bucket) and self._remote.packed(listed):
+            # gc must know which packs this part needs, those of other parts, too, and a reader where they are. The
+            # index has one of its own: a pack that another part needs must not keep it beyond its chunks
+            if not is_there:
+                self._count(self._write_pack([(index_id, data)]))
+            self._remote.finish_packs(index_id, [*listed, index_id])
         elif not is_there:
-            self._count(self._put(index_id))
+            self._count(self._write(index_id, data))
 
     def _batches(self, object_ids: Iterable[ObjectId]) -> Iterator[list[ObjectId]]:
         """Yield objects as they go into packs."""
@@ -390,29 +402,35 @@ class _Push:
 
     def _put_packed(self, object_ids: Sequence[ObjectId]) -> list[int]:
         """Return the stored bytes of each object that was moved."""
+        return self._write_pack([(object_id, self._store.frame(object_id)) for object_id in object_ids])
+
+    def _write_pack(self, frames: Sequence[tuple[ObjectId, bytes]]) -> list[int]:
         assert isinstance(self._remote, Bucket)
-        frames = [(object_id, self._store.frame(object_id)) for object_id in object_ids]
-        self._remote.put_packed(frames, renew=bool(self._marked.files))
+        name = self._remote.put_packed(frames, renew=bool(self._marked.files))
+        self._needs_marked |= name in self._marked.files
         return [len(data) for _, data in frames]
 
     def _put(self, object_id: ObjectId) -> list[int]:
         """Return the stored bytes of each object that was moved."""
-        data = self._store.frame(object_id)
+        return self._write(object_id, self._store.frame(object_id))
+
+    def _write(self, object_id: ObjectId, data: bytes) -> list[int]:
         return [len(data)] if self._remote.put(object_id, data, renew=object_id in self._marked.objects) else []
 
     def _count(self, sizes: Sequence[int]) -> None:
-        self._objects += len(sizes)
-        self._bytes += sum(sizes)
-        self._progress(self._bytes, self._total)
+        self.objects += len(sizes)
+        self.bytes += sum(sizes)
+        self._progress(self.bytes, self._total)
 
     def _push_manifests(self, entries: Sequence[Entry]) -> None:
         """Write each manifest for those who list, then as an object: one that is there was written both ways."""
-        there = set() if self._repair else self._there(entry.id for entry in entries)
+        there = self._there(entry.id for entry in entries)
 
         def put(entry: Entry) -> None:
             data = manifest.encode(entry.manifest)
             self._remote.write_file(f"{MANIFESTS}/{entry.manifest.file_name(entry.id)}", data, replace=True)
-            if not self._repair or not self._is_good(entry.id):
+            if entry.id not in there or not self._is_good(entry.id):
                 self._remote.put(entry.id, frame.encode_frame(data), renew=entry.id in self._marked.objects)
 
-        map_all(put, [entry for entry in entries if entry.id not in there], fallback.ASKERS, name=_THREADS)
+        wanted = [entry for entry in entries if self._repair or entry.id not in there]
+        map_all(put, wanted, fallback.ASKERS, name=_THREADS)

@@ -246,7 +246,7 @@ def _bucket() -> Callable[[bytes], object]:
                 lambda remote=remote: remote.has(many[:2]),
                 lambda remote=remote: remote.put(_ID, b"frame"),
             ):
-                remote._down = (0.0, "")  # what it remembers would hide what the rest does
+                remote._connection.down = (0.0, "")  # what it remembers would hide what the rest does
                 with contextlib.suppress(CastoreError):
                     ask()
         with contextlib.suppress(CastoreError):

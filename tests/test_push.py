@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from builders import parts
@@ -20,6 +20,7 @@ from castore import Repo
 from castore.errors import CorruptManifest, NotFound, ObjectMissing, RemoteUnavailable, UploadRefused
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
+from castore.gc import collect_garbage
 from castore.policy.retention import Policy
 from castore.remote_gc import collect_remote
 from castore.remotes import marks, packs
@@ -49,7 +50,7 @@ class Watched(Bucket):
 
     def again(self) -> Watched:
         """The same bucket, in another process."""
-        return Watched(self.name, self._given)
+        return Watched(self.name, self._connection.store)
 
 
 def save(repo: Repo, step: int = 1, **more: Any) -> Entry:
@@ -237,7 +238,9 @@ def test_a_part_that_shares_packed_chunks_pushes_the_others_alone(repo: Repo, tm
     second = Entry(saved.id, saved.manifest)
     assert repo.push([second], remote.again()).objects == 2  # a chunk and an index
     assert repo.push([second], remote.again(), repair=True).objects == 0
-    for number, cloud in enumerate((remote.again(), Website("site", "https://models.example", remote._given))):
+    for number, cloud in enumerate(
+        (remote.again(), Website("site", "https://models.example", remote._connection.store))
+    ):
         other = clone(repo, tmp_path / f"other{number}")
         other.fetch(second, remotes=[cloud])
         assert torch.equal(other.load(second.id)["model"]["more"], state["model"]["more"])
@@ -273,7 +276,7 @@ def test_gc_deletes_nothing_when_an_index_can_not_be_read_for_now(repo: Repo, tm
     collecting = clone(repo, tmp_path / "other")
     before = sorted(file.name for file in remote.files(""))
     for _ in range(2):
-        failing = Failing("cloud", remote._given)
+        failing = Failing("cloud", remote._connection.store)
         with pytest.raises(RemoteUnavailable, match="no answer"):
             collect_remote(collecting, failing, Policy(), machine="me", grace=timedelta(0))
     assert sorted(file.name for file in remote.files("")) == before
@@ -338,6 +341,77 @@ def test_what_is_marked_for_deletion_is_written_again(repo: Repo) -> None:
     again = remote.again()
     assert repo.push([entry], again).objects == len(repo.store.stored())
     assert {name for name in files if not name.startswith("manifests/")} <= {*again.written}
+
+
+@pytest.mark.parametrize("chunks", [3, 12])
+@pytest.mark.usefixtures("small_packs")
+def test_a_repair_writes_again_what_is_marked(repo: Repo, chunks: int) -> None:
+    entry = large(repo, chunks=chunks)
+    remote = Watched()
+    repo.push([entry], remote)
+    files = [file.name for file in remote.files("")]
+    objects = {ObjectId(name.rpartition("/")[2]) for name in files if len(name.rpartition("/")[2]) == 64}
+    marks.write(remote, Marks(objects, frozenset(files)))
+    again = remote.again()
+    assert repo.push([entry], again, repair=True).objects == len(repo.store.stored())
+    written = {name.rpartition("/")[2] for name in again.written}
+    assert {entry.id, *(part.index for part in entry.manifest.parts.values())} <= written
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_a_pack_that_is_written_again_under_a_marked_name_may_be_deleted(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = large(repo)
+    remote = Watched()
+    repo.push([entry], remote)
+    files = [file.name for file in remote.files("packs")]
+    marks.write(remote, Marks(frozenset(), frozenset(files)))
+    remote.remove([name for name in files if name.startswith(packs.PARTS)])  # as gc does first
+    looks = []
+    real = marks.nothing_deleted_since
+    monkeypatch.setattr(marks, "nothing_deleted_since", lambda *given: (looks.append(given), real(*given))[1])
+    repo.push([entry], remote.again())
+    assert len(looks) >= 2  # before the index, and after the manifest
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_a_push_is_not_disturbed_by_others_of_the_same_process(repo: Repo, tmp_path: Path) -> None:
+    first, second = large(repo), large(repo, step=2, chunks=3)
+
+    class Busy(Watched):
+        def _create(self, name: str, data: bytes, *, replace: bool) -> bool:
+            if name.startswith("packs/") and not self.disturbed:
+                self.disturbed.append(name)
+                repo.push([second], self)
+                collect_garbage(repo, dry_run=True)
+            return super()._create(name, data, replace=replace)
+
+        disturbed: ClassVar[list[str]] = []
+
+    busy = Busy()
+    repo.remotes.append(busy)
+    repo.push([first], busy)
+    assert busy.disturbed
+    other = clone(repo, tmp_path / "other")
+    other.fetch(first, remotes=[busy.again()])
+    assert other.load(first.id)
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_a_pack_that_was_gone_and_is_written_again_counts(repo: Repo, tmp_path: Path) -> None:
+    entry = large(repo)
+    remote = Watched()
+    repo.push([entry], remote)
+    index_id = entry.manifest.parts["model"].index
+    kept_open = remote.again()
+    assert kept_open.has([index_id]) == {index_id}
+    remote.remove([file.name for file in remote.files("packs") if not file.name.startswith(packs.PARTS)])
+    assert kept_open.get(index_id) is None
+    repo.push([entry], kept_open)
+    other = clone(repo, tmp_path / "other")
+    other.fetch(entry, remotes=[remote.again()])
+    assert other.load(entry.id)
 
 
 @pytest.mark.parametrize("chunks", [3, 30])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from builders import parts
@@ -35,6 +37,7 @@ from castore.remote_verify import verify_remote
 from castore.remotes import marks
 from castore.remotes.base import RemoteFile
 from castore.remotes.folder import Folder
+from castore.remotes.marks import Marks
 from castore.transfer import Pushed
 
 HOUR = timedelta(hours=1)
@@ -243,18 +246,25 @@ def fetch_elsewhere(remote: Folder, entry: Entry, path: Path) -> None:
 
 @pytest.mark.usefixtures("marked")
 def test_a_push_during_the_deletion_writes_again_what_was_deleted(
-    collecting: Repo, pusher: Repo, remote: Folder, tmp_path: Path
+    collecting: Repo, pusher: Repo, remote: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = good_again(pusher)
     meddling = Meddling("shared", remote.path)
 
+    is_waiting = threading.Event()
+
+    def wait(*arguments: Any) -> None:
+        is_waiting.set()
+        really_wait(*arguments)
+
+    really_wait = marks._wait
+    monkeypatch.setattr(marks, "_wait", wait)
     with ThreadPoolExecutor(1) as thread:
         pushes: list[Future[Pushed]] = []
 
         def push() -> None:
             pushes.append(thread.submit(pusher.push, [wanted], remote))
-            while not (remote.has([wanted.id]) or pushes[0].done()):
-                time.sleep(0.01)
+            assert is_waiting.wait(60)
 
         Meddling.before_removal = push
         assert collect(collecting, meddling).delete
@@ -292,8 +302,8 @@ def test_a_pass_that_a_push_took_for_dead_deletes_nothing_more(
 
     class Slow(Folder):
         def read_file(self, name: str, limit: int) -> bytes | None:
-            if name == marks.PASS:  # what is to be deleted has been planned
-                pusher.push([wanted], remote)
+            if name == marks.PASS and (token := super().read_file(name, limit)) and not token.startswith(b"stopped"):
+                pusher.push([wanted], remote)  # what is to be deleted has been planned
             return super().read_file(name, limit)
 
     before = names(remote)
@@ -303,7 +313,11 @@ def test_a_pass_that_a_push_took_for_dead_deletes_nothing_more(
     assert list(verify_remote(collecting, remote)) == []
 
 
-def test_of_two_passes_the_later_one_goes_on(collecting: Repo, remote: Folder, marked: tuple[Entry, Entry]) -> None:
+def test_of_two_passes_the_later_one_goes_on(
+    collecting: Repo, remote: Folder, marked: tuple[Entry, Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "PATIENCE", 0.1)
+
     class Twice(Folder):
         def files(self, folder: str) -> Iterator[RemoteFile]:
             yield from list(super().files(folder))
@@ -314,6 +328,66 @@ def test_of_two_passes_the_later_one_goes_on(collecting: Repo, remote: Folder, m
         collect(collecting, Twice("shared", remote.path))
     assert remote.has([marked[1].manifest.parts["model"].index]) == set()
     assert marks.Activity.of(remote).at_work == b""
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_push_that_is_interrupted_while_it_waits_leaves_nothing_that_looks_whole(
+    collecting: Repo, pusher: Repo, remote: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = pusher.save({**parts(2), "model": {**parts(2)["model"], "n": 1}}, run="main", step=3)
+    wanted = Entry(saved.id, saved.manifest)  # its chunks are marked, its index is new
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def push() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(marks, "_wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pusher.push([wanted], remote)
+
+    Meddling.before_removal = push
+    assert collect(collecting, Meddling("shared", remote.path)).delete
+    assert pusher.push([wanted], remote).checkpoints == (wanted.id,)
+    fetch_elsewhere(remote, wanted, tmp_path / "other")
+
+
+@pytest.mark.parametrize("end", ["another pass", "a failed pass", "a push", "its own"])
+def test_what_a_pass_deleted_before_it_failed_is_never_overlooked(
+    remote: Folder, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(marks, "PATIENCE", 0.05)
+    marks.write(remote, Marks(frozenset(), frozenset({"objects/a"})))
+    before = marks.Activity.of(remote)
+    failed = marks.Pass(remote)
+    failed.begin()
+    failed.go_on()
+    if end == "its own":
+        failed.end(marks_changed=False)
+    elif end == "a push":
+        assert not marks.nothing_deleted_since(remote, marks.Activity.of(remote))
+    else:
+        other = marks.Pass(remote)
+        other.begin()
+        other.end(marks_changed=False)
+    for _ in range(2):
+        assert not marks.nothing_deleted_since(remote, before)
+    later = marks.Activity.of(remote)
+    assert marks.nothing_deleted_since(remote, later)
+    another = marks.Pass(remote)
+    another.begin()
+    another.end(marks_changed=False)
+    assert not marks.nothing_deleted_since(remote, before)
+
+
+def test_a_pass_on_a_machine_that_slept_stops(remote: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work = marks.Pass(remote)
+    at_work.begin()
+    at_work.go_on()
+    hours = itertools.count(0, 3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(hours)))
+    with pytest.raises(CollectionStopped):
+        at_work.go_on()
 
 
 @pytest.mark.usefixtures("marked")

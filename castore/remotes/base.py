@@ -75,8 +75,11 @@ class PublishingRemote(Remote, Protocol):
         """Whether this one takes objects: a website doesn't."""
         ...
 
-    def refresh(self) -> None:
-        """Forget what was found to be there, since others may have deleted it; what is corrupt stays known."""
+    def fresh(self) -> Self:
+        """Return the same remote without what was found to be there, since others may have deleted it.
+
+        What is corrupt stays known. Who uses this one at the same time is not disturbed.
+        """
         ...
 
     def put(self, object_id: ObjectId, frame: bytes, *, renew: bool = False) -> bool:

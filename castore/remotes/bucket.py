@@ -6,6 +6,7 @@ the environment or the provider's usual files alone, and no text of a provider's
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -50,6 +51,16 @@ _WEB = ("https", "http")
 _Result = TypeVar("_Result")
 
 
+class _Connection:
+    """What all that read and write a bucket share."""
+
+    def __init__(self, store: ObjectStore | None) -> None:
+        self.store = store
+        self.opening = threading.Lock()
+        self.creates = True  # until a server says that it can't put only what is absent
+        self.down: tuple[float, str] = (0.0, "")
+
+
 class Bucket:
     """A bucket, or a folder in one. Nothing is contacted, and obstore not imported, before it is first used.
 
@@ -61,14 +72,11 @@ class Bucket:
 
     def __init__(self, name: str, url: str, store: ObjectStore | None = None) -> None:
         self.name, self.url = name, url
-        self._given = store
-        self._opening = threading.Lock()
+        self._connection = _Connection(store)
         self._corrupt: dict[ObjectId, str] = {}
         self._corrupt_in_pack: dict[ObjectId, str] = {}
-        self._seen: set[ObjectId] = set()  # that lie there by themselves: asked for once, until refresh()
+        self._seen: set[ObjectId] = set()  # that lie there by themselves: asked for once
         self._packs = Packs(self)
-        self._creates = True  # until a server says that it can't put only what is absent
-        self._down: tuple[float, str] = (0.0, "")
 
     @classmethod
     def from_location(cls, name: str, location: str, base: Path) -> Self:  # noqa: ARG003
@@ -107,17 +115,18 @@ class Bucket:
     def has(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
         """Return those that are there. Few are asked for one by one; of many, names are listed first."""
         asked = set(object_ids) - self._corrupt.keys()
-        rest = asked - self._seen - self.packed(asked).keys()
+        rest = asked - self._seen - {object_id for object_id in asked if self._packs.holds(object_id)}
         if len(rest) > _LIST_ABOVE:
             rest -= self._list_some(rest)
         there = map_all(self._is_there, sorted(rest), REQUESTS, name="castore-ask") if rest else []
         self._seen.update(object_id for object_id, is_there in zip(sorted(rest), there, strict=True) if is_there)
         return (asked & self._seen) | self._packs.find(asked - self._seen)
 
-    def refresh(self) -> None:
-        """Forget what was found to be there: others may have deleted it since."""
-        self._seen = set()
-        self._packs.refresh()
+    def fresh(self) -> Self:
+        """Return the same bucket without what was found to be there, since others may have deleted it."""
+        other = copy.copy(self)
+        other._seen, other._packs = set(), self._packs.fresh(other)
+        return other
 
     def may_have(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
         """Return all that are not known to be corrupt there: only asking tells."""
@@ -154,9 +163,12 @@ class Bucket:
         self._seen.add(object_id)
         return is_new
 
-    def put_packed(self, frames: Sequence[tuple[ObjectId, bytes]], *, renew: bool = False) -> None:
-        """Publish verified frames as one file; :meth:`finish_packs` makes them visible. UploadRefused."""
-        self._packs.put(frames, renew=renew)
+    def put_packed(self, frames: Sequence[tuple[ObjectId, bytes]], *, renew: bool = False) -> str:
+        """Publish verified frames as one file, whose name is returned. UploadRefused.
+
+        :meth:`finish_packs` makes them visible.
+        """
+        return self._packs.put(frames, renew=renew)
 
     def packed(self, object_ids: Iterable[ObjectId]) -> dict[ObjectId, str]:
         """Return those that are known to lie in packs, with the names of these."""
@@ -254,18 +266,18 @@ class Bucket:
             obstore.put(store, name, data, mode=mode, use_multipart=False)
             return True
 
-        if not replace and self._creates:
+        if not replace and self._connection.creates:
             try:
                 self._ask(functools.partial(put, mode="create"), passed=(*exists, unable), is_write=True)
                 return True
             except exists:
                 return False
             except unable:
-                self._creates = False  # equal names hold equal contents: writing one again does no harm
+                self._connection.creates = False  # equal names hold equal contents: writing one again does no harm
             except UploadRefused as error:
                 if "HTTP 501" not in str(error):
                     raise
-                self._creates = False
+                self._connection.creates = False
         self._ask(functools.partial(put, mode="overwrite"), is_write=True)
         return True
 
@@ -326,20 +338,20 @@ class Bucket:
         else:
             reason = f"{type(error).__name__} of the request"
         if reason == "no answer" or (status and status[1] in ("429", "503")):
-            self._down = (time.monotonic() + _DOWN_SECONDS, reason)
+            self._connection.down = (time.monotonic() + _DOWN_SECONDS, reason)
         return UploadRefused(self.name, reason) if is_write else RemoteUnavailable(self.name, reason)
 
     def _reason_down(self) -> str:
         """Return why the remote was found to be down a moment ago; empty if it wasn't."""
-        until, reason = self._down
+        until, reason = self._connection.down
         return reason if time.monotonic() < until else ""
 
     @property
     def _store(self) -> ObjectStore:
-        with self._opening:
-            if self._given is None:
-                self._given = self._open()
-            return self._given
+        with self._connection.opening:
+            if self._connection.store is None:
+                self._connection.store = self._open()
+            return self._connection.store
 
     def _open(self) -> ObjectStore:
         obstore = _load_obstore(self.name)

@@ -67,8 +67,9 @@ class Folder:
         """Return those that are regular files there."""
         return {object_id for object_id in object_ids if object_id not in self._corrupt and self._is_file(object_id)}
 
-    def refresh(self) -> None:
-        """Do nothing: the folder is looked at each time."""
+    def fresh(self) -> Self:
+        """Return this one: the folder is looked at each time."""
+        return self
 
     def may_have(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
         """Return what :meth:`has` returns: looking costs little."""

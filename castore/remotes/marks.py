@@ -23,13 +23,17 @@ NAME = "gc/marked.json"
 """The file of a remote with its marks; when it was written is when they were made, by the remote's own clock."""
 
 PASS = "gc/pass"
-"""The file of a remote that a collection writes when it begins, and anew before it deletes; empty if it must stop."""
+"""The file of a remote that a collection writes when it begins, and anew before it deletes anything.
+
+It holds random text, which begins with ``stopped`` when nobody is at work any more and something may be gone.
+"""
 
 PATIENCE = 300.0
 """Seconds without a sign of life after which a collection is told to stop: no request to delete takes so long."""
 
 _MAX_BYTES = 1 << 28
 _MAX_TOKEN = 1 << 10
+_STOPPED = b"stopped "
 _POLL = 2.0
 _IN_FLIGHT = 10.0  # seconds for what was asked for before it could be told to stop
 
@@ -82,24 +86,41 @@ class Pass:
     def __init__(self, remote: PublishingRemote) -> None:
         self._remote = remote
         self._token = b""
+        self._needs_trace = False
         self.began = 0.0
         """When it did, by the remote's clock (Unix time)."""
 
     def begin(self) -> None:
-        """Say that it is at work. RemoteError or StorageError."""
+        """Say that it is at work, once no other one is. RemoteError or StorageError."""
+        before = _token(self._remote)
+        if _is_live(before):
+            _logger.warning("another gc is at work in %s: waiting for its end", self._remote.name)
+            _wait(self._remote, before)
+        self._needs_trace = bool(before)  # of an earlier pass, which may have deleted something
         self._sign()
         self.began = next((file.modified for file in self._remote.files("gc") if file.name == PASS), 0.0)
 
     def go_on(self) -> None:
         """Give a sign of life, before anything is deleted. CollectionStopped; RemoteError or StorageError."""
-        if self._remote.read_file(PASS, _MAX_TOKEN) != self._token:
+        looked = time.time()  # goes on while the machine sleeps
+        if _token(self._remote) != self._token:
             raise CollectionStopped(self._remote.name)
+        self._needs_trace = True
         self._sign()
+        if not 0 <= time.time() - looked < PATIENCE / 2:
+            raise CollectionStopped(self._remote.name)
 
-    def end(self) -> None:
-        """Say that nothing is deleted any more. RemoteError or StorageError."""
-        if self._remote.read_file(PASS, _MAX_TOKEN) == self._token:
+    def end(self, *, marks_changed: bool) -> None:
+        """Say that nothing is deleted any more. RemoteError or StorageError.
+
+        If something may be gone and the marks don't tell whoever pushed meanwhile, a trace is left.
+        """
+        if _token(self._remote) != self._token:
+            return
+        if marks_changed or not self._needs_trace:
             self._remote.remove([PASS])
+        else:
+            _stop(self._remote)
 
     def _sign(self) -> None:
         self._token = secrets.token_hex(16).encode()
@@ -110,14 +131,14 @@ class Pass:
 class Activity:
     """What tells whether a collection has deleted anything between two looks at a remote."""
 
-    marked: float
     at_work: bytes
+    marked: float
 
     @classmethod
     def of(cls, remote: PublishingRemote) -> Activity:
         """Look at a remote. RemoteError or StorageError."""
-        marked = next((file.modified for file in remote.files("gc") if file.name == NAME), 0.0)
-        return cls(marked, remote.read_file(PASS, _MAX_TOKEN) or b"")
+        at_work = _token(remote)  # first: a pass changes the marks, and then it ends
+        return cls(at_work, next((file.modified for file in remote.files("gc") if file.name == NAME), 0.0))
 
 
 def nothing_deleted_since(remote: PublishingRemote, before: Activity) -> bool:
@@ -127,22 +148,37 @@ def nothing_deleted_since(remote: PublishingRemote, before: Activity) -> bool:
     StorageError.
     """
     now = Activity.of(remote)
-    if now == before and not now.at_work:
-        return True
-    _wait(remote, now.at_work)
-    return False
+    if _is_live(now.at_work):
+        _logger.warning("gc is at work in %s: waiting, since some of what is pushed had been marked", remote.name)
+        _wait(remote, now.at_work)
+        return False
+    return now == before
 
 
 def _wait(remote: PublishingRemote, at_work: bytes) -> None:
-    if at_work:
-        _logger.warning("gc is at work in %s: waiting, since some of what was pushed had been marked", remote.name)
     since = time.monotonic()
-    while at_work:
+    while _is_live(at_work):
         if time.monotonic() - since > PATIENCE:
-            remote.write_file(PASS, b"", replace=True)
-            time.sleep(min(_IN_FLIGHT, PATIENCE))
-            return
+            at_work = _stop(remote)
+            break
         time.sleep(min(_POLL, PATIENCE))
-        before, at_work = at_work, remote.read_file(PASS, _MAX_TOKEN) or b""
+        before, at_work = at_work, _token(remote)
         if at_work != before:
             since = time.monotonic()
+    if at_work:  # it did not end by itself
+        time.sleep(min(_IN_FLIGHT, PATIENCE))
+
+
+def _token(remote: PublishingRemote) -> bytes:
+    return remote.read_file(PASS, _MAX_TOKEN) or b""
+
+
+def _is_live(token: bytes) -> bool:
+    return bool(token) and not token.startswith(_STOPPED)
+
+
+def _stop(remote: PublishingRemote) -> bytes:
+    """Tell whoever is at work to stop, and leave a trace for whoever pushed meanwhile."""
+    token = _STOPPED + secrets.token_hex(16).encode()
+    remote.write_file(PASS, token, replace=True)
+    return token

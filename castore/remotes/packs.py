@@ -64,24 +64,23 @@ class Packs:
     def __init__(self, remote: Files) -> None:
         self._remote = remote
         self._places: dict[ObjectId, tuple[ObjectId, Place]] = {}
+        self._sizes: dict[ObjectId, int] = {}  # of opened packs
         self._unusable: set[ObjectId] = set()  # packs
-        self._opened: dict[ObjectId, tuple[int, Mapping[ObjectId, Place]]] = {}  # packs, with their sizes
-        self._there: set[ObjectId] = set()  # packs that a part needs, as far as is known since refresh()
-        self._pointers: set[ObjectId] = set()  # that were read since then
         self._corrupt: set[tuple[ObjectId, ObjectId]] = set()  # an object in a pack
+        self._pointers: set[ObjectId] = set()  # that were opened
         self._listed: tuple[float, dict[ObjectId, float]] = (-_LISTED_FOR, {})
         self._joined: dict[ObjectId, JoinedRead] = {}
         self._opening = threading.Lock()
         self._lock = threading.Lock()  # of what packs are known to hold
 
-    def refresh(self) -> None:
-        """Forget which packs are there: others may have deleted some. What they hold is told by their names."""
-        with self._opening:
-            self._there, self._pointers = set(), set()
-            self._listed = (-_LISTED_FOR, {})
+    def fresh(self, remote: Files) -> Packs:
+        """Return the packs of the same remote, of which nothing is known yet but what is corrupt."""
+        other = Packs(remote)
+        other._corrupt = self._corrupt
+        return other
 
     def holds(self, object_id: ObjectId) -> bool:
-        """Whether an opened pack has the object, or had it before :meth:`refresh`."""
+        """Whether an opened pack has the object."""
         return object_id in self._places
 
     def forget(self, object_id: ObjectId, *, is_corrupt: bool = False) -> bool:
@@ -95,11 +94,11 @@ class Packs:
     def find(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
         """Return those that packs have. Packs are opened for that, first those of a part whose index is asked for."""
         asked = set(object_ids)
-        missing = {object_id for object_id in asked if not self.name_for(object_id)}
+        missing = asked - self._places.keys()
         if missing:
             with self._opening:
                 self._open_pointers(missing)
-        return {object_id for object_id in asked if self.name_for(object_id)}
+        return asked & self._places.keys()
 
     def read(self, object_id: ObjectId) -> bytes:
         """Return the frame of an object that an opened pack has, unverified. CorruptBundle; RemoteUnavailable."""
@@ -130,24 +129,30 @@ class Packs:
             self._joined.update(joined_reads.plan(places))
 
     def name_for(self, object_id: ObjectId) -> str:
-        """Return the name of the pack that is known to be there and to have an object; empty if none is."""
+        """Return the name of the pack that is known to have an object; empty if none is."""
         known = self._places.get(object_id)
-        return name_of(known[0]) if known and known[0] in self._there else ""
+        return name_of(known[0]) if known else ""
 
-    def put(self, frames: Sequence[tuple[ObjectId, bytes]], *, renew: bool) -> None:
-        """Write a pack, again if it is to be renewed; readers find it when :meth:`finish` has named it. RemoteError."""
+    def put(self, frames: Sequence[tuple[ObjectId, bytes]], *, renew: bool) -> str:
+        """Write a pack, again if it is to be renewed; readers find it when :meth:`finish` has named it. RemoteError.
+
+        Return its name. What it holds is good, even if it was found there to be corrupt, or not to be there.
+        """
         layout = bundle.lay_out({object_id: len(frame) for object_id, frame in frames})
         data = b"".join((bundle.HEADER, *(frame for _, frame in frames), layout.tail))
-        self._remote.write_file(name_of(layout.id), data, replace=renew)
+        corrupt = {(layout.id, object_id) for object_id in layout.places} & self._corrupt
+        self._remote.write_file(name_of(layout.id), data, replace=renew or bool(corrupt))
+        self._corrupt -= corrupt
         for object_id in layout.places:
             self.forget(object_id)  # the copy elsewhere may be about to be deleted
         self._add(layout.id, layout.size, layout.places)
+        return name_of(layout.id)
 
     def finish(self, index_id: ObjectId, needed: Iterable[ObjectId]) -> None:
         """Write the file that names the packs with the objects ``needed`` by a part. RemoteError."""
-        packs = {self._places[object_id][0] for object_id in needed if self.name_for(object_id)}
+        packs = {self._places[object_id][0] for object_id in needed if object_id in self._places}
         if packs:
-            pointer = Pointer(packs={pack_id: self._opened[pack_id][0] for pack_id in sorted(packs)})
+            pointer = Pointer(packs={pack_id: self._sizes[pack_id] for pack_id in sorted(packs)})
             self._remote.write_file(f"{PARTS}/{index_id}", canonical(pointer), replace=True)
             self._pointers.add(index_id)
 
@@ -160,7 +165,7 @@ class Packs:
         listed = self._list()
         named = missing & listed.keys()
         self._open(sorted(named - self._pointers))
-        if any(not self.name_for(object_id) for object_id in missing - named):
+        if missing - self._places.keys() - named:
             newest = sorted(listed.keys() - self._pointers, key=lambda index_id: -listed[index_id])
             self._open(newest[:_MOST_POINTERS])
 
@@ -180,12 +185,10 @@ class Packs:
             return
         pointers = map_all(self._read_pointer, index_ids, min(_REQUESTS, len(index_ids)), name="castore-packs")
         self._pointers.update(index_id for index_id, pointer in zip(index_ids, pointers, strict=True) if pointer)
-        packs = {pack: size for pointer in pointers for pack, size in pointer.items() if pack not in self._unusable}
-        for pack in packs.keys() & self._opened.keys():
-            self._add(pack, *self._opened[pack])
-        new = [(pack, size) for pack, size in packs.items() if pack not in self._opened]
-        if new:
-            map_all(self._open_pack, new, min(_REQUESTS, len(new)), name="castore-packs")
+        known = self._sizes.keys() | self._unusable
+        packs = {pack: size for pointer in pointers for pack, size in pointer.items() if pack not in known}
+        if packs:
+            map_all(self._open_pack, packs.items(), min(_REQUESTS, len(packs)), name="castore-packs")
 
     def _read_pointer(self, index_id: ObjectId) -> dict[ObjectId, int]:
         data = self._remote.read_file(f"{PARTS}/{index_id}", MAX_POINTER_BYTES)
@@ -211,12 +214,11 @@ class Packs:
 
     def _add(self, pack_id: ObjectId, size: int, places: Mapping[ObjectId, Place]) -> None:
         with self._lock:
-            self._opened[pack_id] = size, places
+            self._sizes[pack_id] = size
             self._unusable.discard(pack_id)
-            self._there.add(pack_id)
             for object_id, place in places.items():
-                if not self.name_for(object_id) and (pack_id, object_id) not in self._corrupt:
-                    self._places[object_id] = (pack_id, place)
+                if (pack_id, object_id) not in self._corrupt:
+                    self._places.setdefault(object_id, (pack_id, place))
 
 
 def read_pointer(data: bytes) -> dict[ObjectId, int]:

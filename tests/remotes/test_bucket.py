@@ -100,7 +100,7 @@ def test_a_remote_that_does_not_answer_is_not_asked_again_at_once(
     remote = Bucket("cloud", s3.url())
     with pytest.raises(RemoteUnavailable, match="no answer"):
         remote.get(FIRST)
-    monkeypatch.setattr(remote, "_given", None)  # whoever asks now must not come as far as a request
+    monkeypatch.setattr(remote._connection, "store", None)  # whoever asks now must not come as far as a request
     with pytest.raises(RemoteUnavailable, match="no answer"):
         remote.get(FIRST)
     assert "no answer" in remote.explain_missing(FIRST)
