@@ -86,20 +86,23 @@ def collect_remote(
         )
     if remote.read_file("config.toml", _MAX_CONFIG) is not None:
         raise UsageError(f"{remote.name} is the folder of a repository: run `castore gc` there")
-    with repo.lock():
-        if dry_run:
-            return _plan(repo, _Shelf(repo, remote.fresh()), policy, grace, now or datetime.now(UTC))
-        at_work = Pass(remote)
+
+    def make_plan(now: datetime) -> RemoteGCPlan:
+        with repo.lock():
+            return _plan(repo, _Shelf(repo, remote.fresh()), policy, grace, now)
+
+    if dry_run:
+        return make_plan(now or datetime.now(UTC))
+    at_work = Pass(remote)
+    try:
         at_work.begin()
-        try:
-            now = now or datetime.fromtimestamp(at_work.began, UTC)
-            plan = _plan(repo, _Shelf(repo, remote.fresh()), policy, grace, now)
-            _apply(remote, plan, at_work)
-        except BaseException:
-            with contextlib.suppress(RemoteError, StorageError):
-                at_work.end(marks_changed=False)
-            raise
-        at_work.end(marks_changed=bool(plan.mark or plan.delete))
+        plan = make_plan(now or datetime.fromtimestamp(at_work.began, UTC))
+        _apply(remote, plan, at_work)
+    except BaseException:
+        with contextlib.suppress(RemoteError, StorageError):
+            at_work.end(marks_changed=False)
+        raise
+    at_work.end(marks_changed=bool(plan.mark or plan.delete))
     return plan
 
 
