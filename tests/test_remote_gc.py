@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import itertools
 import os
 import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,6 +32,7 @@ from castore.errors import (
     StorageError,
     UsageError,
 )
+from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
 from castore.policy.retention import Policy
 from castore.remote_gc import RemoteGCPlan, collect_remote
@@ -350,6 +353,84 @@ def test_a_push_that_is_interrupted_while_it_waits_leaves_nothing_that_looks_who
     assert collect(collecting, Meddling("shared", remote.path)).delete
     assert pusher.push([wanted], remote).checkpoints == (wanted.id,)
     fetch_elsewhere(remote, wanted, tmp_path / "other")
+
+
+class Interrupted(Folder):
+    """A folder in which something else happens, once, just before an operation."""
+
+    before: ClassVar[dict[int, Callable[[], None]]] = {}
+    operations: ClassVar[int] = 0
+
+    def _turn(self) -> None:
+        Interrupted.operations += 1
+        Interrupted.before.pop(Interrupted.operations, lambda: None)()
+
+    def get(self, object_id: ObjectId) -> bytes | None:
+        self._turn()
+        return super().get(object_id)
+
+    def has(self, object_ids: Iterable[ObjectId]) -> set[ObjectId]:
+        self._turn()
+        return super().has(object_ids)
+
+    def put(self, object_id: ObjectId, frame: bytes, *, renew: bool = False) -> bool:
+        self._turn()
+        return super().put(object_id, frame, renew=renew)
+
+    def files(self, folder: str) -> Iterator[RemoteFile]:
+        self._turn()
+        return super().files(folder)
+
+    def read_file(self, name: str, limit: int) -> bytes | None:
+        self._turn()
+        return super().read_file(name, limit)
+
+    def write_file(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        self._turn()
+        return super().write_file(name, data, replace=replace)
+
+    # not in a request to delete: no push waits so short a time that one is still under way
+
+
+@pytest.mark.parametrize("index", ["marked", "new"])
+@pytest.mark.parametrize("outer", ["gc", "push"])
+@pytest.mark.usefixtures("marked")
+def test_a_push_and_a_pass_at_any_moment_of_each_other(
+    collecting: Repo,
+    pusher: Repo,
+    remote: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outer: str,
+    index: str,
+) -> None:
+    monkeypatch.setattr(marks, "PATIENCE", 0.1)
+    monkeypatch.setattr("castore.remotes.fallback.ASKERS", 1)
+    more = {"n": 1} if index == "new" else {}
+    saved = pusher.save({**parts(2), "model": parts(2)["model"] | more}, run="main", step=3, metrics={"val_loss": 0.5})
+    wanted = Entry(saved.id, saved.manifest)
+    prepared = tmp_path / "prepared"
+    shutil.copytree(remote.path, prepared)
+    for moment in itertools.count(1):
+        shutil.rmtree(remote.path)
+        shutil.copytree(prepared, remote.path)
+
+        def act(name: str, place: Folder) -> None:
+            with contextlib.suppress(CollectionStopped):
+                if name == "gc":
+                    collect(collecting, place, Policy(keep=1, keep_latest=0, keep_optimizer=1))
+                else:
+                    assert pusher.push([wanted], place).checkpoints == (wanted.id,)
+
+        inner = "push" if outer == "gc" else "gc"
+        Interrupted.operations = 0
+        Interrupted.before = {moment: functools.partial(act, inner, Folder("shared", remote.path))}
+        act(outer, Interrupted("shared", remote.path))
+        if Interrupted.before:
+            break
+        assert list(verify_remote(collecting, remote)) == [], moment
+        fetch_elsewhere(remote, wanted, tmp_path / f"other{moment}")
+    assert moment > 15
 
 
 @pytest.mark.parametrize("end", ["another pass", "a failed pass", "a push", "its own"])
