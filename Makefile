@@ -102,8 +102,8 @@ $(READY): $(INSTALLED)
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@
 
-# FULL=1: 100,000 crash states, 10,000 kills, 20 million hostile inputs, every clone and every fault: some hours.
-torture: $(READY)  ## power cuts, kills, hostile bytes and clones, all at once: about 20 minutes; FULL=1 for hours
+# FULL=1: 100,000 crash states, 10,000 kills, 20 million hostile inputs, every clone and every fault: an hour and more.
+torture: $(READY)  ## power cuts, kills, hostile bytes and clones, all at once: about 20 minutes; FULL=1 for an hour and more
 	@git log -1 --format='commit %h of %cd' && date
 	$(BIN)/python tests/crash_states.py $(if $(FULL),--states 100000 --kills 10000,--kills 2000)
 	$(BIN)/python tests/fuzz.py $(if $(FULL),--runs 20000000,--seconds 240)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import random
 import shutil
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
 from castore import Repo
-from castore.errors import CorruptManifest, NotFound, ObjectMissing, RemoteUnavailable, UploadRefused
+from castore.errors import CollectionStopped, CorruptManifest, NotFound, ObjectMissing, RemoteUnavailable, UploadRefused
 from castore.format.ids import ObjectId
 from castore.format.manifest import Entry
 from castore.gc import collect_garbage
@@ -431,6 +433,75 @@ def test_what_a_remote_had_at_the_last_push_is_looked_for_again(repo: Repo, tmp_
     other = clone(repo, tmp_path / "other")
     other.fetch(second, remotes=[kept_open.again()])
     assert other.load(second.id)
+
+
+class Interrupted(Watched):
+    """A bucket in which something else happens, once, just before a request that does not delete."""
+
+    before: ClassVar[dict[int, Callable[[], None]]] = {}
+    requests: ClassVar[int] = 0
+
+    def _ask(self, request: Any, **options: Any) -> Any:
+        if "paths" not in getattr(request, "keywords", {}):
+            Interrupted.requests += 1
+            Interrupted.before.pop(Interrupted.requests, lambda: None)()
+        return super()._ask(request, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", ["gc", "push"])
+@pytest.mark.usefixtures("small_packs")
+def test_a_push_of_packs_and_a_pass_at_any_moment_of_each_other(
+    repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outer: str
+) -> None:
+    monkeypatch.setattr(marks, "PATIENCE", 0.1)
+    monkeypatch.setattr("castore.remotes.fallback.ASKERS", 1)
+    path = repo.root / "config.toml"
+    path.write_text(path.read_text() + '[remotes]\nshared = "shared"\ncollector = "me"\n')
+    pusher = clone(repo, tmp_path / "pusher")
+    collecting = Repo.open(repo.root.parent)
+    model = pusher.load(large(pusher, chunks=8).id)["model"]
+    old = pusher.save({"model": model}, run="main", step=1, metrics={"val_loss": 3.0})
+    saved = pusher.save({"model": {**model, "more": 1}}, run="main", step=3, metrics={"val_loss": 0.1})
+    first, wanted = Entry(old.id, old.manifest), Entry(saved.id, saved.manifest)
+    prepared = Watched()
+    pusher.push([first], prepared)
+    best = pusher.save({"model": {"n": 2}}, run="main", step=2, metrics={"val_loss": 0.5})
+    pusher.push([Entry(best.id, best.manifest)], prepared)
+    now = datetime.now(UTC)
+
+    def collect(remote: Watched, hours: int) -> None:
+        policy = Policy(keep=1, keep_latest=0)
+        with contextlib.suppress(CollectionStopped):
+            collect_remote(
+                collecting, remote, policy, machine="me", grace=timedelta(hours=1), now=now + timedelta(hours=hours)
+            )
+
+    collect(prepared, 2)
+    assert any(name.startswith(packs.PARTS) for name in marks.read(prepared).files)
+    contents = {file.name: prepared.read_file(file.name, 1 << 30) or b"" for file in prepared.files("")}
+    for moment in itertools.count(1):
+        remote = Watched()
+        for name in sorted(contents, key=lambda name: name == marks.NAME):  # the marks are younger than what is marked
+            remote.write_file(name, contents[name])
+
+        def act(name: str, place: Watched) -> None:
+            if name == "gc":
+                collect(place, 6)
+            else:
+                assert pusher.push([wanted], place).left_out == {}
+
+        Interrupted.requests = 0
+        inner = functools.partial(act, "push" if outer == "gc" else "gc", remote.again())
+        Interrupted.before = {moment: inner}
+        act(outer, Interrupted("cloud", remote._connection.store))
+        if Interrupted.before:
+            break
+        third = clone(repo, tmp_path / f"other{moment}")
+        third.catalog.add(wanted.manifest)
+        third.fetch(wanted, remotes=[remote.again()])
+        assert third.load(wanted.id), moment
+    assert moment > 15
 
 
 # -- manifests in a remote -------------------------------------------------------------------------------------------
