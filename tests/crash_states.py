@@ -211,10 +211,19 @@ def _cut_gc(world: World) -> None:
     repo.catalog.pin(ObjectId(first))
 
 
+@contextlib.contextmanager
+def _impatience() -> Iterator[None]:
+    """A pass over a shelf that was cut gives no sign of life any more: nobody waits for it for long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(marks, "PATIENCE", 0.02)
+        yield
+
+
 def _push(world: World, repair: bool = False) -> None:
     repo = world.new_repo()
     entries = list(repo.checkpoints())
-    repo.push(entries, world.shelf, repair=repair)
+    with _impatience():
+        repo.push(entries, world.shelf, repair=repair)
     for entry in entries:
         world.promise("on the shelf", entry.id)
 
@@ -297,7 +306,8 @@ def _remote_gc(world: World, day: int = 2) -> None:
     now = datetime.now(UTC) + timedelta(days=day)
     policy = Policy(keep=1, keep_latest=1, keep_optimizer=1)
     repo.config.remotes["collector"] = "m"
-    collect_remote(repo, world.shelf, policy, machine="m", grace=timedelta(), now=now)
+    with _impatience():
+        collect_remote(repo, world.shelf, policy, machine="m", grace=timedelta(), now=now)
 
 
 def _nothing(_: World) -> None: ...
@@ -546,8 +556,7 @@ def _check_push(repo: Repo, root: Path, kept: set[str]) -> None:
     """A push makes all that is here whole on a shelf where something was under way."""
     entries = [entry for entry in repo.checkpoints() if entry.id in kept]
     if entries:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(marks, "PATIENCE", 0.01)  # the pass that was cut gives no sign of life any more
+        with _impatience():
             repo.push(entries, Folder("shelf", root / "shelf"))
         shutil.rmtree(root / "fresh", ignore_errors=True)
         _check_shelf(root, {entry.id for entry in entries}, may_be_damaged=False)

@@ -455,6 +455,7 @@ def test_a_push_of_packs_and_a_pass_at_any_moment_of_each_other(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outer: str
 ) -> None:
     monkeypatch.setattr(marks, "PATIENCE", 0.1)
+    monkeypatch.setattr(marks, "_TOO_LATE", 0.05)
     monkeypatch.setattr("castore.remotes.fallback.ASKERS", 1)
     path = repo.root / "config.toml"
     path.write_text(path.read_text() + '[remotes]\nshared = "shared"\ncollector = "me"\n')

@@ -405,6 +405,7 @@ def test_a_push_and_a_pass_at_any_moment_of_each_other(
     index: str,
 ) -> None:
     monkeypatch.setattr(marks, "PATIENCE", 0.1)
+    monkeypatch.setattr(marks, "_TOO_LATE", 0.05)
     monkeypatch.setattr("castore.remotes.fallback.ASKERS", 1)
     more = {"n": 1} if index == "new" else {}
     saved = pusher.save({**parts(2), "model": parts(2)["model"] | more}, run="main", step=3, metrics={"val_loss": 0.5})

@@ -34,6 +34,7 @@ PATIENCE = 300.0
 _MAX_BYTES = 1 << 28
 _MAX_TOKEN = 1 << 10
 _STOPPED = b"stopped "
+_TOO_LATE = PATIENCE / 2
 _POLL = 2.0
 _IN_FLIGHT = 10.0  # seconds for what was asked for before it could be told to stop
 
@@ -107,7 +108,7 @@ class Pass:
             raise CollectionStopped(self._remote.name)
         self._needs_trace = True
         self._sign()
-        if not 0 <= time.time() - looked < PATIENCE / 2:
+        if not 0 <= time.time() - looked < _TOO_LATE:
             raise CollectionStopped(self._remote.name)
 
     def end(self, *, marks_changed: bool) -> None:
