@@ -405,13 +405,13 @@ def test_the_end_of_the_block_tells_of_any_error_of_a_push(pushing: Repo, monkey
 
 
 INTERRUPTED = """
-import _thread, threading
+import os, signal, threading
 may_fail = threading.Event()
 tries = []
 def fail(*arguments, **options):
     tries.append(1)
     if len(tries) == 2:  # the one that is waited for
-        _thread.interrupt_main()
+        os.kill(os.getpid(), signal.SIGINT)
         may_fail.wait(20)
     raise MemoryError
 repo.push = fail

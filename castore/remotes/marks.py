@@ -1,7 +1,8 @@
 """The marks of a collection in a remote: what is to be deleted there unless somebody turns out to need it.
 
 Nobody can lock a remote. So a collection that is at work says so there, and gives a sign of life before it deletes
-anything; and a push that needed something marked looks, when it is done, whether something was deleted meanwhile.
+anything. A push that needs something marked looks, before it writes an index and when it is done, whether something was
+deleted meanwhile.
 """
 
 from __future__ import annotations
