@@ -1,9 +1,9 @@
 """Delete in a remote what no kept checkpoint needs, in two passes.
 
 The first marks what is of no use; a later one, when the marks are older than the grace period, deletes what is marked,
-is still of no use, and was not written again since. A push writes again what is marked, and looks afterwards whether a
-pass was at work (see :mod:`castore.remotes.marks`). So whoever pushes for less than the grace period loses nothing,
-though no lock is held in common.
+is still of no use, and was not written again since. A push writes again what is marked, and looks whether a pass is at
+work (see :mod:`castore.remotes.marks`). So whoever pushes for less than the grace period loses nothing, though no lock
+is held in common.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Shelf:
         self.remote = remote
         # marks first: what is written after them is younger than they are
         self.marks = marks.read(remote)
-        self.marked_at = next((file.modified for file in remote.files("gc") if file.name == marks.NAME), 0.0)
+        self.marked_at = marks.written_at(remote)
         self.objects: dict[ObjectId, RemoteFile] = {}
         for file in remote.files("objects"):
             name = file.name.rpartition("/")[2]
@@ -272,7 +272,6 @@ def _apply(remote: PublishingRemote, plan: RemoteGCPlan, at_work: Pass) -> None:
             at_work.go_on()
             remote.remove(names[start : start + _AT_ONCE])
     if plan.mark:
-        objects = {ObjectId(name) for path in plan.mark if is_object_id(name := path.rpartition("/")[2])}
-        marks.write(remote, Marks(objects, frozenset(plan.mark)))
+        marks.write(remote, Marks.of(plan.mark))
     elif plan.delete:
         marks.clear(remote)

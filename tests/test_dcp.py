@@ -25,7 +25,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import castore
 import castore.ranks
 from castore import Repo, dcp
-from castore.format.ids import ObjectId
 from castore.remotes import marks
 from castore.remotes.base import is_publishing
 from castore.remotes.marks import Marks
@@ -448,10 +447,9 @@ def save_what_is_marked(rank: int, roots: list[Path]) -> Any:
     remote = repo.remote()
     assert is_publishing(remote)
     if rank == 0:
-        files = frozenset(file.name for file in remote.files("objects"))
-        marks.write(remote, Marks({ObjectId(name.rpartition("/")[2]) for name in files}, files))
+        marks.write(remote, Marks.of(file.name for file in remote.files("objects")))
     dist.barrier()
-    marked_at = next(file.modified for file in remote.files("gc"))
+    marked_at = marks.written_at(remote)
     saved = dcp.save(repo, {"model": {**state, "n": 2}}, run="two", step=2)
     return saved.id, marked_at
 

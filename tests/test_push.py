@@ -332,14 +332,19 @@ def test_thousands_of_objects_take_few_requests(repo: Repo, tmp_path: Path) -> N
 # -- marks of a collection -------------------------------------------------------------------------------------------
 
 
+def push_and_mark(repo: Repo, entry: Entry, remote: Watched) -> list[str]:
+    """Push a checkpoint and mark all that is there then; return the names of the files."""
+    repo.push([entry], remote)
+    files = [file.name for file in remote.files("")]
+    marks.write(remote, Marks.of(files))
+    return files
+
+
 @pytest.mark.usefixtures("small_packs")
 def test_what_is_marked_for_deletion_is_written_again(repo: Repo) -> None:
     entry = large(repo)
     remote = Watched()
-    repo.push([entry], remote)
-    files = [file.name for file in remote.files("")]
-    objects = {ObjectId(name.rpartition("/")[2]) for name in files if len(name.rpartition("/")[2]) == 64}
-    marks.write(remote, Marks(objects, frozenset(files)))
+    files = push_and_mark(repo, entry, remote)
     again = remote.again()
     assert repo.push([entry], again).objects == len(repo.store.stored())
     assert {name for name in files if not name.startswith("manifests/")} <= {*again.written}
@@ -350,10 +355,7 @@ def test_what_is_marked_for_deletion_is_written_again(repo: Repo) -> None:
 def test_a_repair_writes_again_what_is_marked(repo: Repo, chunks: int) -> None:
     entry = large(repo, chunks=chunks)
     remote = Watched()
-    repo.push([entry], remote)
-    files = [file.name for file in remote.files("")]
-    objects = {ObjectId(name.rpartition("/")[2]) for name in files if len(name.rpartition("/")[2]) == 64}
-    marks.write(remote, Marks(objects, frozenset(files)))
+    push_and_mark(repo, entry, remote)
     again = remote.again()
     assert repo.push([entry], again, repair=True).objects == len(repo.store.stored())
     written = {name.rpartition("/")[2] for name in again.written}

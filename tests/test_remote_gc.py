@@ -439,7 +439,7 @@ def test_what_a_pass_deleted_before_it_failed_is_never_overlooked(
     remote: Folder, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     monkeypatch.setattr(marks, "PATIENCE", 0.05)
-    marks.write(remote, Marks(frozenset(), frozenset({"objects/a"})))
+    marks.write(remote, Marks.of(["objects/a"]))
     before = marks.Activity.of(remote)
     failed = marks.Pass(remote)
     failed.begin()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Self
 
 import msgspec
 
@@ -55,6 +57,12 @@ class Marks:
     objects: AbstractSet[ObjectId] = frozenset()
     files: AbstractSet[str] = frozenset()
 
+    @classmethod
+    def of(cls, files: Iterable[str]) -> Self:
+        """Return marks of files, by their names."""
+        names = frozenset(files)
+        return cls({ObjectId(name) for path in names if is_object_id(name := path.rpartition("/")[2])}, names)
+
 
 def read(remote: PublishingRemote) -> Marks:
     """Return what is marked. CorruptBundle if the file can't be understood: then it isn't known what goes."""
@@ -79,6 +87,11 @@ def clear(remote: PublishingRemote) -> None:
     remote.remove([NAME])
 
 
+def written_at(remote: PublishingRemote, name: str = NAME) -> float:
+    """Return when the marks, or :data:`PASS`, were written, by the remote's clock (Unix time); 0 if they weren't."""
+    return next((file.modified for file in remote.files("gc") if file.name == name), 0.0)
+
+
 # -- a collection at work --------------------------------------------------------------------------------------------
 
 
@@ -100,7 +113,7 @@ class Pass:
             _wait(self._remote, before)
         self._needs_trace = bool(before)  # of an earlier pass, which may have deleted something
         self._sign()
-        self.began = next((file.modified for file in self._remote.files("gc") if file.name == PASS), 0.0)
+        self.began = written_at(self._remote, PASS)
 
     def go_on(self) -> None:
         """Give a sign of life, before anything is deleted. CollectionStopped; RemoteError or StorageError."""
@@ -140,7 +153,7 @@ class Activity:
     def of(cls, remote: PublishingRemote) -> Activity:
         """Look at a remote. RemoteError or StorageError."""
         at_work = _token(remote)  # first: a pass changes the marks, and then it ends
-        return cls(at_work, next((file.modified for file in remote.files("gc") if file.name == NAME), 0.0))
+        return cls(at_work, written_at(remote))
 
 
 def nothing_deleted_since(remote: PublishingRemote, before: Activity) -> bool:
